@@ -1,0 +1,47 @@
+"""exportgate's exporters: make artifacts, load them, time them. The Python way is `export(spec)` and `load(artifact)`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from exporters.artifact import Artifact
+    from exporters.pool import RemoteSession
+    from exporters.spec import ExportSpec
+
+__all__ = ["export", "load"]
+
+
+def export(spec: ExportSpec) -> Artifact:
+    """The artifact of a request, from the cache or made now in a worker. See `exporters.spec.request` for requests.
+
+    Raises:
+        ExportgateError: see `exporters.pool.Pool.export`.
+    """
+    return _pool().export(spec)
+
+
+def load(artifact: Artifact, runtime: str = "", device: str = "cpu") -> RemoteSession:
+    """A session of an artifact that `export` made, in a worker; `run(feeds)` gives outputs by name as arrays.
+
+    `runtime` is one of the format's; the first one for this kind of device by default.
+    """
+    from exporters import formats
+    from exporters.spec import ExportSpec
+
+    spec = ExportSpec.from_dict(artifact.spec)
+    kind = device.split(":")[0]
+    first = next((r.id for r in formats.get(spec.format).runtimes if r.device == kind), "")
+    return _pool().open(artifact, spec, runtime or first, device)
+
+
+def _pool():  # noqa: ANN202 the import would be circular at load time
+    """The workers of this process, ended with it."""
+    import atexit
+
+    from exporters import pool
+
+    if pool.shared is None:
+        pool.shared = pool.Pool()
+        atexit.register(pool.shared.close)
+    return pool.shared

@@ -1,0 +1,179 @@
+"""Formats: one file each, found by being here. This module holds what every file declares and the registry."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from exporters.artifact import Achieved, Artifact
+from exporters.errors import BadRequest, NotSupported
+from exporters.metadata import Metadata
+from exporters.session import Session
+from exporters.spec import ExportSpec, Precision, near
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What executes a format: id ("ort"), device ("cpu" or "cuda"), and the modules that its worker imports first.
+
+    `executes` names the precisions whose arithmetic it really does; for another one of the format's precisions the
+    claim about executed precision is NOT_SUPPORTED, with `because`.
+    """
+
+    id: str
+    device: str
+    executes: tuple[Precision, ...]
+    because: str = ""
+    imports: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One export: the request, the empty folder to write into, the parents' artifacts, the metadata to embed."""
+
+    spec: ExportSpec
+    folder: Path
+    parents: tuple[Artifact, ...]
+    metadata: Metadata
+
+    @property
+    def stem(self) -> str:
+        """The checkpoint's stem, which names the files; the model's name where there are no weights."""
+        weights = self.spec.model.weights
+        return weights.stem if weights else self.spec.model.name
+
+
+@dataclass(frozen=True)
+class Made:
+    """What an export made: the primary file or folder, relative to the job's folder, and lines for the record."""
+
+    primary: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One part of an export, run in a worker of its own role, so that each imports only what it needs.
+
+    Steps of one export share the job's folder; the last one's `Made` counts.
+    """
+
+    role: str
+    run: Callable[[Job], Made]
+    imports: tuple[str, ...] = ()
+
+
+def no_parents(spec: ExportSpec) -> tuple[ExportSpec, ...]:
+    """Parents of a format that is made from the module itself."""
+    return ()
+
+
+def no_refusal(spec: ExportSpec) -> str:
+    """A format that can do every combination of the options and precisions that it declares."""
+    return ""
+
+
+@dataclass(frozen=True)
+class Format:
+    """Declaration of a format.
+
+    Attributes:
+        id, aliases, title: as users type and read it.
+        suffix: of the primary file, or of the folder's name.
+        precisions: that it can hold.
+        options: fields of ExportSpec that it takes; anything else is refused.
+        toolchain: environment that exports and runs it.
+        runtimes: what can execute it.
+        steps: parts of an export of this request, in order.
+        load: `load(artifact, spec, runtime, device)` opens a session, in a worker.
+        inspect: `inspect(path)` reads the achieved precision back from the file, in a worker.
+        parents: what it is made from.
+        refusal: why a combination is not supported by its nature, or "".
+        is_code: loading it runs code that is in it.
+        keeps_metadata: whether the file holds metadata.
+        gone: precision -> why the format does not have it.
+    """
+
+    id: str
+    title: str
+    suffix: str
+    precisions: tuple[Precision, ...]
+    options: frozenset[str]
+    toolchain: str
+    runtimes: tuple[Runtime, ...]
+    steps: Callable[[ExportSpec], tuple[Step, ...]]
+    load: Callable[[Artifact, ExportSpec, Runtime, str], Session]
+    inspect: Callable[[Path], Achieved]
+    parents: Callable[[ExportSpec], tuple[ExportSpec, ...]] = no_parents
+    refusal: Callable[[ExportSpec], str] = no_refusal
+    aliases: tuple[str, ...] = ()
+    is_code: bool = False
+    keeps_metadata: bool = True
+    gone: Mapping[Precision, str] = field(default_factory=dict[Precision, str])
+
+    def check(self, spec: ExportSpec) -> None:
+        """Raises BadRequest for an option that the format does not take, NotSupported for what it cannot do."""
+        extra = next((name for name in spec.changed() if name not in self.options), None)
+        if extra:
+            raise BadRequest(f"format {self.id} does not take option '{extra}' (given: {getattr(spec, extra)!r})",
+                             f"{self.id} takes: " + (", ".join(sorted(self.options)) or "no option"))
+        because = self.because(spec)
+        if because:
+            raise NotSupported(because)
+
+    def because(self, spec: ExportSpec) -> str:
+        """Why the format cannot do this precision or combination, by its nature; "" where it can."""
+        if spec.precision not in self.precisions:
+            why = self.gone.get(spec.precision, f"{self.title} has no such form")
+            return f"format {self.id} has no precision {spec.precision.value}: {why}; it has " + ", ".join(self.precisions)
+        return self.refusal(spec)
+
+    def runtime(self, runtime_id: str, device: str) -> Runtime:
+        """The declared runtime with this id on this kind of device."""
+        kind = device.split(":")[0]
+        for entry in self.runtimes:
+            if entry.id == runtime_id and entry.device == kind:
+                return entry
+        raise NotSupported(f"format {self.id} has no runtime {runtime_id} on {kind}")
+
+
+@cache
+def registry() -> dict[str, Format]:
+    """Every format by id. A file in this folder without a FORMAT fails loudly."""
+    found: dict[str, Format] = {}
+    for info in pkgutil.iter_modules(__path__):
+        module: ModuleType = importlib.import_module(f"{__name__}.{info.name}")
+        declared: Any = getattr(module, "FORMAT", None)
+        if not isinstance(declared, Format):
+            raise TypeError(f"exporters/formats/{info.name}.py declares no FORMAT")
+        for word in (declared.id, *declared.aliases):
+            if any(word == f.id or word in f.aliases for f in found.values()):
+                raise TypeError(f"exporters/formats/{info.name}.py: '{word}' names another format already")
+        found[declared.id] = declared
+    return found
+
+
+def canonical(text: str) -> str:
+    """The id of a format from its id or an exact alias, case-insensitively.
+
+    Raises:
+        BadRequest: unknown; the closest known word is a hint only.
+    """
+    word = text.strip().lower()
+    for entry in registry().values():
+        if word == entry.id or word in entry.aliases:
+            return entry.id
+    known = sorted(registry())
+    words = known + [a for f in registry().values() for a in f.aliases]
+    raise BadRequest(f"format '{text}' is not known{near(text, words)}", "formats: " + ", ".join(known))
+
+
+def get(format_id: str) -> Format:
+    """The format with this id."""
+    return registry()[canonical(format_id)]

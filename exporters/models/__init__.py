@@ -1,0 +1,1 @@
+"""Models: what is exported, described without torch (ModelSpec) and built from that description in a worker."""

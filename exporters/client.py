@@ -1,0 +1,187 @@
+"""The other end of a worker: starts it, calls it within time and memory limits, replaces it after a crash."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from exporters.errors import WorkerCrash, WorkerTimeout
+from exporters.worker import Json, Server, error_from
+
+PACKAGE = Path(__file__).parent
+# Imports exportgate's package from its own folder without adding that folder's neighbours (another environment's
+# site-packages) to the import path. Not isolated (-I): PYTHONPATH may carry TensorRT. -P: no surprises from the folder.
+BOOTSTRAP = """import importlib.util as u, sys
+s = u.spec_from_file_location("exporters", sys.argv[1] + "/__init__.py", submodule_search_locations=[sys.argv[1]])
+m = sys.modules["exporters"] = u.module_from_spec(s)
+s.loader.exec_module(m)
+del sys.argv[1]
+from exporters.worker import main
+sys.exit(main())"""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds a call may take, by operation, and GiB of resident memory a worker may hold (sampled)."""
+
+    export: float = 900.0
+    open: float = 180.0
+    run: float = 180.0
+    measure: float = 180.0
+    memory: float = 16.0
+
+    def seconds(self, operation: str) -> float:
+        return {"export": self.export, "open": self.open, "measure": self.measure}.get(operation, self.run)
+
+
+class Caller(ABC):
+    """Something that answers a worker's calls."""
+
+    @abstractmethod
+    def call(self, operation: str, **arguments: Any) -> Json:
+        """The result of one call.
+
+        Raises:
+            WorkerCrash, WorkerTimeout: the worker died or was killed.
+            ExportgateError: what the worker raised.
+        """
+
+    @property
+    def alive(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        """Ends the worker."""
+
+
+class InProcess(Caller):
+    """Calls answered in this process, for a debugger: a crash takes the run with it."""
+
+    def __init__(self) -> None:
+        self.server = Server()
+
+    def call(self, operation: str, **arguments: Any) -> Json:
+        # Through JSON, as a worker would get it.
+        answer = json.loads(json.dumps(self.server.answer({"op": operation, **arguments})))
+        if "error" in answer:
+            raise error_from(answer["error"])
+        return answer["result"]
+
+
+class Worker(Caller):
+    """A child process. Its log is a file; its answers come through a pipe that nothing else writes to."""
+
+    def __init__(self, name: str, python: Path, imports: Sequence[str], log: Path, limits: Limits) -> None:
+        self.name, self.log, self.limits = name, log, limits
+        self.peak = 0
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as sink:
+            self.process = subprocess.Popen(
+                [str(python), "-P", "-c", BOOTSTRAP, str(PACKAGE), *imports],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sink, text=True, encoding="utf-8",
+                cwd=log.parent, start_new_session=os.name != "nt",
+            )
+        self.answers: queue.Queue[str] = queue.Queue()
+        self.count = 0
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        """Moves lines from the pipe to the queue; "" stands for its end."""
+        assert self.process.stdout
+        with suppress(ValueError, OSError):
+            for line in self.process.stdout:
+                self.answers.put(line)
+        self.answers.put("")
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def call(self, operation: str, **arguments: Any) -> Json:
+        self.count += 1
+        try:
+            assert self.process.stdin
+            self.process.stdin.write(json.dumps({"op": operation, "id": self.count, **arguments}) + "\n")
+            self.process.stdin.flush()
+        except (BrokenPipeError, OSError, ValueError):
+            raise self._crashed(operation) from None
+        return self._wait(operation, self.limits.seconds(operation))
+
+    def _wait(self, operation: str, seconds: float) -> Json:
+        deadline = time.monotonic() + seconds
+        while True:
+            with suppress(queue.Empty):
+                line = self.answers.get(timeout=0.2)
+                if not line:
+                    raise self._crashed(operation)
+                try:
+                    answer: Json = json.loads(line)
+                    number = answer["id"]
+                except (ValueError, KeyError, TypeError):
+                    self.close()
+                    raise WorkerCrash(f"worker {self.name} answered {operation} with {line[:80]!r}, which is no answer",
+                                      f"its log is {self.log}") from None
+                if number != self.count:
+                    continue
+                if "error" in answer:
+                    raise error_from(answer["error"])
+                return answer["result"]
+            self._check_memory(operation)
+            if time.monotonic() > deadline:
+                self.close()
+                raise WorkerTimeout(f"worker {self.name}: {operation} took longer than {seconds:g} s and was stopped",
+                                    f"its log is {self.log}; raise the limit in [limits] of exportgate.toml if that is too short")
+
+    def _check_memory(self, operation: str) -> None:
+        """Sampled, since a limit on address space (RLIMIT_AS) breaks CUDA."""
+        with suppress(psutil.Error):
+            used = psutil.Process(self.process.pid).memory_info().rss
+            self.peak = max(self.peak, used)
+            if used > self.limits.memory * 2**30:
+                self.close()
+                raise WorkerCrash(f"worker {self.name}: {operation} held {used / 2**30:.1f} GiB, more than its limit of "
+                                  f"{self.limits.memory:g} GiB, and was stopped", "raise [limits] memory in exportgate.toml")
+
+    def _crashed(self, operation: str) -> WorkerCrash:
+        code = self.process.wait()
+        cause = f"exit code {code}"
+        if code < 0:
+            with suppress(ValueError):
+                cause = f"signal {signal.Signals(-code).name}"
+        with suppress(OSError):
+            last = self.log.read_text(errors="replace").strip().splitlines()
+            if last:
+                cause += f", last line of its log: {last[-1][:200]}"
+        return WorkerCrash(f"worker {self.name} died during {operation}: {cause}", f"its log is {self.log}")
+
+    def close(self) -> None:
+        """Kills the process and its children; a session that it held is gone."""
+        if self.alive:
+            with suppress(psutil.Error):
+                for child in psutil.Process(self.process.pid).children(recursive=True):
+                    with suppress(psutil.Error):
+                        child.kill()
+            self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with suppress(OSError, ValueError):
+                if pipe:
+                    pipe.close()
+
+
+def environment_note(packages: Mapping[str, str]) -> str:
+    """ "torch 2.13.0, numpy 2.4.6" """
+    return ", ".join(f"{k} {v}" for k, v in packages.items())

@@ -1,0 +1,132 @@
+"""ONNX: FP32 from the module; FP16 and INT8 (Q/DQ) made from the FP32 file. Run by ONNX Runtime."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from exporters.artifact import Achieved, Artifact
+from exporters.errors import BadRequest
+from exporters.formats import Format, Job, Made, Runtime, Step
+from exporters.session import Session
+from exporters.spec import ExportSpec, Precision
+
+
+def parents(spec: ExportSpec) -> tuple[ExportSpec, ...]:
+    """FP16 and INT8 are conversions of the FP32 graph; the calibration set belongs to the conversion alone."""
+    if spec.precision is Precision.FP32:
+        return ()
+    return (spec.but(precision=Precision.FP32, data="", split="val", fraction=1.0),)
+
+
+def steps(spec: ExportSpec) -> tuple[Step, ...]:
+    """FP32 is traced where torch is and finished where the ONNX tools are; a conversion needs no torch at all.
+
+    The two processes import at the same time, which halves the time of one cold export on two cores.
+    """
+    if spec.precision is Precision.FP32:
+        simplifier = ("onnxslim",) if spec.simplify else ()
+        return (Step("trace", trace, ("torch",)), Step("convert", finish, ("onnx", *simplifier)))
+    return (Step("convert", convert, ("onnx", "onnxruntime")),)
+
+
+def trace(job: Job) -> Made:
+    """Writes the graph of the module as PyTorch's exporter makes it."""
+    import torch
+
+    from exporters.models.build import build, example, for_export
+
+    spec, model = job.spec, job.spec.model
+    axes: dict[str, dict[int, str]] | None = None
+    if spec.dynamic:
+        axes = {i.name: {n: d for n, d in enumerate(i.shape) if isinstance(d, str)} for i in model.inputs}
+        axes |= {o.name: dict(o.axes) for o in model.outputs}
+    target = job.folder / f"{job.stem}.onnx"
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecation of this exporter, and tracer warnings about shapes that we mean
+        # The TorchScript-based exporter: it works at all opsets of the contract, where the newer one starts at 18.
+        torch.onnx.export(
+            for_export(build(model), spec.dynamic), example(spec), str(target), input_names=[i.name for i in model.inputs],
+            output_names=[o.name for o in model.outputs], opset_version=spec.opset, dynamic_axes=axes,
+            dynamo=False, do_constant_folding=True,
+        )
+    return Made(target.name)
+
+
+def finish(job: Job) -> Made:
+    """Simplifies the traced graph and writes the metadata."""
+    import onnx
+
+    target = job.folder / f"{job.stem}.onnx"
+    graph = onnx.load(target)
+    notes: tuple[str, ...] = ()
+    if job.spec.simplify:
+        from exporters.graph.simplify import simplify
+
+        before = len(graph.graph.node)
+        graph = simplify(graph)
+        notes = (f"simplified from {before} to {len(graph.graph.node)} nodes",)
+    return _save(graph, target, job, notes)
+
+
+def convert(job: Job) -> Made:
+    """Makes FP16 or INT8 of the FP32 file."""
+    import onnx
+
+    graph = onnx.load(job.parents[0].path)
+    notes: tuple[str, ...] = ()
+    if job.spec.precision is Precision.FP16:
+        from exporters.graph.fp16 import to_fp16
+
+        graph = to_fp16(graph, [path for path, _ in job.spec.model.fp32])
+    else:
+        from exporters.graph.qdq import quantize
+
+        graph, notes = quantize(job.parents[0].path, job.folder, job.spec)
+    return _save(graph, job.folder / f"{job.stem}.onnx", job, notes)
+
+
+def _save(graph: Any, target: Path, job: Job, notes: tuple[str, ...]) -> Made:
+    import onnx
+
+    del graph.metadata_props[:]
+    onnx.helper.set_model_props(graph, job.metadata.as_strings())
+    graph.producer_name, graph.producer_version = "exportgate", job.metadata.version
+    onnx.save(graph, target)
+    return Made(target.name, notes)
+
+
+def load(artifact: Artifact, spec: ExportSpec, runtime: Runtime, device: str) -> Session:
+    """Opens the file in ONNX Runtime with the runtime's execution provider and no other."""
+    from exporters.runtimes.onnxruntime import OnnxRuntimeSession
+
+    return OnnxRuntimeSession(artifact.path, spec, runtime, device)
+
+
+def inspect(path: Path) -> Achieved:
+    """See exporters.graph.precision."""
+    from exporters.graph.precision import read_precision
+
+    return read_precision(path)
+
+
+def refusal(spec: ExportSpec) -> str:
+    """INT8 needs a calibration set: that is a bad request, not a limit of the format."""
+    if spec.precision is Precision.INT8 and not spec.data:
+        raise BadRequest("INT8 needs images to calibrate on and none are given (data '')",
+                         "add --data: a data set YAML, a folder of images, or module:factory")
+    return ""
+
+
+FORMAT = Format(
+    id="onnx", title="ONNX", suffix=".onnx", precisions=(Precision.FP32, Precision.FP16, Precision.INT8),
+    options=frozenset({"batch", "dynamic", "device", "simplify", "opset", "data", "split", "fraction"}), toolchain="onnx",
+    runtimes=(
+        Runtime("ort", "cpu", (Precision.FP32,),
+                "ONNX Runtime's CPU provider casts FP16 convolutions to FP32, and joins Q/DQ to integer convolutions only where "
+                "the output is quantized too, which TensorRT's placement (Conv and SiLU unquantized between them) does not do",
+                imports=("onnxruntime",)),
+    ),
+    steps=steps, load=load, inspect=inspect, parents=parents, refusal=refusal,
+)

@@ -1,0 +1,206 @@
+"""TorchScript: a traced graph with its weights, run by libtorch. Input and output stay FP32 at every precision."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exporters.artifact import Achieved, Artifact, TensorInfo
+from exporters.errors import ArtifactError, NotSupported
+from exporters.formats import Format, Job, Made, Runtime, Step
+from exporters.metadata import Metadata, read_json
+from exporters.session import Array, Execution, Feeds, Session
+from exporters.spec import ExportSpec, Precision
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG = "config.txt"  # the name under which users' loaders look for the metadata
+
+
+def export(job: Job) -> Made:
+    """Traces the model on an example of the request's shapes and saves it with its metadata."""
+    import torch
+
+    from exporters.models.build import build, example, for_export
+
+    spec = job.spec
+    module = for_export(build(spec.model), spec.dynamic)
+    if spec.precision is Precision.FP16:
+        module = _half(module, tuple(path for path, _ in spec.model.fp32))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecation of torch.jit, and tracer warnings about shapes that we mean
+        # The trace is not checked here: comparing it with PyTorch is what the suite does.
+        graph: Any = torch.jit.trace(module, example(spec), strict=False, check_trace=False)
+        name = f"{job.stem}.torchscript"
+        extra = {CONFIG: job.metadata.as_json()}
+        if spec.optimize:
+            from torch.backends import xnnpack
+            from torch.utils.mobile_optimizer import optimize_for_mobile
+
+            if not xnnpack.enabled:
+                raise NotSupported(f"optimize: this PyTorch ({torch.__version__}) was built without XNNPACK, which its mobile "
+                                   "optimizer packs weights for")
+            optimize_for_mobile(graph)._save_for_lite_interpreter(str(job.folder / name), _extra_files=extra)
+        else:
+            graph.save(str(job.folder / name), _extra_files=extra)
+    return Made(name)
+
+
+def _half(module: torch.nn.Module, kept: tuple[str, ...]) -> torch.nn.Module:
+    """The module in FP16 between FP32 inputs and outputs; `kept` modules stay FP32 and take their inputs as FP32."""
+    import torch
+
+    class HalfBetweenFloats(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *inputs: torch.Tensor) -> Any:
+            outputs = self.inner(*(x.half() if x.is_floating_point() else x for x in inputs))
+            if isinstance(outputs, torch.Tensor):
+                return outputs.float()
+            return tuple(o.float() if o.is_floating_point() else o for o in outputs)
+
+    def to_float(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(x.float() for x in inputs)
+
+    module.half()
+    for path in kept:
+        part = module.get_submodule(path)
+        part.float()
+        part.register_forward_pre_hook(to_float)
+    return HalfBetweenFloats(module)
+
+
+def load(artifact: Artifact, spec: ExportSpec, runtime: Runtime, device: str) -> Session:
+    """Opens the file in libtorch."""
+    from exporters.models.reference import exact_fp32
+
+    exact_fp32(device)
+    return TorchScriptSession(artifact.path, spec, device)
+
+
+def _open(path: Path, device: str) -> tuple[Any, str]:
+    """The module and its config.txt ("" where it has none)."""
+    import torch
+
+    extra = {CONFIG: ""}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph: Any = torch.jit.load(str(path), map_location=device, _extra_files=extra)
+    except (RuntimeError, ValueError) as error:
+        line = str(error).strip().splitlines()[0][:200]
+        raise ArtifactError(f"'{path}' cannot be loaded as TorchScript ({line})", "export it again") from None
+    text: str | bytes = extra[CONFIG]
+    return graph, text.decode() if isinstance(text, bytes) else text
+
+
+class TorchScriptSession(Session):
+    """A loaded TorchScript file. The file does not hold names of tensors: they are the request's, in order."""
+
+    def __init__(self, path: Path, spec: ExportSpec, device: str) -> None:
+        import torch
+
+        self.path, self.device = path, device
+        self.graph, self.config = _open(path, device)
+        self.stride = spec.model.stride
+        self.inputs = tuple(
+            TensorInfo(i.name, i.shape if spec.dynamic else spec.model.shape(i, spec.batch, spec.imgsz), i.dtype)
+            for i in spec.model.inputs
+        )
+        self.names = tuple(o.name for o in spec.model.outputs)
+        with torch.inference_mode():
+            zeros = [torch.zeros(spec.model.shape(i, spec.batch, spec.imgsz), dtype=getattr(torch, i.dtype), device=device)
+                     for i in spec.model.inputs]
+            values = self._outputs(self.graph(*zeros))
+        # A surplus output gets a name of its own, so that the claim on names sees it.
+        names = [*self.names, *(f"unnamed{i}" for i in range(len(self.names), len(values)))][: len(values)]
+        self.names = tuple(names)
+        self.outputs = tuple(
+            TensorInfo(n, () if spec.dynamic else tuple(v.shape), str(v.dtype).removeprefix("torch.")) for n, v in zip(names, values, strict=True)
+        )
+
+    @staticmethod
+    def _outputs(value: Any) -> tuple[Any, ...]:
+        from exporters.models.build import as_tuple
+
+        return as_tuple(value)
+
+    def _run(self, feeds: Feeds) -> dict[str, Array]:
+        import torch
+
+        with torch.inference_mode():
+            tensors = [torch.from_numpy(feeds[i.name]).to(self.device) for i in self.inputs]
+            values = self._outputs(self.graph(*tensors))
+        return {n: v.cpu().numpy() for n, v in zip(self.names, values, strict=True)}
+
+    def execution(self) -> Execution:
+        import torch
+
+        # libtorch runs the graph as it is written: the arithmetic has the precision of the weights.
+        return Execution("libtorch", torch.__version__, self.device, inspect(self.path).precision, threads=torch.get_num_threads())
+
+    def metadata(self) -> Metadata:
+        if not self.config:
+            raise ArtifactError(f"'{self.path}' holds no metadata ({CONFIG})", "export it again")
+        return read_json(self.config, str(self.path))
+
+    def close(self) -> None:
+        del self.graph
+
+
+def inspect(path: Path) -> Achieved:
+    """Precision of the weights that convolutions and matrix products use, read from the file's graph."""
+    graph, _ = _open(path, "cpu")
+    counts: Counter[str] = Counter()
+    for name, tensor in graph.state_dict().items():
+        if tensor.is_floating_point() and tensor.ndim >= 2:
+            counts[_short(tensor.dtype)] += 1
+            if "fp32" == _short(tensor.dtype):
+                counts[f"fp32 in {name.removeprefix('inner.').rpartition('.')[0]}"] += 1
+    if not counts:  # a frozen graph keeps its weights as constants, or packed for mobile (FP32 only)
+        for node in graph.inlined_graph.nodes():
+            kind = node.kind()
+            if "prepacked" in kind and kind.endswith("_run"):
+                counts["fp32"] += 1
+            elif kind == "prim::Constant" and "value" in node.attributeNames() and node.kindOf("value") == "t":
+                tensor = node.t("value")
+                if tensor.is_floating_point() and tensor.ndim >= 2:
+                    counts[_short(tensor.dtype)] += 1
+    totals = {k: v for k, v in counts.items() if " in " not in k}
+    main = max(totals, key=lambda k: totals[k]) if totals else ""
+    others = tuple(sorted(k.partition(" in ")[2] for k in counts if " in " in k)) if main != "fp32" else ()
+    return Achieved(main, {f"weights {k}": v for k, v in totals.items()}, others)
+
+
+def _short(dtype: Any) -> str:
+    names = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
+    word = str(dtype).removeprefix("torch.")
+    return names.get(word, word)
+
+
+def refusal(spec: ExportSpec) -> str:
+    """Why a combination cannot be: the mobile optimizer packs FP32 weights for a CPU."""
+    if spec.optimize and spec.precision is not Precision.FP32:
+        return f"optimize with {spec.precision}: PyTorch's mobile optimizer packs FP32 weights only"
+    if spec.optimize and spec.device != "cpu":
+        return f"optimize on {spec.device}: PyTorch's mobile optimizer is for CPUs"
+    return ""
+
+
+def steps(spec: ExportSpec) -> tuple[Step, ...]:
+    """One step, in a process with torch."""
+    return (Step("export", export, ("torch",)),)
+
+
+FORMAT = Format(
+    id="torchscript", title="TorchScript", suffix=".torchscript", precisions=(Precision.FP32, Precision.FP16),
+    options=frozenset({"batch", "dynamic", "device", "optimize"}), toolchain="pytorch",
+    runtimes=(Runtime("libtorch", "cpu", (Precision.FP32, Precision.FP16), imports=("torch",)),),
+    steps=steps, load=load, inspect=inspect, refusal=refusal, is_code=True,
+    gone={Precision.INT8: "PyTorch's eager quantization is gone from the exporter's contract; use onnx or engine"},
+)

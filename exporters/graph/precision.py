@@ -1,0 +1,63 @@
+"""Precision read back from an ONNX file: types of the weights, and which operators are surrounded by Q/DQ."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from exporters.artifact import Achieved
+from exporters.errors import ArtifactError
+
+HEAVY = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
+TYPES = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16",
+         onnx.TensorProto.DOUBLE: "fp64", onnx.TensorProto.INT8: "int8", onnx.TensorProto.UINT8: "int8"}
+
+
+def read_precision(path: Path) -> Achieved:
+    """Each convolution and matrix product by the type of its weight, or int8 where input and weight come from Q/DQ.
+
+    `exceptions` names those that differ from most of the others, by node.
+
+    Raises:
+        ArtifactError: the file is not an ONNX model.
+    """
+    try:
+        model = onnx.load(path)
+        graph = model.graph
+    except (DecodeError, OSError, ValueError) as error:
+        raise ArtifactError(f"'{path}' is not an ONNX model ({str(error).splitlines()[0][:200]})", "export it again") from None
+    if not graph.node:
+        raise ArtifactError(f"'{path}' holds no graph", "export it again")
+    stored = {i.name: TYPES.get(i.data_type, "other") for i in graph.initializer}
+    made_by = {output: node for node in graph.node for output in node.output}
+    types = {v.name: TYPES.get(v.type.tensor_type.elem_type, "") for v in (*graph.value_info, *graph.input, *graph.output)}
+    kinds: dict[str, str] = {}
+    for node in graph.node:
+        if node.op_type in HEAVY:
+            kinds[node.name or node.output[0]] = _kind(node, stored, made_by, types)
+    counts = Counter(kinds.values())
+    weights = Counter(TYPES.get(i.data_type, "other") for i in graph.initializer if len(i.dims) >= 2)
+    evidence = {f"operators {k or 'unknown'}": n for k, n in counts.items()} | {f"weights {k}": n for k, n in weights.items()}
+    evidence |= {k: n for k, n in Counter(n.op_type for n in graph.node).items() if k in ("QuantizeLinear", "DequantizeLinear", "Cast")}
+    main = counts.most_common(1)[0][0] if counts else next(iter(weights), "")
+    return Achieved(main, evidence, tuple(sorted(name for name, kind in kinds.items() if kind != main)))
+
+
+def _kind(node: onnx.NodeProto, stored: dict[str, str], made_by: dict[str, onnx.NodeProto], types: dict[str, str]) -> str:
+    """Type that a node computes in, from its first two inputs."""
+    found: list[str] = []
+    for name in node.input[:2]:
+        maker = made_by.get(name)
+        if name in stored:
+            found.append(stored[name])
+        elif maker is not None and maker.op_type == "DequantizeLinear":
+            found.append("int8")
+        else:
+            found.append(types.get(name, ""))
+    known = [k for k in found if k]
+    if "int8" in known and known.count("int8") < 2:
+        return next((k for k in known if k != "int8"), "fp32")  # half a pair of Q/DQ computes in floating point
+    return known[-1] if known else ""

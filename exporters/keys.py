@@ -1,0 +1,86 @@
+"""The cache key: everything that an artifact depends on. The date is not in it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from exporters import calibration
+from exporters.artifact import digest
+from exporters.errors import BadRequest
+from exporters.models.spec import ModelSpec
+from exporters.spec import ExportSpec
+
+PACKAGE = Path(__file__).parent
+
+
+def export_key(spec: ExportSpec, parents: Sequence[str], packages: Mapping[str, str]) -> str:
+    """Digest of weights, factory source, exporters/ source, request, calibration set, parents and toolchain."""
+    described = spec.to_dict()
+    described["model"]["weights"] = spec.model.weights.name if spec.model.weights else None
+    described.pop("verbose")
+    parts = {
+        "weights": digest(spec.model.weights) if spec.model.weights else None,
+        "factory": factory_digest(spec.model),
+        "exporters": sources_digest(),
+        "spec": described,
+        "calibration": calibration.digest_of(spec) if spec.data else None,
+        "parents": list(parents),
+        "packages": dict(packages),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def sources_digest() -> str:
+    """Digest of exporters/ itself: another version of the exporter makes another artifact."""
+    return _digest_files(sorted(PACKAGE.rglob("*.py")))
+
+
+def factory_digest(model: ModelSpec) -> str:
+    """Digest of the code that builds the model: its own top package's source, or an installed package's version."""
+    module = model.factory.partition(":")[0]
+    top = module.split(".")[0]
+    if top == "exporters":
+        return ""
+    source = find_source(module, model.search)
+    if source is None:
+        raise BadRequest(f"model '{model.name}': module '{module}' is not found", "give an importable package.module:factory")
+    try:
+        version = metadata.version(metadata.packages_distributions()[top][0])
+    except (KeyError, metadata.PackageNotFoundError):
+        version = ""
+    if version and "site-packages" in source.parts:
+        return f"{top} {version}"
+    return _digest_files(sorted(source.rglob("*.py")) if source.is_dir() else [source])
+
+
+def find_source(module: str, search: Iterable[Path]) -> Path | None:
+    """The file of a top-level module, or the folder of a top-level package; nothing is imported."""
+    top = module.split(".")[0]
+    for folder in search:
+        for candidate in (folder / top, folder / f"{top}.py"):
+            if (candidate / "__init__.py").is_file() or candidate.is_file():
+                return candidate
+    try:
+        found = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return None
+    if found is None:
+        return None
+    if found.submodule_search_locations:
+        return Path(next(iter(found.submodule_search_locations)))
+    return Path(found.origin) if found.origin else None
+
+
+def _digest_files(paths: Sequence[Path]) -> str:
+    total = hashlib.sha256()
+    for path in paths:
+        total.update(path.name.encode())
+        total.update(path.read_bytes())
+    return total.hexdigest()

@@ -1,0 +1,99 @@
+"""The timed loop, run in the process where the session is: raw samples of one inference each, and the conditions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from exporters.errors import MeasurementError
+from exporters.session import Feeds, Session
+
+
+@dataclass(frozen=True)
+class MeasurementPlan:
+    """How one process measures. Seconds of warm-up and of sampling, and the least number of inferences."""
+
+    warm_up: float = 0.2
+    seconds: float = 1.0
+    inferences: int = 10
+    agree: float = 0.05  # warm-up goes on until the medians of two windows differ by less than this share
+    longest_warm_up: float = 3.0
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Wall milliseconds of single inferences in one process, in order, and what the loop saw."""
+
+    milliseconds: tuple[float, ...]
+    warm_up: int
+    timer: str = "time.perf_counter_ns"
+    first_call: float = 0.0
+    settled: bool = True
+    peak_rss: int = 0
+    notes: tuple[str, ...] = field(default_factory=tuple[str, ...])
+
+
+def measure(session: Session, feeds: Sequence[Feeds], plan: MeasurementPlan) -> Samples:
+    """Times `session.run` on feeds in rotation: warm-up until two windows agree, then at least `plan.seconds`.
+
+    The outputs of each set of feeds are checked against its first outputs during the loop, outside the timed part, so
+    that a session that stops computing can't be fast.
+
+    Raises:
+        MeasurementError: outputs changed while measuring.
+    """
+    if not feeds:
+        raise MeasurementError("a measurement needs feeds, got none", "give at least one set")
+    start = time.perf_counter_ns()
+    expected = [session.run(feeds[0])]
+    first_call = (time.perf_counter_ns() - start) / 1e6
+    expected += [session.run(f) for f in feeds[1:]]
+    warm, settled = _warm_up(session, feeds, plan)
+    samples: list[float] = []
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < plan.seconds or len(samples) < plan.inferences:
+        index = len(samples) % len(feeds)
+        start = time.perf_counter_ns()
+        outputs = session.run(feeds[index])
+        samples.append((time.perf_counter_ns() - start) / 1e6)
+        if len(samples) % 16 == 1:
+            for name, value in expected[index].items():
+                if not np.array_equal(outputs[name], value, equal_nan=True):
+                    largest = float(np.max(np.abs(outputs[name].astype(np.float64) - value)))
+                    # Runtimes may sum in another order from one call to the next; anything larger is another result.
+                    if not largest <= 1e-3 * float(np.max(np.abs(value)) or 1.0):
+                        raise MeasurementError(f"output '{name}' changed by {largest:.3g} during the measurement",
+                                               "the session is not deterministic or stopped computing; check the artifact")
+    return Samples(tuple(samples), warm, first_call=first_call, settled=settled, peak_rss=_peak_rss())
+
+
+def _warm_up(session: Session, feeds: Sequence[Feeds], plan: MeasurementPlan) -> tuple[int, bool]:
+    """Runs for `plan.warm_up` seconds and on until the medians of two windows agree; (inferences, whether they did)."""
+    count, previous, begin = 0, 0.0, time.perf_counter()
+    while True:
+        window: list[float] = []
+        opened = time.perf_counter()
+        while time.perf_counter() - opened < plan.warm_up / 2 or len(window) < 3:
+            start = time.perf_counter()
+            session.run(feeds[count % len(feeds)])
+            window.append(time.perf_counter() - start)
+            count += 1
+        median = float(np.median(window))
+        spent = time.perf_counter() - begin
+        if spent >= plan.warm_up and previous and abs(median - previous) <= plan.agree * previous:
+            return count, True
+        if spent >= plan.longest_warm_up:
+            return count, False
+        previous = median
+
+
+def _peak_rss() -> int:
+    """Peak resident memory of this process in bytes (0 where the system does not tell)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,114 @@
+"""Metadata: one schema, and every format's encoding of it both ways.
+
+Field names are those that users of the Ultralytics exporter know. JSON turns the integer keys of `names` into strings
+and `str()` makes Python literals of everything: reading normalizes both, by ast.literal_eval and json only.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from exporters.errors import ArtifactError, BadRequest
+from exporters.models.spec import class_names
+from exporters.spec import ExportSpec, Precision
+from exporters.version import __version__
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What an artifact says of itself. `imgsz` is (height, width) in pixels; `args` the options it was made with."""
+
+    description: str = ""
+    author: str = ""
+    date: str = ""
+    version: str = ""
+    license: str = ""
+    docs: str = ""
+    stride: int = 1
+    task: str = ""
+    batch: int = 1
+    imgsz: tuple[int, int] = (0, 0)
+    names: Mapping[int, str] = field(default_factory=dict[int, str])
+    args: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @staticmethod
+    def of(spec: ExportSpec) -> Metadata:
+        """The metadata that an artifact of this request has to carry; the owner's fields come from the model."""
+        owner = spec.model.owner
+        args: dict[str, Any] = {
+            "batch": spec.batch, "precision": spec.precision.value, "half": spec.precision is Precision.FP16,
+            "int8": spec.precision is Precision.INT8, "dynamic": spec.dynamic, "simplify": spec.simplify,
+            "opset": spec.opset, "optimize": spec.optimize,
+        }
+        return Metadata(
+            description=owner.get("description", spec.model.name), author=owner.get("author", ""),
+            date=datetime.now(UTC).isoformat(timespec="seconds"), version=__version__,
+            license=owner.get("license", ""), docs=owner.get("docs", ""), stride=spec.model.stride,
+            task=spec.model.task, batch=spec.batch, imgsz=spec.imgsz, names=dict(spec.model.names), args=args,
+        )
+
+    def values(self) -> dict[str, Any]:
+        """Fields in their order as plain values: names dict[int, str], imgsz [height, width]."""
+        return {
+            "description": self.description, "author": self.author, "date": self.date, "version": self.version,
+            "license": self.license, "docs": self.docs, "stride": self.stride, "task": self.task, "batch": self.batch,
+            "imgsz": list(self.imgsz), "names": dict(self.names), "args": dict(self.args),
+        }
+
+    def as_json(self) -> str:
+        """TorchScript's config.txt and the engine's header: JSON, where the keys of names become strings."""
+        return json.dumps(self.values(), ensure_ascii=False)
+
+    def as_strings(self) -> dict[str, str]:
+        """ONNX's metadata_props and CoreML's user_defined_metadata: each value as Python's str()."""
+        return {key: str(value) for key, value in self.values().items()}
+
+
+def read_json(text: str, where: str) -> Metadata:
+    """Metadata from JSON text, as TorchScript's config.txt holds it."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ArtifactError(f"{where}: the metadata is not JSON ({error})", "export the artifact again") from None
+    return normalize(values, where)
+
+
+def normalize(values: Any, where: str) -> Metadata:
+    """Metadata from any encoding's mapping: strings are read as Python literals or numbers; missing fields stay empty.
+
+    Raises:
+        ArtifactError: the metadata is no mapping, or a field cannot be read.
+    """
+    if not isinstance(values, Mapping):
+        raise ArtifactError(f"{where}: the metadata is {type(values).__name__}, expected a mapping", "export the artifact again")
+    read: dict[str, Any] = {}
+    for key in ("description", "author", "date", "version", "license", "docs", "task"):
+        read[key] = str(values.get(key, ""))
+    try:
+        for key in ("stride", "batch"):
+            if key in values:
+                read[key] = int(_literal(values[key]))
+        if "imgsz" in values:
+            size = _literal(values["imgsz"])
+            pair = [size, size] if isinstance(size, int) else list(size)
+            read["imgsz"] = (int(pair[0]), int(pair[1]))
+        if "names" in values:
+            read["names"] = class_names(_literal(values["names"]), where)
+        if "args" in values:  # older artifacts of the peer lack it
+            read["args"] = dict(_literal(values["args"]))
+    except (ValueError, SyntaxError, TypeError, IndexError, KeyError, RecursionError, MemoryError) as error:
+        raise ArtifactError(f"{where}: the metadata cannot be read ({type(error).__name__}: {error})",
+                            "export the artifact again") from None
+    except BadRequest as error:
+        raise ArtifactError(f"{where}: {error.what}", "export the artifact again") from None
+    return Metadata(**read)
+
+
+def _literal(value: Any) -> Any:
+    """A value that an encoding may have turned into text."""
+    return ast.literal_eval(value) if isinstance(value, str) else value

@@ -1,0 +1,248 @@
+"""Pool: what the suite and the command line use. Exports through the cache, opens sessions, owns the workers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exporters import formats, toolchain
+from exporters.artifact import MANIFEST, Achieved, Artifact, TensorInfo, commit, list_files, read_manifest
+from exporters.client import Caller, InProcess, Limits, Worker
+from exporters.errors import ArtifactError, ExportError, ExportgateError, NotSupported, ParentFailed, ToolchainMissing
+from exporters.keys import export_key
+from exporters.measure import MeasurementPlan, Samples
+from exporters.metadata import Metadata, normalize
+from exporters.session import Array, Execution, Feeds
+from exporters.spec import ExportSpec
+from exporters.worker import load, save
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a session says of itself: what executes it, the metadata in its files, the precision read back."""
+
+    execution: Execution
+    metadata: Metadata | None
+    achieved: Achieved
+
+
+class RemoteSession:
+    """A session in a worker. `run` and the rest raise what the worker raised, WorkerCrash or WorkerTimeout."""
+
+    def __init__(self, caller: Caller, opened: Mapping[str, Any], artifact: Artifact, folder: Path) -> None:
+        self.caller, self.artifact, self.folder = caller, artifact, folder
+        self.number: int = opened["session"]
+        self.inputs = tuple(TensorInfo(i["name"], tuple(i["shape"]), i["dtype"]) for i in opened["inputs"])
+        self.outputs = tuple(TensorInfo(o["name"], tuple(o["shape"]), o["dtype"]) for o in opened["outputs"])
+        self.stride: int = opened["stride"]
+        self.load_seconds: float = opened["seconds"]
+        self.calls = 0
+
+    def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:
+        return self.caller.call(operation, session=self.number, **arguments)
+
+    def _place(self) -> Path:
+        self.calls += 1
+        return self.folder / f"{self.calls}"
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """Outputs by name. They are memory-mapped files of the run's folder, gone when the session is closed."""
+        place = self._place()
+        return load(self._call("run", feeds=save(feeds, place / "in"), folder=str(place / "out")))
+
+    def measure(self, feeds: Sequence[Feeds], plan: MeasurementPlan) -> Samples:
+        """Raw samples of one process."""
+        place = self._place()
+        paths = [save(f, place / str(i)) for i, f in enumerate(feeds)]
+        data = self._call("measure", feeds=paths, plan=asdict(plan))
+        return Samples(**{**data, "milliseconds": tuple(data["milliseconds"]), "notes": tuple(data["notes"])})
+
+    def describe(self) -> Description:
+        data = self._call("describe", format=self.artifact.format, path=str(self.artifact.path))
+        execution = data["execution"]
+        execution.update(fallback=tuple(execution["fallback"]), notes=tuple(execution["notes"]))
+        achieved = data["achieved"]
+        return Description(
+            Execution(**execution),
+            normalize(data["metadata"], str(self.artifact.path)) if data["metadata"] is not None else None,
+            Achieved(achieved["precision"], achieved["counts"], tuple(achieved["exceptions"]), tuple(achieved["kept"])),
+        )
+
+    def layers(self) -> list[str]:
+        """Names of the layers that can be damaged (sessions of the pytorch format only)."""
+        return self._call("damaged")["layers"]
+
+    def run_damaged(self, feeds: Feeds, damage: Mapping[str, Any]) -> dict[str, Array]:
+        """Outputs of the reference with known damage (sessions of the pytorch format only)."""
+        place = self._place()
+        return load(self._call("damaged", feeds=save(feeds, place / "in"), folder=str(place / "out"), damage=dict(damage)))
+
+    def excite(self, feeds: Feeds, steps: int, floor: float) -> dict[str, Array]:
+        """Feeds changed until the model responds to them (sessions of the pytorch format only)."""
+        place = self._place()
+        made = load(self._call("excite", feeds=save(feeds, place / "in"), folder=str(place / "out"), steps=steps, floor=floor))
+        return {k: np.array(v) for k, v in made.items()}
+
+    def close(self) -> None:
+        if self.caller.alive:
+            with suppress(ExportgateError):
+                self._call("close")
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@dataclass
+class Pool:
+    """Workers of a run, keyed by toolchain, format and role, kept warm and replaced after a crash.
+
+    Attributes:
+        folder: the run's folder for logs and arrays; a temporary one by default.
+        in_process: answer calls here, for a debugger.
+        progress: told what the pool waits for, one line each.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="exportgate-")))
+    in_process: bool = False
+    progress: Callable[[str], None] = lambda line: None
+    workers: dict[tuple[str, str, str], Caller] = field(default_factory=dict[tuple[str, str, str], Caller])
+    fresh: list[str] = field(default_factory=list[str])  # keys of artifacts that this pool made, not found
+
+    def worker(self, chain: str, format_id: str, role: str, imports: Sequence[str] = ()) -> Caller:
+        """The warm worker for this key; a new one where there is none or it died."""
+        key = (chain, format_id, role)
+        current = self.workers.get(key)
+        if current is None or not current.alive:
+            self.workers[key] = self._start(chain, "-".join(key), imports)
+        return self.workers[key]
+
+    def _start(self, chain: str, name: str, imports: Sequence[str]) -> Caller:
+        if self.in_process:
+            return InProcess()
+        environment = toolchain.resolve(chain)
+        return Worker(name, environment.python, imports, self.folder / f"{name}.log", self.limits)
+
+    def warm(self, spec: ExportSpec) -> None:
+        """Starts the workers that `export` of this request will need, so that they import while the caller goes on."""
+        entry = formats.get(spec.format)
+        for parent in entry.parents(spec):
+            self.warm(parent)
+        for step in entry.steps(spec):
+            self.worker(entry.toolchain, entry.id, step.role, step.imports)
+
+    def export(self, spec: ExportSpec) -> Artifact:
+        """The artifact of a request, from the cache or made now.
+
+        Raises:
+            ParentFailed: what it is made from could not be made.
+            ExportError, WorkerCrash, WorkerTimeout, ToolchainMissing, NotSupported: see their docstrings.
+        """
+        entry = formats.get(spec.format)
+        entry.check(spec)
+        parents: list[Artifact] = []
+        for parent in entry.parents(spec):
+            try:
+                parents.append(self.export(parent))
+            except (NotSupported, ToolchainMissing):
+                raise
+            except ExportgateError as error:
+                raise ParentFailed(f"parent {parent.format} {parent.precision.value} failed: {error.what}", error.fix) from error
+        environment = toolchain.resolve(entry.toolchain)
+        key = export_key(spec, [p.key for p in parents], environment.packages)
+        final = toolchain.cache_root() / "artifacts" / f"{spec.model.name[:40]}-{entry.id}-{spec.precision.value}-{key[:16]}"
+        if (final / MANIFEST).is_file():
+            try:
+                found = read_manifest(final)
+                found.verify()
+                return found
+            except ArtifactError:
+                shutil.rmtree(final, ignore_errors=True)
+        return self._make(spec, key, parents, environment, final)
+
+    def _make(self, spec: ExportSpec, key: str, parents: Sequence[Artifact], environment: toolchain.Environment,
+              final: Path) -> Artifact:
+        entry = formats.get(spec.format)
+        self.progress(f"exporting {spec.model.name} to {entry.title} {spec.precision.value}")
+        workers = [self.worker(entry.toolchain, entry.id, step.role, step.imports) for step in entry.steps(spec)]
+        with temporary_folder(final.parent.parent / "tmp") as folder:
+            seconds, notes, done = 0.0, (), dict[str, Any]()
+            for number, worker in enumerate(workers):
+                done = worker.call("export", spec=spec.to_dict(), folder=str(folder), step=number, parents=[p.to_dict() for p in parents])
+                seconds, notes = seconds + done["seconds"], (*notes, *done["notes"])
+            files = list_files(folder)
+            if not any(f.path == done["primary"] or f.path.startswith(done["primary"] + "/") for f in files):
+                raise ExportError(f"format {entry.id} said it made '{done['primary']}' and it is not there", "see the worker's log")
+            achieved = done["achieved"]
+            artifact = Artifact(
+                folder, key, entry.id, done["primary"], spec.to_dict(), files,
+                {"name": entry.toolchain, "python": sys.version.split()[0], "packages": dict(environment.packages)},
+                Achieved(achieved["precision"], achieved["counts"], tuple(achieved["exceptions"]), tuple(achieved["kept"])),
+                tuple(p.key for p in parents), seconds, notes,
+            )
+            self.fresh.append(key)
+            return commit(artifact, final)
+
+    def open(self, artifact: Artifact, spec: ExportSpec, runtime_id: str, device: str, replicate: int = 0) -> RemoteSession:
+        """Loads an artifact in its runtime's worker; `replicate` > 0 asks for a worker of its own (a fresh process).
+
+        Raises:
+            ArtifactError: the files are not those of the manifest; FallbackError: another provider or device.
+        """
+        if artifact.has_manifest:
+            artifact.verify()
+        entry = formats.get(spec.format)
+        runtime = entry.runtime(runtime_id, device)
+        role = f"{runtime.id}-{runtime.device}" + (f"-{replicate}" if replicate else "")
+        caller = self.worker(entry.toolchain, entry.id, role, runtime.imports)
+        opened = caller.call("open", spec=spec.to_dict(), artifact=artifact.to_dict(), runtime=runtime_id, device=device)
+        return RemoteSession(caller, opened, artifact, self.folder / "arrays" / uuid.uuid4().hex)
+
+    def retire(self, spec: ExportSpec, runtime_id: str, device: str, replicate: int) -> None:
+        """Ends the worker of one replicate."""
+        entry = formats.get(spec.format)
+        role = f"{runtime_id}-{device.split(':')[0]}-{replicate}"
+        worker = self.workers.pop((entry.toolchain, entry.id, role), None)
+        if worker is not None:
+            worker.close()
+
+    def peak_rss(self) -> int:
+        """Largest sampled resident memory of a worker, in bytes."""
+        return max((w.peak for w in self.workers.values() if isinstance(w, Worker)), default=0)
+
+    def close(self) -> None:
+        """Ends the workers and removes arrays; logs stay where the folder is the run's own."""
+        for worker in self.workers.values():
+            worker.close()
+        self.workers.clear()
+        shutil.rmtree(self.folder / "arrays", ignore_errors=True)
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """An empty folder that is removed afterwards if it is still there (a finished artifact was renamed away)."""
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = parent / f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+
+shared: Pool | None = None  # of exporters.export and exporters.load

@@ -1,0 +1,1 @@
+"""Sessions of runtimes that more than one format uses."""

@@ -1,0 +1,110 @@
+"""A session of ONNX Runtime. What really executes is read from a profile of one inference, node by node."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from exporters.artifact import TensorInfo
+from exporters.errors import ArtifactError, FallbackError
+from exporters.formats import Runtime
+from exporters.metadata import Metadata, normalize
+from exporters.session import Array, Execution, Feeds, Session
+from exporters.spec import ExportSpec
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+TYPES = {"float": "float32", "float16": "float16", "double": "float64", "int64": "int64", "int32": "int32", "int8": "int8",
+         "uint8": "uint8", "bool": "bool"}
+# Operators whose arithmetic decides an inference's precision; ONNX Runtime's fused names included.
+HEAVY = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "MatMul", "FusedMatMul", "FusedGemm", "NhwcFusedConv",
+         "ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul", "MatMulIntegerToFloat")
+PRECISIONS = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "int8": "int8", "uint8": "int8"}
+
+
+class OnnxRuntimeSession(Session):
+    """An ONNX file on one execution provider; a session that got another one is refused."""
+
+    def __init__(self, path: Path, spec: ExportSpec, runtime: Runtime, device: str) -> None:
+        self.path, self.device, self.spec = path, device, spec
+        self.provider = PROVIDERS[runtime.device]
+        self.session = self._open(self._options())
+        got: list[str] = self.session.get_providers()
+        if got[0] != self.provider:
+            raise FallbackError(f"ONNX Runtime gave {got[0]} where {self.provider} was asked for",
+                                f"this onnxruntime has {', '.join(ort.get_available_providers())}")
+        self.stride = spec.model.stride
+        self.inputs = tuple(_info(i) for i in self.session.get_inputs())
+        self.outputs = tuple(_info(o) for o in self.session.get_outputs())
+
+    def _options(self) -> Any:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # its warnings are about its own optimizer
+        return options
+
+    def _open(self, options: Any) -> Any:
+        try:
+            return ort.InferenceSession(str(self.path), options, providers=[self.provider])
+        except Exception as error:
+            # ONNX Runtime's exception types are generated and share no base but Exception.
+            if not type(error).__module__.startswith("onnxruntime"):
+                raise
+            line = str(error).strip().splitlines()[0][:300]
+            raise ArtifactError(f"'{self.path}' cannot be loaded by ONNX Runtime ({line})", "export it again") from None
+
+    def _run(self, feeds: Feeds) -> dict[str, Array]:
+        names = [o.name for o in self.outputs]
+        values: Iterable[Array] = self.session.run(names, dict(feeds))
+        return dict(zip(names, values, strict=True))
+
+    def execution(self) -> Execution:
+        events = self._profile()
+        providers = Counter(str(e["args"].get("provider", "")) for e in events)
+        elsewhere = tuple(sorted({f"{e['args'].get('op_name')} {e['name'].removesuffix('_kernel_time')} on {e['args'].get('provider')}"
+                                  for e in events if e["args"].get("provider") != self.provider}))
+        kinds: Counter[str] = Counter()
+        for event in events:
+            if event["args"].get("op_name") in HEAVY:
+                types = event["args"].get("input_type_shape") or [{}]
+                kinds[PRECISIONS.get(next(iter(types[0]), ""), "")] += 1
+        casts = sum(e["args"].get("op_name") == "Cast" for e in events)
+        notes = tuple(f"{n} of the convolutions and matrix products in {k}" for k, n in kinds.items()) + (f"{casts} casts",)
+        # Where several occur, the lowest precision is what was executed if it did most of the work.
+        main = kinds.most_common(1)[0][0] if kinds else ""
+        return Execution("onnxruntime", ort.__version__, self.device, main, dict(providers), elsewhere,
+                         self._options().intra_op_num_threads, notes)
+
+    def _profile(self) -> list[dict[str, Any]]:
+        """Kernel events of one inference on zeros, in a session of its own, so that this one stays as fast as it is."""
+        with tempfile.TemporaryDirectory() as folder:
+            options = self._options()
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder) / "profile")
+            session = self._open(options)
+            sizes = {"batch": self.spec.batch, "height": self.spec.imgsz[0], "width": self.spec.imgsz[1]}
+            feeds = {i.name: np.zeros([d if isinstance(d, int) else sizes.get(d, 1) for d in i.shape], i.dtype) for i in self.inputs}
+            session.run(None, feeds)
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        return [e for e in events if e.get("cat") == "Node" and e.get("name", "").endswith("_kernel_time")]
+
+    def metadata(self) -> Metadata:
+        values = dict(self.session.get_modelmeta().custom_metadata_map)
+        if "names" not in values and "stride" not in values:
+            raise ArtifactError(f"'{self.path}' holds no metadata (metadata_props)", "export it again")
+        return normalize(values, str(self.path))
+
+    def close(self) -> None:
+        del self.session
+
+
+def _info(value: Any) -> TensorInfo:
+    """A tensor's name, shape and dtype as ONNX Runtime reports them."""
+    kind = str(value.type).removeprefix("tensor(").removesuffix(")")
+    shape = tuple(d if isinstance(d, int) else str(d or f"axis{n}") for n, d in enumerate(value.shape))
+    return TensorInfo(value.name, shape, TYPES.get(kind, kind))

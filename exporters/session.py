@@ -1,0 +1,104 @@
+"""Session: a loaded artifact. It says what really executes it, checks feeds, and runs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from exporters.artifact import TensorInfo
+from exporters.errors import FeedError
+from exporters.metadata import Metadata
+
+Array = npt.NDArray[Any]
+Feeds = Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What really executes: runtime and version, provider, device, precision of the arithmetic, and the evidence.
+
+    `providers` counts the nodes that each execution provider took; `fallback` names what ran elsewhere than asked.
+    `precision` is "" where the runtime does not tell.
+    """
+
+    runtime: str
+    version: str
+    device: str
+    precision: str = ""
+    providers: Mapping[str, int] = field(default_factory=dict[str, int])
+    fallback: tuple[str, ...] = ()
+    threads: int = 0
+    notes: tuple[str, ...] = ()
+
+
+class Session(ABC):
+    """A loaded artifact. Subclasses fill in `_run`; the base checks what goes in.
+
+    Attributes:
+        inputs, outputs: signature as the runtime reports it; an axis that may vary is a name instead of a size.
+        stride: sizes of the axes height and width must be multiples of it.
+    """
+
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    stride: int = 1
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """Outputs by name for feeds by name; every array as the signature says.
+
+        Raises:
+            FeedError: a missing or unknown name, another dtype or shape; the message says expected and got.
+        """
+        check_feeds(self.inputs, feeds, self.stride)
+        return self._run({i.name: np.ascontiguousarray(feeds[i.name]) for i in self.inputs})
+
+    @abstractmethod
+    def _run(self, feeds: Feeds) -> dict[str, Array]: ...
+
+    @abstractmethod
+    def execution(self) -> Execution:
+        """What really executes, read from the runtime, never from the request."""
+
+    @abstractmethod
+    def metadata(self) -> Metadata:
+        """The metadata that the artifact's own files hold."""
+
+    def close(self) -> None:
+        """Frees what the session holds; it is not used afterwards."""
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def check_feeds(inputs: tuple[TensorInfo, ...], feeds: Feeds, stride: int) -> None:
+    """Raises FeedError with expected and got where feeds do not fit the signature."""
+    expected = {i.name: i for i in inputs}
+    wanted = ", ".join(f"{i.name} {i.dtype} {list(i.shape)}" for i in inputs)
+    for name in feeds:
+        if name not in expected:
+            raise FeedError(f"unknown input '{name}': expected {wanted}", "feed exactly these names")
+    bound: dict[str, int] = {}
+    for name, info in expected.items():
+        if name not in feeds:
+            raise FeedError(f"missing input '{name}': expected {wanted}, got {sorted(feeds) or 'nothing'}", "feed every input")
+        array = feeds[name]
+        if str(array.dtype) != info.dtype:
+            raise FeedError(f"input '{name}' has dtype {array.dtype}: expected {info.dtype}", f"convert it to {info.dtype}")
+        fits = len(array.shape) == len(info.shape) and all(
+            got == want if isinstance(want, int) else got >= 1 for got, want in zip(array.shape, info.shape, strict=False)
+        )
+        if not fits:
+            raise FeedError(f"input '{name}' has shape {list(array.shape)}: expected {list(info.shape)}", "feed that shape")
+        for got, axis in zip(array.shape, info.shape, strict=True):
+            if isinstance(axis, str) and bound.setdefault(axis, got) != got:
+                raise FeedError(f"input '{name}': axis {axis} is {got}, and {bound[axis]} in another input", "make them equal")
+            if axis in ("height", "width") and got % stride:
+                raise FeedError(f"input '{name}': {axis} {got} is not a multiple of the stride {stride}", "pad the image")

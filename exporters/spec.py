@@ -1,0 +1,212 @@
+"""ExportSpec: the request. It is met, or refused with an error that names the value and the fix; never altered."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from exporters.errors import BadRequest
+from exporters.models.spec import ModelSpec
+
+
+class Precision(StrEnum):
+    """Numeric precision of weights and arithmetic. FP32 means TF32 off; TF32 is a precision of its own."""
+
+    FP32 = "fp32"
+    TF32 = "tf32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    FP8 = "fp8"
+    INT8 = "int8"
+
+    @staticmethod
+    def parse(text: str) -> Precision:
+        try:
+            return Precision(str(text).strip().lower())
+        except ValueError:
+            raise BadRequest(f"precision '{text}' is not known{near(text, [p.value for p in Precision])}",
+                             "precisions: " + ", ".join(p.value for p in Precision)) from None
+
+
+OPSETS = (17, 20)  # oldest and newest that were verified with torch 2.13 and ONNX Runtime 1.31
+
+
+@dataclass(frozen=True)
+class ExportSpec:
+    """What is asked for: contract options with their names and defaults. Sizes in pixels, workspace in GiB.
+
+    `imgsz` is (height, width), a multiple of the model's stride; `batch` the (largest) batch size; `data` the
+    calibration set: a data set YAML, a folder of images or classes, or `module:factory`.
+    """
+
+    model: ModelSpec
+    format: str
+    precision: Precision = Precision.FP32
+    imgsz: tuple[int, int] = (640, 640)
+    batch: int = 1
+    dynamic: bool = False
+    device: str = "cpu"
+    simplify: bool = True
+    opset: int = OPSETS[1]
+    optimize: bool = False
+    verbose: bool = False
+    data: str = ""
+    split: str = "val"
+    fraction: float = 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; `from_dict` is its inverse."""
+        data = asdict(self)
+        data["model"] = self.model.to_dict()
+        return data
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> ExportSpec:
+        values = dict(data)
+        values["model"] = ModelSpec.from_dict(values["model"])
+        values["precision"] = Precision(values["precision"])
+        values["imgsz"] = (values["imgsz"][0], values["imgsz"][1])
+        return ExportSpec(**values)
+
+    def changed(self) -> tuple[str, ...]:
+        """Names of the options that differ from their defaults, in the order of their declaration."""
+        own = {"model", "format", "precision", "imgsz"}
+        return tuple(f.name for f in fields(self) if f.name not in own and getattr(self, f.name) != f.default)
+
+    def but(self, **changes: Any) -> ExportSpec:
+        """A copy with other values."""
+        return replace(self, **changes)
+
+
+def near(text: str, known: list[str]) -> str:
+    """' (did you mean x?)' where a known word is close, else ''. Only an error's hint: nothing is matched fuzzily."""
+    close = difflib.get_close_matches(str(text).strip().lower(), known, 1, 0.6)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def parse_imgsz(value: Any, stride: int) -> tuple[int, int]:
+    """(height, width) from 640, "640", "640,480" or a pair; each a positive multiple of `stride`.
+
+    Raises:
+        BadRequest: not one or two whole numbers, not positive, or no multiple of the stride (names the two nearest).
+    """
+    parts: list[Any] = list(value) if isinstance(value, (list, tuple)) else str(value).strip().strip("[]()").split(",")
+    try:
+        sizes = [int(str(p).strip()) for p in parts]
+    except ValueError:
+        sizes = []
+    if len(sizes) not in (1, 2):
+        raise BadRequest(f"imgsz '{value}' is not a size in pixels", "give one whole number, or height,width, as in 640 or 480,640")
+    for size in sizes:
+        if size <= 0 or size % stride:
+            below = max(size // stride, 1) * stride
+            fit = str(stride) if size < stride else f"{below} or {below + stride}"
+            raise BadRequest(f"imgsz {size} is not a positive multiple of the model's stride {stride}", f"use {fit}")
+    return (sizes[0], sizes[-1])
+
+
+def parse_batch(value: Any) -> int:
+    """A batch size of at least 1."""
+    try:
+        batch = int(str(value).strip())
+    except ValueError:
+        batch = 0
+    if batch < 1:
+        raise BadRequest(f"batch '{value}' is not a batch size", "give a whole number from 1")
+    return batch
+
+
+def parse_opset(value: Any) -> int:
+    """An ONNX operator set that was verified."""
+    low, high = OPSETS
+    try:
+        opset = int(str(value).strip())
+    except ValueError:
+        opset = 0
+    if not low <= opset <= high:
+        why = f"older ones lack operators that quantization needs (below {low})" if opset < low else "newer ones were not verified"
+        raise BadRequest(f"opset '{value}' is not supported: {why}", f"use {low} to {high}")
+    return opset
+
+
+def parse_fraction(value: Any) -> float:
+    """A share of the calibration set, in (0, 1]."""
+    try:
+        fraction = float(value)
+    except ValueError:
+        fraction = 0.0
+    if not 0.0 < fraction <= 1.0:
+        raise BadRequest(f"fraction '{value}' is not a share of the data", "give a number above 0, up to 1")
+    return fraction
+
+
+def parse_precision(precision: Any = None, half: bool = False, int8: bool = False) -> Precision:
+    """The one precision asked for; half means fp16. Two that disagree are refused, where the peer drops one silently."""
+    asked = [("precision", Precision.parse(precision))] if precision else []
+    asked += [("half", Precision.FP16)] if half else []
+    asked += [("int8", Precision.INT8)] if int8 else []
+    if len({p for _, p in asked}) > 1:
+        raise BadRequest("two precisions are asked for: " + ", ".join(f"{n} ({p.value})" for n, p in asked), "ask for one of them")
+    return asked[0][1] if asked else Precision.FP32
+
+
+def parse_device(value: Any) -> str:
+    """'cpu', or 'cuda:N'; the contract's plain number N means cuda:N."""
+    text = str(value).strip().lower()
+    if text == "cpu":
+        return text
+    number = text.removeprefix("cuda").removeprefix(":") or "0"
+    if not number.isdecimal():
+        raise BadRequest(f"device '{value}' is not known", "use cpu, cuda, or a GPU's number")
+    return f"cuda:{int(number)}"
+
+
+def request(model: ModelSpec, format_id: str, **options: Any) -> ExportSpec:
+    """The validated request for one artifact from options as users type them (strings or values).
+
+    Args:
+        model: the model.
+        format_id: a format's id (see `exporters.formats.canonical` for aliases).
+        options: fields of ExportSpec, and `half`, `int8`; None means the default.
+
+    Raises:
+        BadRequest: a value that cannot be used, an option that does not exist or that the format does not take.
+        NotSupported: the format does not have this precision or combination.
+    """
+    from exporters import formats
+
+    given = {k: v for k, v in options.items() if v is not None}
+    known = {f.name for f in fields(ExportSpec)} - {"model", "format"} | {"half", "int8"}
+    unknown = next((k for k in given if k not in known), None)
+    if unknown:
+        raise BadRequest(f"option '{unknown}' is not known{near(unknown, sorted(known))}", "options: " + ", ".join(sorted(known)))
+    precision = parse_precision(given.pop("precision", None), bool(given.pop("half", False)), bool(given.pop("int8", False)))
+    imgsz = given.pop("imgsz", None)
+    if imgsz is not None and not model.has_images:
+        raise BadRequest(f"imgsz {imgsz}: model '{model.name}' takes no image size", "leave imgsz out")
+    size = parse_imgsz(imgsz, model.stride) if imgsz is not None else model.imgsz
+    parsers = {"batch": parse_batch, "opset": parse_opset, "fraction": parse_fraction, "device": parse_device}
+    values = {k: parsers[k](v) if k in parsers else v for k, v in given.items()}
+    if values.get("batch", 1) != 1 and not model.has_batch:
+        raise BadRequest(f"batch {values['batch']}: model '{model.name}' has no batch axis", "name an axis of its input 'batch'")
+    for name in ("dynamic", "simplify", "optimize", "verbose"):
+        if not isinstance(values.get(name, False), bool):
+            raise BadRequest(f"option '{name}' is {values[name]!r}", "give true or false")
+    chosen = formats.canonical(format_id)
+    spec = ExportSpec(model, chosen, precision, size, **values)
+    formats.get(chosen).check(spec)
+    if spec.data:
+        spec = spec.but(data=_absolute(spec.data))
+    return spec
+
+
+def _absolute(data: str) -> str:
+    """A calibration set's path made absolute, since workers run elsewhere; `module:factory` stays."""
+    path = Path(data).expanduser()
+    if not path.exists() and ":" in data:
+        return data
+    return str(path.resolve())

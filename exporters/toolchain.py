@@ -1,0 +1,178 @@
+"""Toolchains: which environment a format needs, whether it is there, and how it is made.
+
+A toolchain is an extra of exportgate and a lock file beside this module. The default is the interpreter that
+exportgate runs in, where it has the extra's packages; otherwise the environment that `exportgate toolchain sync NAME`
+made. Only that command installs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from exporters.errors import BadRequest, ExportgateError, ToolchainMissing
+
+LOCKS = Path(__file__).parent / "locks"
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """An extra: its name and the distributions that it must have. `pytorch` is what exportgate itself needs."""
+
+    name: str
+    packages: tuple[str, ...]
+
+    @property
+    def lock(self) -> Path:
+        return LOCKS / f"{self.name}.txt"
+
+
+# Distributions by toolchain; a selftest holds them against the extras of pyproject.toml. onnxruntime and
+# onnxruntime-gpu exclude each other, so either one counts for the other.
+TOOLCHAINS: Mapping[str, Toolchain] = {
+    t.name: t
+    for t in (
+        Toolchain("pytorch", ("torch", "numpy", "safetensors")),
+        Toolchain("onnx", ("onnx", "onnxruntime", "onnxscript", "onnxsim")),
+    )
+}
+EITHER = {"onnxruntime": "onnxruntime-gpu"}
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A toolchain that is there: the interpreter, and the versions of its packages."""
+
+    toolchain: Toolchain
+    python: Path
+    packages: Mapping[str, str]
+
+
+def cache_root() -> Path:
+    """Where artifacts and toolchains are kept: $EXPORTGATE_CACHE, else the user's cache folder."""
+    given = os.environ.get("EXPORTGATE_CACHE")
+    if given:
+        return Path(given).expanduser().resolve()
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "exportgate"
+    except RuntimeError:
+        raise BadRequest("no home folder is known, so there is no place for the cache", "set EXPORTGATE_CACHE to a folder") from None
+
+
+def known(name: str) -> Toolchain:
+    """The toolchain with this name."""
+    if name not in TOOLCHAINS:
+        raise BadRequest(f"toolchain '{name}' is not known", "toolchains: " + ", ".join(TOOLCHAINS))
+    return TOOLCHAINS[name]
+
+
+@cache
+def resolve(name: str) -> Environment:
+    """The environment for a toolchain: this interpreter if it has the packages, else the synced one.
+
+    Raises:
+        ToolchainMissing: neither has them; says which package is missing and what brings it.
+    """
+    toolchain = known(name)
+    missing = _missing(toolchain, _version_here)
+    if not missing:
+        return Environment(toolchain, Path(sys.executable), _versions(toolchain, _version_here))
+    python = environment_python(name)
+    if python.is_file():
+        installed = _versions_of(python, [*toolchain.packages, *EITHER.values()])
+        absent = _missing(toolchain, installed.get)
+        if not absent:
+            return Environment(toolchain, python, _versions(toolchain, installed.get))
+        missing = absent
+    raise ToolchainMissing(f"toolchain {name}: package {missing[0]} is not installed",
+                           f"run 'exportgate toolchain sync {name}', or install exportgate[{name}]")
+
+
+def environment_python(name: str) -> Path:
+    """Interpreter of the environment that `sync` makes."""
+    folder = cache_root() / "toolchains" / name
+    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def _missing(toolchain: Toolchain, version: Callable[[str], str | None]) -> list[str]:
+    return [p for p in toolchain.packages if not version(p) and not version(EITHER.get(p, p))]
+
+
+def _versions(toolchain: Toolchain, version: Callable[[str], str | None]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for package in toolchain.packages:
+        name = package if version(package) else EITHER.get(package, package)
+        found[name] = version(name) or ""
+    return found
+
+
+def _version_here(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _versions_of(python: Path, packages: list[str]) -> dict[str, str]:
+    """Versions of distributions in another interpreter's environment."""
+    code = (
+        "import json,sys\nfrom importlib import metadata as m\nfound={}\nfor p in sys.argv[1:]:\n"
+        " try: found[p]=m.version(p)\n except m.PackageNotFoundError: pass\nprint(json.dumps(found))"
+    )
+    done = subprocess.run([str(python), "-c", code, *packages], capture_output=True, text=True, timeout=60, check=False)
+    return json.loads(done.stdout) if done.returncode == 0 else {}
+
+
+def sync(name: str) -> Path:
+    """Makes (or repairs) a toolchain's environment with uv from its lock; returns its interpreter. Needs a network.
+
+    Raises:
+        ExportgateError: uv is missing, or it failed; the message ends with uv's last line.
+    """
+    toolchain = known(name)
+    uv = shutil.which("uv") or _uv_beside_python()
+    if uv is None:
+        raise ExportgateError("toolchain sync needs uv, which is not on the PATH", "pip install uv")
+    folder = cache_root() / "toolchains" / name
+    temporary = folder.with_name(f".{name}-{os.getpid()}")
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    root = Path(__file__).parent.parent
+    steps = [
+        [uv, "venv", "--quiet", "--relocatable", "--python", sys.executable, str(temporary)],
+        [uv, "pip", "install", "--quiet", "--python", str(temporary), "-r", str(toolchain.lock)],
+    ]
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        for step in steps:
+            done = subprocess.run(step, capture_output=True, text=True, check=False, cwd=root)
+            if done.returncode:
+                line = (done.stderr.strip().splitlines() or ["no output"])[-1]
+                raise ExportgateError(f"toolchain {name} for Python {version}: uv failed: {line}", "see its output above")
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    resolve.cache_clear()
+    return environment_python(name)
+
+
+def _uv_beside_python() -> str | None:
+    """uv installed in this interpreter's environment, which need not be on the PATH."""
+    beside = Path(sys.executable).with_name("uv")
+    return str(beside) if beside.is_file() else None
+
+
+def requirement_name(requirement: str) -> str:
+    """Distribution name of a requirement line, without extras, versions and markers."""
+    return re.split(r"[\s\[<>=!~;]", requirement.strip(), maxsplit=1)[0].lower()

@@ -1,0 +1,165 @@
+"""The process that exports, runs and measures, with its toolchain's interpreter: `python -m exporters.worker`.
+
+It reads one JSON object a line from its standard input and answers with one on what was its standard output; anything
+that a library prints goes to the log. Arrays travel as .npy files, memory-mapped on both sides, never as pickles.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from exporters import errors, formats
+from exporters.artifact import Artifact
+from exporters.errors import ExportgateError
+from exporters.formats import Job
+from exporters.measure import MeasurementPlan, measure
+from exporters.metadata import Metadata
+from exporters.session import Array, Session
+from exporters.spec import ExportSpec
+
+Json = dict[str, Any]
+
+
+class Server:
+    """Holds sessions and answers calls. `--in-process` uses one directly, without a child process."""
+
+    def __init__(self) -> None:
+        self.sessions: dict[int, Session] = {}
+        self.count = 0
+
+    def answer(self, call: Json) -> Json:
+        """The result of one call; every exception becomes an error object. The one place that catches them all."""
+        try:
+            operation = {"export": self.export, "open": self.open, "run": self.run, "measure": self.measure,
+                         "describe": self.describe, "damaged": self.damaged, "excite": self.excite,
+                         "close": self.close}[call["op"]]
+            return {"result": operation(call)}
+        except ExportgateError as error:
+            return {"error": {"type": type(error).__name__, "what": error.what, "fix": error.fix}}
+        except Exception as error:
+            line = " ".join(str(error).split())[:600]
+            return {"error": {"type": "", "what": f"{type(error).__name__}: {line}", "trace": traceback.format_exc()}}
+
+    def export(self, call: Json) -> Json:
+        spec = ExportSpec.from_dict(call["spec"])
+        entry = formats.get(spec.format)
+        parents = tuple(Artifact.from_dict(p) for p in call["parents"])
+        folder = Path(call["folder"])
+        steps = entry.steps(spec)
+        start = time.perf_counter()
+        made = steps[call["step"]].run(Job(spec, folder, parents, Metadata.of(spec)))
+        seconds = time.perf_counter() - start
+        last = call["step"] == len(steps) - 1
+        return {"primary": made.primary, "notes": list(made.notes), "seconds": seconds,
+                "achieved": asdict(entry.inspect(folder / made.primary)) if last else None}
+
+    def open(self, call: Json) -> Json:
+        spec = ExportSpec.from_dict(call["spec"])
+        artifact = Artifact.from_dict(call["artifact"])
+        entry = formats.get(spec.format)
+        start = time.perf_counter()
+        session = entry.load(artifact, spec, entry.runtime(call["runtime"], call["device"]), call["device"])
+        self.count += 1
+        self.sessions[self.count] = session
+        return {"session": self.count, "inputs": [asdict(i) for i in session.inputs], "stride": session.stride,
+                "outputs": [asdict(o) for o in session.outputs], "seconds": time.perf_counter() - start}
+
+    def run(self, call: Json) -> Json:
+        return save(self.sessions[call["session"]].run(load(call["feeds"])), Path(call["folder"]))
+
+    def measure(self, call: Json) -> Json:
+        # Copies, so that the page cache of a mapped file is not part of what is timed.
+        feeds = [{k: np.array(v) for k, v in load(f).items()} for f in call["feeds"]]
+        return asdict(measure(self.sessions[call["session"]], feeds, MeasurementPlan(**call["plan"])))
+
+    def describe(self, call: Json) -> Json:
+        session = self.sessions[call["session"]]
+        entry = formats.get(call["format"])
+        return {"execution": asdict(session.execution()), "metadata": session.metadata().values() if entry.keeps_metadata else None,
+                "achieved": asdict(entry.inspect(Path(call["path"])))}
+
+    def damaged(self, call: Json) -> Json:
+        from exporters.models.reference import Damage, Reference
+
+        session = self.sessions[call["session"]]
+        assert isinstance(session, Reference)
+        if "damage" not in call:
+            return {"layers": session.layers()}
+        return save(session.run_damaged(load(call["feeds"]), Damage(**call["damage"])), Path(call["folder"]))
+
+    def excite(self, call: Json) -> Json:
+        from exporters.models.reference import Reference
+
+        session = self.sessions[call["session"]]
+        assert isinstance(session, Reference)
+        return save(session.excite(load(call["feeds"]), call["steps"], call["floor"]), Path(call["folder"]))
+
+    def close(self, call: Json) -> Json:
+        session = self.sessions.pop(call["session"], None)
+        if session is not None:
+            session.close()
+            del session
+            gc.collect()
+        return {}
+
+
+def save(arrays: Mapping[str, Array], folder: Path) -> Json:
+    """Writes each array as folder/N.npy (the name may not be a legal file name) and returns name -> path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths: Json = {}
+    for number, (name, array) in enumerate(arrays.items()):
+        path = folder / f"{number}.npy"
+        np.save(path, array, allow_pickle=False)
+        paths[name] = str(path)
+    return paths
+
+
+def load(paths: Mapping[str, str]) -> dict[str, Array]:
+    """Memory-maps the arrays that `save` wrote."""
+    return {name: np.load(path, mmap_mode="r", allow_pickle=False) for name, path in paths.items()}
+
+
+def error_from(data: Json) -> Exception:
+    """The exception that an error object stands for."""
+    kind = getattr(errors, data["type"], None) if data["type"] else None
+    if isinstance(kind, type) and issubclass(kind, ExportgateError):
+        return kind(data["what"], data["fix"])
+    return errors.ExportError(data["what"], "the traceback is in the worker's log")
+
+
+def main() -> int:
+    """Serves calls until standard input ends. Arguments: modules to import before the first call."""
+    # Libraries print; what they print must not get between the answers, so they get the log's descriptor.
+    channel: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    gc.disable()  # importing torch makes many objects and no garbage: 5 % of its import time
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
+    gc.freeze()  # and what was imported never becomes garbage, so later collections need not walk it
+    gc.enable()
+    server = Server()
+    for line in sys.stdin:
+        call = json.loads(line)
+        answer = server.answer(call)
+        if "trace" in answer.get("error", {}):
+            print(answer["error"]["trace"], file=sys.stderr, flush=True)
+        answer["id"] = call["id"]
+        channel.write(json.dumps(answer) + "\n")
+        channel.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

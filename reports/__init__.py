@@ -1,0 +1,48 @@
+"""Reports from run records: HTML to read and sign, Markdown for a pull request, JUnit for CI, JSON for programs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from exporters.errors import BadRequest
+from reports import as_json, html, junit, markdown
+from reports.record import Row, Run, Summary, merge, read_record
+
+__all__ = ["Row", "Run", "Summary", "merge", "read_record", "write"]
+
+_REPORTS = {
+    "html": ("report.html", html.render),
+    "markdown": ("report.md", markdown.render),
+    "junit": ("report.xml", junit.render),
+    "json": ("report.json", as_json.render),
+}
+
+
+def write(runs: Sequence[Path], out: Path) -> dict[str, Path]:
+    """Writes report.html, .md, .xml and .json of these records (run folders or record files) into the folder `out`.
+
+    Nothing is run again. Each file appears whole or not at all; the keys of the result are html, markdown, junit and json.
+
+    Raises:
+        BadRequest: a record cannot be read, or `out` cannot be written.
+    """
+    summary = merge([read_record(run) for run in runs])
+    texts = {kind: (out / name, render(summary)) for kind, (name, render) in _REPORTS.items()}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for path, text in texts.values():
+            _replace(path, text)
+    except OSError as error:
+        raise BadRequest(f"cannot write the report into {out}: {error.strerror}", "name a folder that is yours") from None
+    return {kind: path for kind, (path, _) in texts.items()}
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,182 @@
+"""What stands in the way of a qualification: each failure with the figure, its bound, the culprit and the next step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from reports.events import FAILING, Claim, Comparison, Damage
+from reports.record import Row, Summary, Unmet
+from reports.wording import ADVICE, MISSING, arrow, number, percent, with_unit
+
+# Measures whose bound is a lower one, needed only where a figure is NaN and cannot show on which side it fell.
+_HIGHER_IS_BETTER = frozenset({"cosine", "snr_db"})
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The figure that decided: what, observed and allowed as text with units, and how far apart they are."""
+
+    what: str
+    observed: str
+    allowed: str
+    excess: str = ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One failure, or several claims of a case that fail for the same reason (an export that crashed fails them all)."""
+
+    case: str
+    where: str
+    verdict: str
+    claims: tuple[str, ...]
+    because: str
+    evidence: Evidence | None
+    culprit: str
+    advice: str
+    reproduce: str
+    must_pass: bool
+
+
+def findings(summary: Summary) -> tuple[Finding, ...]:
+    """All failures in the order of the matrix, those that only the must-pass list makes failures last."""
+    failing = [
+        _finding(row, claim, must_pass=False)
+        for row in summary.rows
+        for claim in row.claims.values()
+        if claim.verdict in FAILING
+    ]
+    return tuple(_folded([*failing, *map(_unmet, summary.unmet)]))
+
+
+def evidence(claim: Claim) -> Evidence | None:
+    """The figure behind a verdict; None where none was recorded."""
+    decisive = decisive_comparison(claim.comparisons)
+    if claim.verdict == "INSENSITIVE" and claim.power:
+        return _unnoticed(claim.power.damages)
+    if decisive and not decisive.passed:
+        return _compared(decisive)
+    if claim.gate:
+        gate = claim.gate
+        bound = None if gate.delta is None else 1 + gate.delta
+        span = f" ({number(gate.low)} to {number(gate.high)})" if gate.low is not None else ""
+        excess = "" if gate.ratio is None else f"{gate.ratio - 1:+.1%} against its baseline"
+        return Evidence("median latency", f"{number(gate.ratio)} ×{span}", f"≤ {number(bound)} ×", excess)
+    return _compared(decisive) if decisive else None
+
+
+def decisive_comparison(comparisons: Sequence[Comparison]) -> Comparison | None:
+    """The worst failed comparison of the first hop that fails, since later hops inherit its damage; else the closest call."""
+    failed = [entry for entry in comparisons if not entry.passed]
+    if failed:
+        return max((entry for entry in failed if entry.hop == failed[0].hop), key=_severity)
+    return max(comparisons, key=_severity, default=None)
+
+
+def culprit(claim: Claim) -> str:
+    """The first hop whose comparison failed; empty where none did."""
+    return next((arrow(entry.hop) for entry in claim.comparisons if not entry.passed), "")
+
+
+def bound(entry: Comparison) -> str:
+    """≤ or ≥: the record keeps no direction, but the verdict shows on which side of the bound a figure has to be."""
+    observed, allowed = entry.observed, entry.allowed
+    if observed is None or allowed is None or math.isnan(observed) or observed == allowed:
+        return "≥" if entry.measure in _HIGHER_IS_BETTER else "≤"
+    return "≤" if entry.passed is (observed < allowed) else "≥"
+
+
+def excess(entry: Comparison) -> str:
+    """By how much a comparison misses its bound: a factor for an upper bound, a distance for a lower one."""
+    observed, allowed = entry.observed, entry.allowed
+    if entry.passed or observed is None or allowed is None or not math.isfinite(observed):
+        return ""
+    if bound(entry) == "≤":
+        return f"{number(observed / allowed, 3)} × the allowed" if allowed > 0 else ""
+    return f"{with_unit(allowed - observed, _unit(entry))} below the allowed"
+
+
+def subject(entry: Comparison) -> str:
+    """What was compared: max abs of boxes (output0)."""
+    place = f"{entry.group} ({entry.output})" if entry.group else entry.output
+    return f"{entry.measure.replace('_', ' ')} of {place}"
+
+
+def observed(entry: Comparison) -> str:
+    return with_unit(entry.observed, _unit(entry))
+
+
+def allowed(entry: Comparison) -> str:
+    return f"{bound(entry)} {with_unit(entry.allowed, _unit(entry))}"
+
+
+def _unit(entry: Comparison) -> str:
+    """Only absolute figures carry the comparison's unit; ratios have none, and a signal-to-noise ratio its own."""
+    if entry.measure == "snr_db":
+        return "dB"
+    return "" if entry.measure in {"cosine", "max_rel", "mean_rel", "fraction_outside"} else entry.unit
+
+
+def _compared(entry: Comparison) -> Evidence:
+    return Evidence(subject(entry), observed(entry), allowed(entry), excess(entry))
+
+
+def _unnoticed(damages: Sequence[Damage]) -> Evidence | None:
+    missed = next((damage for damage in damages if not damage.rejected), None)
+    if missed is None:
+        return None
+    size = f" of {percent(missed.size)}" if missed.size is not None else ""
+    layer = f" on {missed.layer}" if missed.layer else ""
+    limit = "noticed" if missed.cap is None else f"noticed at ≤ {percent(missed.cap)}"
+    return Evidence("damage done on purpose", f"{missed.kind}{size}{layer} went unnoticed", limit)
+
+
+def _severity(entry: Comparison) -> float:
+    """Orders comparisons by how close to, or far beyond, their bound they are; a NaN is the worst."""
+    observed, allowed = entry.observed, entry.allowed
+    if observed is None or allowed is None or math.isnan(observed):
+        return math.inf
+    if bound(entry) == "≥":
+        observed, allowed = allowed, observed
+    if allowed <= 0:
+        return 0.0 if observed <= allowed else math.inf
+    return observed / allowed
+
+
+def _finding(row: Row, claim: Claim, *, must_pass: bool) -> Finding:
+    return Finding(
+        case=row.case.case,
+        where=row.where,
+        verdict=claim.verdict,
+        claims=(claim.claim,),
+        because=claim.because,
+        evidence=evidence(claim),
+        culprit=culprit(claim),
+        advice=ADVICE.get(claim.verdict, ""),
+        reproduce=claim.reproduce,
+        must_pass=must_pass,
+    )
+
+
+def _unmet(entry: Unmet) -> Finding:
+    if entry.row:
+        return _finding(entry.row, entry.row.claims[entry.claim], must_pass=True)
+    because = "the must-pass list names it, and no run has judged it"
+    nothing = Evidence("verdict", MISSING, "PASS or WAIVED")
+    return Finding(
+        entry.case, "", entry.verdict, (entry.claim,), because, nothing, "", ADVICE[entry.verdict], "", must_pass=True
+    )
+
+
+def _folded(found: Sequence[Finding]) -> Iterator[Finding]:
+    """Claims of one case with the same verdict for the same reason become one finding, at the place of the first."""
+    groups: dict[tuple[str, ...], Finding] = {}
+    for number_, entry in enumerate(found):
+        # A figure of its own makes a failure one of its own; so does a missing reason.
+        apart = str(number_) if entry.because == "" or (entry.evidence and entry.verdict in FAILING) else ""
+        key = (entry.case, entry.where, entry.verdict, entry.because, apart)
+        first = groups.get(key)
+        groups[key] = replace(first, claims=first.claims + entry.claims) if first else entry
+    yield from groups.values()

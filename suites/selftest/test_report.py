@@ -1,0 +1,696 @@
+"""The reports: every verdict counted, nothing from a record believed, records read strictly, four files from one run."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import MISSING, fields, is_dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, get_args
+from xml.etree import ElementTree as ET
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import reports
+from exporters.errors import BadRequest
+from reports import events, findings, html, latency, markdown, picture, wording
+from reports.events import FAILING, GOOD, NEUTRAL, Claim, Comparison, Verdict, build
+from reports.record import Summary, merge, read_record
+
+SCHEMA = json.loads((Path(reports.__file__).parent / "schema.json").read_text(encoding="utf-8"))
+VERDICTS: tuple[str, ...] = get_args(Verdict)
+WHEN = "2026-11-22T17:05:01Z"
+Event = dict[str, Any]
+
+# What a checkpoint made by a stranger may be named; each piece is markup in at least one of the reports.
+HOSTILE = "\"><script>alert(1)</script> a|b `c` *d* [e](javascript:f) \x00\x08\x1b[31m\ud800\u202e @team #12 ]]> & <!--\n| - |"
+
+
+# ---- synthetic records ------------------------------------------------------------------------------------------------
+
+
+def run_event(**changes: Any) -> Event:
+    return {
+        "event": "run",
+        "schema": 1,
+        "run": "20261122-170501-ab12cd",
+        "time": WHEN,
+        "command": ["exportgate", "qualify", "best.pt", "--format", "onnx"],
+        "exportgate": "0.1.0",
+        "project": "/work/exportgate.toml",
+        "release": False,
+        "must_pass": [],
+        "machine": {"id": "amd-epyc-2c-1a2b3c", "cpu": "AMD EPYC 7B13", "cores": 2, "memory_gib": 23.4, "gpu": None},
+        "versions": {"torch": "2.13.0", "onnx": "1.23.2", "onnxruntime": "1.26.0"},
+    } | changes
+
+
+def case_event(case: str, **changes: Any) -> Event:
+    _, form, precision, runtime, device = case.split("-")
+    chain = ["pytorch fp32"] if form == "pytorch" else ["pytorch fp32", f"{form} {precision}"]
+    return {
+        "event": "case",
+        "time": WHEN,
+        "case": case,
+        "model": "best",
+        "format": form,
+        "precision": precision,
+        "runtime": runtime,
+        "device": device,
+        "spec": {"imgsz": [640, 640], "batch": 1, "dynamic": False},
+        "hops": [hop(name) for name in chain],
+        "artifact": "/work/.cache/artifacts/5f1c09aa",
+    } | changes
+
+
+def hop(name: str) -> Event:
+    form, precision = name.split()
+    return {
+        "name": name,
+        "format": form,
+        "precision": precision,
+        "seconds": 2.4,
+        "cached": form == "pytorch",
+        "digest": "sha256:" + "5f1c09aa" * 8,
+        "files": [{"path": f"best.{form}", "bytes": 12_263_004, "sha256": "9d41c2be" * 8}],
+        "toolchain": {"name": "default", "packages": {"torch": "2.13.0"}},
+        "achieved": {"summary": f"{precision} weights (63 of 63 convolutions)", "counts": {precision: 63}},
+    }
+
+
+def claim_event(case: str, claim: str, verdict: str, because: str = "", **more: Any) -> Event:
+    reproduce = f"exportgate qualify best.pt --case {case} --claim {claim}"
+    return {
+        "event": "claim",
+        "time": WHEN,
+        "case": case,
+        "claim": claim,
+        "verdict": verdict,
+        "because": because,
+        "seconds": 1.2,
+        "reproduce": reproduce,
+    } | more
+
+
+def end_event(code: int, **changes: Any) -> Event:
+    end = {"event": "end", "time": WHEN, "exit": code, "seconds": 92.1, "selftest": {"passed": 12, "failed": 0}}
+    return end | changes
+
+
+def comparison(**changes: Any) -> Event:
+    return {
+        "hop": "pytorch fp32 -> onnx fp16",
+        "feeds": "photographs",
+        "output": "output0",
+        "group": "boxes",
+        "unit": "px",
+        "count": 33_600,
+        "max_abs": 3.21,
+        "mean_abs": 0.012,
+        "p99_abs": 0.31,
+        "max_rel": 0.4,
+        "mean_rel": 0.001,
+        "fraction_outside": 0.0007,
+        "cosine": 0.99998,
+        "snr_db": 61.3,
+        "worst_index": [0, 2, 811],
+        "measure": "max_abs",
+        "observed": 3.21,
+        "allowed": 1.0,
+        "reason": "1 px on boxes that fire",
+        "passed": False,
+    } | changes
+
+
+def latencies(centre: float, seed: int, processes: int = 5, each: int = 60) -> list[list[float]]:
+    dice = random.Random(seed)
+    return [
+        [round(centre * drift * dice.lognormvariate(0, 0.025), 5) for _ in range(each)]
+        for drift in (dice.gauss(1, 0.008) for _ in range(processes))
+    ]
+
+
+def timed(centre: float, seed: int = 1, baseline: float | None = None, each: int = 60) -> Event:
+    """The part of a claim that a latency test adds."""
+    point = {"value": centre, "low": centre * 0.99, "high": centre * 1.01}
+    found: Event = {
+        "measurement": {
+            "unit": "ms",
+            "processes": latencies(centre, seed, each=each),
+            "p50": point,
+            "p90": {"value": centre * 1.04, "low": centre * 1.03, "high": centre * 1.05},
+            "p95": {"value": centre * 1.05, "low": centre * 1.04, "high": centre * 1.07},
+            "p99": None,
+            "warm_up": 37,
+            "timer": "time.perf_counter_ns",
+            "threads": 2,
+            "throttled": False,
+            "notes": ["p99 needs 662 inferences, got 300"],
+        }
+    }
+    if baseline is not None:
+        ratio = centre / baseline
+        found["baseline"] = {
+            "path": "baselines/amd-epyc-2c-1a2b3c/best.json",
+            "date": "2026-11-02",
+            "processes": latencies(baseline, seed + 1, each=each),
+            "p50": baseline,
+            "reason": "first baseline",
+        }
+        gate = {"ratio": ratio, "low": ratio - 0.012, "high": ratio + 0.012, "delta": 0.02, "mde": 0.045}
+        found["gate"] = gate | {"must_detect": None}
+    return found
+
+
+POWER: Event = {
+    "statement": "notices noise of 0.5 % of a layer's standard deviation",
+    "sensitive": True,
+    "damages": [
+        {"kind": "noise", "layer": "model.0.conv", "size": 0.005, "cap": 0.05, "rejected": True, "by": "boxes max_abs 3 > 1"},
+        {"kind": "swapped classes", "layer": None, "size": None, "cap": None, "rejected": True, "by": "scores max_abs"},
+    ],
+}
+BLIND: Event = {
+    "statement": "no anchor fires: 5 % of noise changes nothing that is judged",
+    "sensitive": False,
+    "damages": [{"kind": "noise", "layer": "model.22.cv3", "size": 0.05, "cap": 0.05, "rejected": False, "by": None}],
+}
+WAIVER: Event = {
+    "reason": "names are cut at 64 characters by the runtime",
+    "issue": "https://example.org/issues/7",
+    "owner": "jo",
+    "expires": "2027-01-01",
+}
+# What each verdict's claim carries beside its word.
+DETAILS: dict[str, Event] = {
+    "PASS": {"comparisons": [comparison(observed=0.4, passed=True)], "power": POWER, "because": ""},
+    "FAIL": {
+        "comparisons": [
+            comparison(hop="pytorch fp32 -> onnx fp32", observed=0.001, allowed=0.064, passed=True),
+            comparison(),
+            comparison(group="scores", unit="", measure="cosine", observed=0.98, allowed=0.999),
+        ],
+        "power": POWER,
+        "matching": {"reference": 87, "matched": 85, "iou_floor": 0.9, "lowest_iou": 0.91},
+    },
+    "WAIVED": {"waiver": WAIVER},
+    "NO_BASELINE": timed(24.1, 3),
+    "NOT_COMPARABLE": timed(24.1, 5, baseline=20.0),
+    "INCONCLUSIVE": timed(24.1, 7, baseline=23.7),
+    "INSENSITIVE": {"power": BLIND, "comparisons": [comparison(observed=0.0, passed=True)]},
+}
+
+
+def every_verdict() -> list[Event]:
+    """A whole record in which each of the twelve verdict words occurs once."""
+    case = "best-onnx-fp16-ort-cpu"
+    claims = [
+        claim_event(case, f"test_claim_{word.lower()}", word, **{"because": f"what {word} says"} | DETAILS.get(word, {}))
+        for word in VERDICTS
+    ]
+    return [run_event(), case_event(case), *claims, end_event(1)]
+
+
+def write_record(folder: Path, lines: Iterable[Event]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "record.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+def summarize(folder: Path, lines: Iterable[Event]) -> Summary:
+    return merge([read_record(write_record(folder, lines))])
+
+
+def one_case(*verdicts: str, code: int, **start: Any) -> list[Event]:
+    case = "best-onnx-fp32-ort-cpu"
+    claims = [claim_event(case, f"test_{index}", verdict, "why") for index, verdict in enumerate(verdicts)]
+    return [run_event(**start), case_event(case), *claims, end_event(code)]
+
+
+# ---- the schema -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hostile", [False, True], ids=["plain", "hostile"])
+def test_every_line_follows_the_schema(hostile: bool) -> None:
+    check = jsonschema.Draft202012Validator(SCHEMA)
+    check.check_schema(SCHEMA)
+    for line in hostile_record() if hostile else every_verdict():
+        check.validate(line)
+
+
+def test_a_misspelt_field_is_refused_by_the_schema() -> None:
+    line = claim_event("c", "test_x", "PASS", mesurement=None)
+    assert not jsonschema.Draft202012Validator(SCHEMA).is_valid(line)
+
+
+def test_the_schema_and_the_reader_know_the_same_fields() -> None:
+    kinds = {name: kind for name, kind in vars(events).items() if is_dataclass(kind) and isinstance(kind, type)}
+    kinds["Run"] = kinds.pop("Start")
+    for name, kind in kinds.items():
+        described = SCHEMA["$defs"][name.lower()]
+        known = {entry.name for entry in fields(kind)}
+        required = {
+            entry.name for entry in fields(kind) if entry.default is MISSING and entry.default_factory is MISSING
+        }
+        assert set(described["properties"]) - {"event"} == known, name
+        assert set(described["required"]) - {"event"} == required, name
+
+
+def test_the_schema_and_the_reader_know_the_same_verdicts() -> None:
+    assert SCHEMA["$defs"]["verdict"]["enum"] == list(VERDICTS)
+    assert sorted([*FAILING, *NEUTRAL, *GOOD]) == sorted(VERDICTS)
+    assert set(VERDICTS) < set(wording.MEANING)
+    assert set(VERDICTS) - GOOD < set(wording.ADVICE)
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
+    folder = write_record(tmp_path, every_verdict())
+    record = folder / "record.jsonl"
+    record.write_bytes(record.read_bytes()[:-30])
+    run = read_record(folder)
+    assert run.torn and run.end is None and len(run.claims) == len(VERDICTS)
+    summary = merge([run])
+    assert summary.verdict == "INTERRUPTED"
+    assert any("torn" in remark for remark in summary.remarks)
+
+
+def test_a_last_line_torn_inside_a_character_is_left_out(tmp_path: Path) -> None:
+    folder = write_record(tmp_path, every_verdict()[:3])
+    with (folder / "record.jsonl").open("ab") as record:
+        record.write('{"event": "claim", "because": "é'.encode()[:-1])
+    assert read_record(folder).torn
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"event": "claim", "cas', "not a JSON line"),
+        ("[" * 100_000, "not a JSON line"),
+        ('{"event": "clam"}', "unknown event 'clam'"),
+        ("12", "unknown event 'None'"),
+        ('{"event": "run", "schema": 1}', "the run event comes first, once"),
+        ('{"event": "claim", "time": "", "case": "c", "claim": "t"}', "claim lacks verdict"),
+        ('{"event": "claim", "time": "", "case": "c", "claim": "t", "verdict": "OK"}', "claim.verdict is 'OK'"),
+        ('{"event": "end", "time": "", "exit": "0"}', "end.exit is '0', not a whole number"),
+    ],
+)
+def test_any_other_bad_line_is_refused_with_its_place(tmp_path: Path, line: str, says: str) -> None:
+    record = tmp_path / "record.jsonl"
+    lines = [json.dumps(event) for event in every_verdict()]
+    record.write_text("\n".join([*lines[:3], line, *lines[3:]]) + "\n", encoding="utf-8")
+    with pytest.raises(BadRequest) as caught:
+        read_record(tmp_path)
+    assert f"{record}:4: " in str(caught.value) and says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_record_of_another_schema_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadRequest, match="record.jsonl:1: the record has schema 2, this exportgate reads 1"):
+        read_record(write_record(tmp_path, [run_event(schema=2)]))
+
+
+def test_a_folder_without_a_record_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadRequest, match="cannot read the run record"):
+        read_record(tmp_path)
+
+
+def test_an_empty_record_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadRequest, match="holds no run event"):
+        read_record(write_record(tmp_path, []))
+
+
+def test_a_claim_judged_twice_keeps_its_worse_verdict(tmp_path: Path) -> None:
+    lines = one_case("FAIL", code=0)
+    lines.insert(3, claim_event("best-onnx-fp32-ort-cpu", "test_0", "PASS"))
+    assert summarize(tmp_path, lines).counts == {"FAIL": 1}
+
+
+# ---- the verdict and the headline -------------------------------------------------------------------------------------
+
+
+def test_the_headline_counts_every_verdict(tmp_path: Path) -> None:
+    summary = summarize(tmp_path, every_verdict())
+    for word in VERDICTS:
+        assert f"1 {word}" in summary.headline
+    assert summary.headline.startswith("NOT QUALIFIED: 6 of 12 claims failed (")
+    assert summary.headline.endswith("; 1 case")
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "code", "headline"),
+    [
+        (["PASS", "WAIVED", "NO_BASELINE"], 0, "QUALIFIED: 0 of 3 claims failed; 1 PASS, 1 WAIVED, 1 NO_BASELINE; 1 case"),
+        (["PASS", "CRASH"], 1, "NOT QUALIFIED: 1 of 2 claims failed (1 CRASH); 1 PASS; 1 case"),
+        (["SKIPPED", "NOT_SUPPORTED"], 5, "NOTHING JUDGED: 0 of 2 claims failed; 1 SKIPPED, 1 NOT_SUPPORTED; 1 case"),
+        ([], 5, "NOTHING JUDGED: 0 of 0 claims failed; 1 case"),
+        (["PASS"], 2, "INTERRUPTED: 0 of 1 claim failed; 1 PASS; 1 case; run 20261122-170501-ab12cd was interrupted"),
+    ],
+)
+def test_the_overall_verdict(tmp_path: Path, verdicts: list[str], code: int, headline: str) -> None:
+    assert summarize(tmp_path, one_case(*verdicts, code=code)).headline.startswith(headline)
+
+
+def test_a_run_without_an_end_is_interrupted(tmp_path: Path) -> None:
+    summary = summarize(tmp_path, one_case("PASS", code=0)[:-1])
+    assert summary.headline.startswith("INTERRUPTED: ") and "has no end event" in summary.headline
+
+
+def test_an_exit_code_that_no_claim_explains_does_not_qualify(tmp_path: Path) -> None:
+    summary = summarize(tmp_path, one_case("PASS", code=1))
+    assert summary.verdict == "NOT QUALIFIED"
+    assert "ended with exit 1 although none of its claims failed" in summary.headline
+
+
+def test_failed_tests_of_the_suite_itself_do_not_qualify(tmp_path: Path) -> None:
+    lines = [*one_case("PASS", code=0)[:-1], end_event(0, selftest={"passed": 3, "failed": 1})]
+    assert summarize(tmp_path, lines).verdict == "NOT QUALIFIED"
+
+
+def test_a_release_fails_must_pass_claims_that_lack_a_pass(tmp_path: Path) -> None:
+    case = "best-onnx-fp32-ort-cpu"
+    wanted = [f"{case}::test_0", f"{case}::test_1", f"{case}::test_2", "best-engine-fp16-trt-cuda::test_0"]
+    lines = one_case("PASS", "NO_BASELINE", "WAIVED", "SKIPPED", code=1, release=True, must_pass=wanted)
+    summary = summarize(tmp_path, lines)
+    assert summary.headline.startswith(
+        "NOT QUALIFIED (release): 0 of 4 claims failed, "
+        "2 more on the must-pass list without PASS (1 NO_BASELINE, 1 never ran);"
+    )
+    assert [(entry.verdict, entry.claims) for entry in findings.findings(summary)] == [
+        ("NO_BASELINE", ("test_1",)),
+        ("NEVER RAN", ("test_0",)),
+    ]
+
+
+def test_a_release_without_a_list_wants_every_claim(tmp_path: Path) -> None:
+    lines = one_case("PASS", "SKIPPED", code=1, release=True)
+    assert summarize(tmp_path, lines).verdict == "NOT QUALIFIED"
+
+
+# ---- several machines -------------------------------------------------------------------------------------------------
+
+
+def second_machine(*verdicts: str, code: int = 0, **start: Any) -> list[Event]:
+    machine = {"id": "nvidia-h100", "gpu": "NVIDIA H100"}
+    return one_case(*verdicts, code=code, run="20261122-180000-ffee00", machine=machine, **start)
+
+
+def test_two_machines_become_one_matrix(tmp_path: Path) -> None:
+    one = read_record(write_record(tmp_path / "a", one_case("PASS", code=0)))
+    two = read_record(write_record(tmp_path / "b", second_machine("PASS", "FAIL", code=1)))
+    summary = merge([one, two])
+    assert [row.where for row in summary.rows] == ["amd-epyc-2c-1a2b3c", "nvidia-h100"]
+    assert summary.columns == ("test_0", "test_1")
+    assert summary.headline == "NOT QUALIFIED: 1 of 3 claims failed (1 FAIL); 2 PASS; 2 cases on 2 machines"
+
+
+def test_a_machine_that_judged_nothing_does_not_hide_behind_another(tmp_path: Path) -> None:
+    one = read_record(write_record(tmp_path / "a", one_case("PASS", code=0)))
+    two = read_record(write_record(tmp_path / "b", second_machine("SKIPPED", code=5)))
+    summary = merge([one, two])
+    assert summary.verdict == "NOT QUALIFIED" and "on nvidia-h100 judged nothing" in summary.headline
+
+
+def test_a_must_pass_claim_may_run_on_another_machine(tmp_path: Path) -> None:
+    wanted = ["best-onnx-fp32-ort-cpu::test_0", "best-onnx-fp32-ort-cpu::test_1"]
+    start = {"release": True, "must_pass": wanted}
+    one = read_record(write_record(tmp_path / "a", one_case("PASS", code=1, **start)))
+    two = read_record(write_record(tmp_path / "b", second_machine("PASS", "PASS", **start)))
+    assert merge([one]).verdict == "NOT QUALIFIED"
+    assert merge([one, two]).verdict == "QUALIFIED"
+
+
+def test_a_run_given_twice_is_refused(tmp_path: Path) -> None:
+    run = read_record(write_record(tmp_path, one_case("PASS", code=0)))
+    with pytest.raises(BadRequest, match="run 20261122-170501-ab12cd is given 2 times"):
+        merge([run, run])
+
+
+# ---- what decided -----------------------------------------------------------------------------------------------------
+
+
+def claim(**more: Any) -> Claim:
+    return build(Claim, claim_event("c", "test_x", more.pop("verdict", "FAIL"), **more), "claim")
+
+
+def test_the_first_hop_that_fails_is_the_culprit() -> None:
+    first = comparison(hop="onnx fp32 -> onnx fp16", observed=2.0)
+    later = comparison(hop="onnx fp16 -> engine fp16", observed=90.0)
+    judged = claim(comparisons=[first, later])
+    assert findings.culprit(judged) == "onnx fp32 → onnx fp16"
+    assert findings.evidence(judged) == findings.Evidence(
+        "max abs of boxes (output0)", "2 px", "≤ 1 px", "2 × the allowed"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "bound"),
+    [
+        ({"observed": 3.2, "allowed": 1.0, "passed": False}, "≤"),
+        ({"observed": 0.5, "allowed": 1.0, "passed": True}, "≤"),
+        ({"measure": "map", "observed": 0.5, "allowed": 0.9, "passed": False}, "≥"),
+        ({"measure": "map", "observed": 0.95, "allowed": 0.9, "passed": True}, "≥"),
+        ({"measure": "cosine", "observed": "NaN", "allowed": 0.999, "passed": False}, "≥"),
+        ({"observed": "NaN", "allowed": 1.0, "passed": False}, "≤"),
+    ],
+)
+def test_the_direction_of_a_bound_shows_in_its_verdict(changes: Event, bound: str) -> None:
+    assert findings.bound(build(Comparison, comparison(**changes), "comparison")) == bound
+
+
+def test_claims_that_fail_for_one_reason_are_one_finding(tmp_path: Path) -> None:
+    summary = summarize(tmp_path, one_case("ERROR", "ERROR", "CRASH", code=1))
+    assert [entry.claims for entry in findings.findings(summary)] == [("test_0", "test_1"), ("test_2",)]
+
+
+def test_pytorch_is_the_first_row_and_the_others_are_relative_to_it(tmp_path: Path) -> None:
+    lines = [run_event()]
+    for case, centre in (
+        ("best-onnx-fp32-ort-cpu", 20.0),
+        ("best-onnx-fp16-ort-cpu", 25.0),
+        ("best-pytorch-fp32-eager-cpu", 40.0),
+    ):
+        lines += [case_event(case), claim_event(case, "test_p50_within_baseline", "PASS", **timed(centre))]
+    (board,) = latency.boards(summarize(tmp_path, [*lines, end_event(0)]))
+    assert [timing.row.case.format for timing in board.timings] == ["pytorch", "onnx", "onnx"]
+    assert [timing.speed_up for timing in board.timings] == [1.0, 2.0, 1.6]
+    assert [timing.note for timing in board.timings] == ["", "", "slower than fp32: accuracy paid for nothing"]
+
+
+def test_many_samples_are_thinned_for_the_picture() -> None:
+    many = [float(index) for index in range(50_000)]
+    assert len(picture.thinned([many, many])) <= picture.ENOUGH + 2
+    drawn = picture.latency(claim(**timed(24.0, baseline=20.0, each=10_000)))
+    assert "p50 24.00 ms" in drawn and "baseline 2026-11-02: p50 20.00 ms" in drawn and len(drawn) < 20_000
+
+
+@given(st.lists(st.floats() | st.sampled_from([0.0, 1e-320, 1e308, -1e308]), min_size=1, max_size=8), st.floats())
+def test_no_samples_break_the_picture(samples: list[float], point: float) -> None:
+    measurement = events.Measurement((tuple(samples),), events.Percentile(point, point, point))
+    baseline = events.Baseline(point, processes=(tuple(samples),))
+    gate = events.Gate(point, 0.02, point, point)
+    picture.latency(Claim("", "c", "t", "FAIL", measurement=measurement, baseline=baseline, gate=gate))
+    picture.ratio(gate)
+
+
+# ---- the four files ---------------------------------------------------------------------------------------------------
+
+
+def hostile_record() -> list[Event]:
+    case = "best-onnx-fp16-ort-cpu"
+    nasty = {"reason": HOSTILE, "issue": "javascript:alert(1)", "owner": HOSTILE, "expires": HOSTILE}
+    damage = {"kind": HOSTILE, "layer": HOSTILE, "size": 0.1, "cap": 0.1, "rejected": False, "by": HOSTILE}
+    evil = comparison(hop=HOSTILE, feeds=HOSTILE, output=HOSTILE, group=HOSTILE, unit=HOSTILE, measure=HOSTILE, reason=HOSTILE)
+    measured = timed(24.0, baseline=20.0)
+    measured["measurement"] |= {"timer": HOSTILE, "notes": [HOSTILE], "conditions": {HOSTILE: HOSTILE}}
+    measured["baseline"] |= {"date": HOSTILE, "path": HOSTILE, "reason": HOSTILE}
+    details = measured | {
+        "comparisons": [evil, comparison(observed="NaN", max_abs="Infinity", cosine=None)],
+        "power": {"statement": HOSTILE, "sensitive": False, "damages": [damage]},
+        "waiver": nasty,
+        "reproduce": HOSTILE,
+    }
+    made = hop("onnx fp16") | {"name": HOSTILE, "files": [{"path": HOSTILE, "bytes": 1, "sha256": HOSTILE}]}
+    made |= {"toolchain": {"name": HOSTILE, "packages": {HOSTILE: HOSTILE}}, "achieved": {"summary": HOSTILE, "counts": {}}}
+    return [
+        run_event(run=HOSTILE, command=[HOSTILE], machine={"id": HOSTILE, "gpu": HOSTILE}, versions={HOSTILE: HOSTILE})
+        | {"release": True, "must_pass": [f"{HOSTILE}::{HOSTILE}"]},
+        case_event(case, model=HOSTILE, format=HOSTILE, device=HOSTILE, spec={HOSTILE: [HOSTILE]}, hops=[made])
+        | {"case": HOSTILE},
+        *(claim_event(HOSTILE, f"test_{word}_{HOSTILE}", word, HOSTILE, **details) for word in VERDICTS),
+        end_event(1),
+    ]
+
+
+class Elements(HTMLParser):
+    """Collects what a browser would see as elements, attributes and comments."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.comments: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_comment(self, data: str) -> None:
+        self.comments.append(data)
+
+
+def written(tmp_path: Path, lines: Iterable[Event]) -> dict[str, str]:
+    paths = reports.write([write_record(tmp_path / "run", lines)], tmp_path / "out")
+    return {kind: path.read_text(encoding="utf-8") for kind, path in paths.items()}
+
+
+def test_hostile_text_is_escaped_in_html(tmp_path: Path) -> None:
+    page = Elements(written(tmp_path, hostile_record())["html"])
+    assert [attributes for tag, attributes in page.seen if tag == "script"] == [{}]  # our own, and no other
+    assert page.comments == []
+    for _, attributes in page.seen:
+        assert not any(name.startswith("on") for name in attributes)
+        assert not (attributes.get("href") or "").startswith("javascript:")
+
+
+def test_hostile_text_is_escaped_in_markdown(tmp_path: Path) -> None:
+    text = written(tmp_path, hostile_record())["markdown"]
+    blocks = re.sub(r"^  (`{3,})sh\n.*?^  \1$", "CODE", text, flags=re.DOTALL | re.MULTILINE)
+    unescaped = re.sub(r"\\[^\w\s]", "", blocks)
+    outside_code = re.sub(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)", "CODE", unescaped)
+    assert not re.search(r"<(?!!-- -->)", outside_code)
+    assert "@team" not in outside_code and "#12" not in outside_code and "](javascript" not in outside_code
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    widths = {len(re.findall(r"(?<!\\)\|", line)) for line in rows[:2]}
+    assert len(widths) == 1, "a bar in a name would add a column"
+
+
+def test_hostile_text_leaves_valid_xml_and_json(tmp_path: Path) -> None:
+    texts = written(tmp_path, hostile_record())
+    ET.fromstring(texts["junit"])
+    json.loads(texts["json"], parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    for text in texts.values():
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", text)
+
+
+def test_the_html_loads_nothing_from_outside(tmp_path: Path) -> None:
+    text = written(tmp_path, every_verdict())["html"]
+    for _, attributes in Elements(text).seen:
+        assert "src" not in attributes and "srcset" not in attributes and "action" not in attributes
+    assert "@import" not in text and "url(" not in text and "fetch(" not in text and "XMLHttp" not in text
+    outside = {
+        (tag, attributes["href"])
+        for tag, attributes in Elements(text).seen
+        if (attributes.get("href") or "#")[0] != "#"
+    }
+    assert outside == {("link", "data:,"), ("a", WAIVER["issue"])}
+
+
+def test_the_html_opens_with_the_verdict_and_leads_from_each_field_to_its_details(tmp_path: Path) -> None:
+    text = written(tmp_path, every_verdict())["html"]
+    assert text.index("NOT QUALIFIED</h1>") < text.index("What failed") < text.index('class="matrix"')
+    page = Elements(text)
+    targets = {attributes["id"] for _, attributes in page.seen if "id" in attributes}
+    links = {(attributes.get("href") or "")[1:] for tag, attributes in page.seen if tag == "a" and "href" in attributes}
+    assert {link for link in links if link.startswith(("c", "r"))} <= targets
+    assert sum(link.startswith("c0-") for link in links) == len(VERDICTS)
+
+
+def test_the_html_shows_what_was_observed_and_allowed(tmp_path: Path) -> None:
+    text = written(tmp_path, every_verdict())["html"]
+    for piece in ("3.21 px", "≤ 1 px", "3.21 × the allowed", "went unnoticed", "sha256" not in text or "9d41c2be9d41", WAIVER["owner"]):
+        assert str(piece) in text or piece is True
+    assert "claim insensitive" in text and "a slow-down of 4.5 %" in text
+
+
+@pytest.mark.parametrize("url", ["javascript:alert(1)", "data:text/html,x", "//evil", "https:", "http://[", "issue 7"])
+def test_only_web_addresses_become_links(url: str) -> None:
+    assert html.link(url) == ""
+
+
+def test_junit_has_a_test_for_each_claim(tmp_path: Path) -> None:
+    root = ET.fromstring(written(tmp_path, every_verdict())["junit"])
+    counts = {name: int(root.get(name, "")) for name in ("tests", "failures", "errors", "skipped")}
+    assert counts == {"tests": 13, "failures": 3, "errors": 3, "skipped": 5}
+    found = root.find("./testsuite[@name='best-onnx-fp16-ort-cpu']/testcase[@name='claim fail']/failure")
+    assert found is not None and found.get("message") == "FAIL: what FAIL says"
+    assert "observed 3.21 px, allowed ≤ 1 px" in (found.text or "")
+
+
+@pytest.mark.parametrize("lines", [one_case("PASS", code=0)[:-1], one_case("SKIPPED", code=5), one_case("PASS", code=1)])
+def test_junit_is_red_for_a_run_that_proves_nothing(tmp_path: Path, lines: list[Event]) -> None:
+    assert ET.fromstring(written(tmp_path, lines)["junit"]).get("errors") == "1"
+
+
+def test_json_has_the_numbers_without_the_raw_samples(tmp_path: Path) -> None:
+    result = json.loads(written(tmp_path, every_verdict())["json"])
+    assert result["verdict"] == "NOT QUALIFIED" and result["counts"] == dict.fromkeys(VERDICTS, 1)
+    (case,) = result["cases"]
+    (timing,) = [entry for entry in case["claims"] if entry["verdict"] == "INCONCLUSIVE"]
+    assert timing["measurement"]["samples"] == [60] * 5 and "processes" not in timing["measurement"]
+    assert timing["gate"]["mde"] == 0.045
+
+
+def test_five_hundred_cases_are_quick_and_the_markdown_stays_small(tmp_path: Path) -> None:
+    lines = [run_event()]
+    measured = timed(24.0, baseline=20.0)
+    for index in range(500):
+        case = f"model{index}-onnx-fp16-ort-cpu"
+        lines.append(case_event(case))
+        words = ["FAIL" if index % 5 == 0 else "PASS", *["PASS"] * 10]
+        lines += [
+            claim_event(case, f"test_claim_{column}", word, "0.4 px", comparisons=[comparison(), comparison()], power=POWER)
+            for column, word in enumerate(words)
+        ]
+        lines.append(claim_event(case, "test_p50_within_baseline", "PASS", **measured))
+    folder = write_record(tmp_path / "run", [*lines, end_event(1)])
+    start = time.perf_counter()
+    paths = reports.write([folder], tmp_path / "out")
+    assert time.perf_counter() - start < 5
+    text = paths["markdown"].read_bytes()
+    assert len(text) < 60_000
+    assert "more cases; the HTML report has all of them".encode() in text
+
+
+def test_long_hostile_names_do_not_make_the_markdown_long(tmp_path: Path) -> None:
+    long = "`|<@" * 5_000
+    claims = [claim_event(long + str(index), f"test_{index}{long}", "FAIL", long, **timed(2.0)) for index in range(100)]
+    folder = write_record(tmp_path, [run_event(run=long, machine={"id": long}), *claims, end_event(1)])
+    assert len(markdown.render(merge([read_record(folder)])).encode()) < markdown.LIMIT
+
+
+def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file in the way")
+    folder = write_record(tmp_path / "run", every_verdict())
+    with pytest.raises(BadRequest, match="cannot write the report into .*out") as caught:
+        reports.write([folder], tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
+def test_writing_again_replaces_the_files_and_leaves_nothing_else(tmp_path: Path) -> None:
+    folder = write_record(tmp_path / "run", every_verdict())
+    for _ in range(2):
+        paths = reports.write([folder], tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "report.json", "report.md", "report.xml"]
+    assert set(paths) == {"html", "markdown", "junit", "json"}
+
+
+@pytest.mark.parametrize(
+    ("name", "reads"),
+    [
+        ("test_outputs_match_reference", "outputs match reference"),
+        ("test_p50_within_baseline", "p50 within baseline"),
+        ("test_batch_rows_agree[min_opt]", "batch rows agree [min_opt]"),
+    ],
+)
+def test_names_of_claims_read_as_sentences(name: str, reads: str) -> None:
+    assert wording.sentence(name) == reads

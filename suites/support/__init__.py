@@ -1,0 +1,1 @@
+"""What the claims stand on: cases, comparisons, power, gate, verdicts, machine, record."""

@@ -1,0 +1,195 @@
+"""Cases: model x ExportSpec x runtime x device. A case's id keys tests, baselines, waivers and reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exporters import formats
+from exporters.errors import BadRequest, NotSupported, ToolchainMissing
+from exporters.formats import Runtime
+from exporters.models.catalog import from_checkpoint, from_table, locate
+from exporters.models.spec import ModelSpec
+from exporters.spec import ExportSpec, Precision, parse_device, request
+from suites.support.config import Project
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the matrix. `because` says why it is not supported, `missing` which package or file is not here."""
+
+    spec: ExportSpec
+    runtime: Runtime
+    because: str = ""
+    missing: str = ""
+
+    @property
+    def id(self) -> str:
+        """`yolov8n-onnx-fp16-ort-cpu`, and every option that is not the default appended in order (`.b8.dyn`)."""
+        spec = self.spec
+        parts = [spec.model.name, spec.format, spec.precision.value, self.runtime.id, self.runtime.device]
+        return "-".join(parts) + "".join("." + o for o in _options(spec))
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        return (("cuda",) if self.runtime.device == "cuda" else ()) + (("trt",) if "trt" in self.runtime.id else ())
+
+    @property
+    def device(self) -> str:
+        return self.spec.device if self.runtime.device == "cuda" else "cpu"
+
+    def command(self, claim: str = "") -> str:
+        """The command that judges this case alone."""
+        spec = self.spec
+        model = str(spec.model.weights) if spec.model.factory.startswith("exporters.models.yolov8:") else spec.model.name
+        words = ["exportgate", "qualify", _quoted(model), "--format", spec.format, "--precision", spec.precision.value]
+        if spec.model.has_images:
+            words += ["--imgsz", ",".join(map(str, spec.imgsz))]
+        words += ["--batch", str(spec.batch)] if spec.batch != 1 else []
+        words += ["--dynamic"] if spec.dynamic else []
+        words += ["--optimize"] if spec.optimize else []
+        words += ["--no-simplify"] if not spec.simplify else []
+        words += ["--opset", str(spec.opset)] if "opset" in spec.changed() else []
+        words += ["--data", _quoted(spec.data)] if spec.data else []
+        words += ["--split", spec.split] if spec.split != "val" else []
+        words += ["--fraction", f"{spec.fraction:g}"] if spec.fraction != 1.0 else []
+        words += ["--device", self.device] if self.device != "cpu" else []
+        return " ".join(words) + (f" --claim {claim}" if claim else "")
+
+
+def _quoted(text: str) -> str:
+    import shlex
+
+    return shlex.quote(text)
+
+
+def _options(spec: ExportSpec) -> list[str]:
+    """Options that differ from the defaults, as short words."""
+    words: list[str] = []
+    if spec.imgsz != spec.model.imgsz and spec.model.has_images:
+        words.append(f"{spec.imgsz[0]}x{spec.imgsz[1]}")
+    words += [f"b{spec.batch}"] if spec.batch != 1 else []
+    words += ["dyn"] if spec.dynamic else []
+    words += ["opt"] if spec.optimize else []
+    words += ["raw"] if not spec.simplify else []
+    words += [f"op{spec.opset}"] if "opset" in spec.changed() else []
+    words += [f"cal-{Path(spec.data).stem}"] if spec.data else []
+    words += [spec.split] if spec.split != "val" else []
+    words += [f"f{spec.fraction:g}"] if spec.fraction != 1.0 else []
+    return words
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the options of a run ask for; empty means the project's matrix."""
+
+    model: str = ""
+    formats: tuple[str, ...] = ()
+    precisions: tuple[str, ...] = ()
+    options: Mapping[str, Any] = ()  # type: ignore[assignment]  # of exporters.spec.request, from the command line
+    task: str = ""
+
+
+def matrix(project: Project, selection: Selection) -> list[Case]:
+    """The cases of a run, in order. No cell is filtered out silently: what cannot be done is a case with `because`.
+
+    Raises:
+        BadRequest: a name, file or value that cannot be used; two cases with one id; nothing that can be asked for.
+    """
+    chosen_formats = [formats.canonical(f) for f in selection.formats]
+    chosen_precisions = [Precision.parse(p) for p in selection.precisions]
+    cases = _asked(project, selection, chosen_formats, chosen_precisions) if selection.model else _own(project, selection, chosen_formats, chosen_precisions)
+    seen: dict[str, Case] = {}
+    for case in cases:
+        if case.id in seen:
+            raise BadRequest(f"two cases have the id {case.id}", "remove one of them from the matrix")
+        seen[case.id] = case
+    return list(seen.values())
+
+
+def find_model(project: Project, selection: Selection) -> ModelSpec:
+    """The model that `--model` names: one of the project's, or a checkpoint's path."""
+    if selection.model in project.models:
+        return from_table(selection.model, project.models[selection.model], project.folder)
+    if selection.model.startswith("package:"):
+        return from_checkpoint(locate(selection.model, project.folder), task=selection.task)
+    path = Path(selection.model).expanduser()
+    if not path.exists() and project.models and "/" not in selection.model and not path.suffix:
+        raise BadRequest(f"model '{selection.model}' is neither a file nor one of the project's", "models: " + ", ".join(project.models))
+    return from_checkpoint(path, task=selection.task)
+
+
+def _asked(project: Project, selection: Selection, chosen: Sequence[str], precisions: Sequence[Precision]) -> list[Case]:
+    """format x precision of one model, with the same options for all."""
+    model = find_model(project, selection)
+    chosen = chosen or [f for f in project.matrix.get("formats", sorted(formats.registry()))]
+    wanted = precisions or [Precision.FP32]
+    if not any(p in formats.get(f).precisions for f in chosen for p in wanted):
+        raise BadRequest(f"precision {', '.join(wanted)} is not one of {', '.join(chosen)}",
+                         "; ".join(f"{f} has {', '.join(formats.get(f).precisions)}" for f in chosen))
+    cells = [(f, p) for f in dict.fromkeys(chosen) for p in dict.fromkeys(wanted)]
+    return [case for f, p in cells for case in _cases(model, f, p, selection.options, len(chosen) > 1)]
+
+
+def _cases(model: ModelSpec, format_id: str, precision: Precision, options: Mapping[str, Any], several: bool) -> Iterable[Case]:
+    """A cell's cases, one for each runtime on the device that is asked for."""
+    entry = formats.get(format_id)
+    given = dict(options)
+    if precision is not Precision.INT8:  # calibration belongs to INT8 alone
+        given = {k: v for k, v in given.items() if k not in ("data", "split", "fraction")}
+    device = parse_device(given.get("device", "cpu"))
+    kind = device.split(":")[0]
+    if several:  # an option that one of several formats does not take is meant for the others
+        given = {k: v for k, v in given.items() if k in entry.options | {"imgsz"}}
+    because = ""
+    try:
+        spec = request(model, format_id, precision=precision.value, **given)
+    except NotSupported as error:
+        because = error.what
+        plain = {k: v for k, v in given.items() if k in ("imgsz", "device")}
+        spec = request(model, format_id, **plain).but(precision=precision, **_parsed(given))
+    runtimes = [r for r in entry.runtimes if r.device == kind]
+    if not runtimes:
+        return [Case(spec, Runtime("none", kind, ()), because or f"{entry.title} has no runtime on {kind}")]
+    return [Case(spec, r, because) for r in runtimes]
+
+
+def _parsed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The switches of a request that was not supported, so that its case's id still says them."""
+    return {k: given[k] for k in ("dynamic", "optimize", "simplify") if given.get(k) is not None}
+
+
+def _own(project: Project, selection: Selection, chosen: Sequence[str], precisions: Sequence[Precision]) -> list[Case]:
+    """The project's matrix: [matrix] formats x precisions, and every [[matrix.also]]; options narrow or change it."""
+    table = project.matrix
+    known = {"models", "formats", "precisions", "options", "also"}
+    unknown = next((k for k in table if k not in known), None)
+    if unknown:
+        raise BadRequest(f"exportgate.toml [matrix]: key '{unknown}' is not known", "keys: " + ", ".join(sorted(known)))
+    cases: list[Case] = []
+    for name in table.get("models", list(project.models)):
+        if name not in project.models:
+            raise BadRequest(f"exportgate.toml [matrix]: model '{name}' has no [models.{name}]", "add the table, or correct the name")
+        missing = ""
+        try:
+            model = from_table(name, project.models[name], project.folder)
+        except ToolchainMissing as error:
+            missing = str(error)
+            model = ModelSpec(name, "exporters.models.yolov8:build", imgsz=(640, 640), stride=32)
+        rows: list[dict[str, Any]] = [{"format": f, "precision": p, **table.get("options", {})}
+                                      for f in table.get("formats", []) for p in table.get("precisions", ["fp32"])]
+        rows += [dict(r) for r in table.get("also", []) if r.get("model", name) == name]
+        for row in rows:
+            options = {k: v for k, v in row.items() if k not in ("format", "precision", "model")} | dict(selection.options)
+            format_id, precision = formats.canonical(str(row.get("format", ""))), Precision.parse(row.get("precision", "fp32"))
+            if (chosen and format_id not in chosen) or (precisions and precision not in precisions):
+                continue
+            if format_id == "pytorch" and precision is not Precision.FP32:
+                continue  # the reference itself, not a cell that was asked for
+            made = _cases(model, format_id, precision, options, "also" not in row and len(table.get("formats", [])) > 1)
+            cases += [Case(c.spec, c.runtime, c.because, missing) for c in made]
+    return list({c.id: c for c in cases}.values()) if selection.options else cases
+
+

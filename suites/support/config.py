@@ -1,0 +1,156 @@
+"""exportgate.toml: one file in a user's repository says which models, matrix, tolerances and waivers are judged."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from exporters.client import Limits
+from exporters.errors import BadRequest
+from exporters.spec import near
+
+FILE = "exportgate.toml"
+KEYS = {"models", "matrix", "tolerances", "latency", "limits", "waivers", "must_pass", "baselines"}
+
+
+@dataclass(frozen=True)
+class Waiver:
+    """A known failure that somebody answers for until a day."""
+
+    case: str
+    claim: str
+    reason: str
+    issue: str
+    owner: str
+    expires: date
+
+
+@dataclass(frozen=True)
+class Latency:
+    """The latency gate: `delta` is the slow-down that is let pass; FAIL only where the interval lies above it."""
+
+    delta: float = 0.02
+    processes: int = 5
+    seconds: float = 1.0
+    must_detect: float | None = None
+
+
+@dataclass(frozen=True)
+class Project:
+    """A parsed exportgate.toml; `folder` is where it lies, and relative paths in it start there."""
+
+    folder: Path
+    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    matrix: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    tolerances: Sequence[Mapping[str, Any]] = ()
+    latency: Latency = Latency()
+    limits: Limits = Limits()
+    waivers: tuple[Waiver, ...] = ()
+    must_pass: tuple[str, ...] = ()
+    baselines: Path = Path("baselines")
+
+
+def find_project(given: str | None, start: Path) -> Project:
+    """The project of `--project DIR`, else of `start`, else exportgate's own.
+
+    Raises:
+        BadRequest: the folder has no exportgate.toml, or it cannot be read.
+    """
+    if given is not None:
+        folder = Path(given).expanduser()
+        if not (folder / FILE).is_file():
+            raise BadRequest(f"project '{given}' has no {FILE}", f"write one, or name the folder that has it ({folder.resolve()} was looked at)")
+        return read_project(folder / FILE)
+    if (start / FILE).is_file():
+        return read_project(start / FILE)
+    # In a checkout our own file lies at the top; in a wheel it is packed beside the suites.
+    package = Path(__file__).resolve().parent.parent
+    own = next((p for p in (package.parent / FILE, package / FILE) if p.is_file()), None)
+    if own is None:
+        return Project(start)
+    project = read_project(own)
+    return project
+
+
+def read_project(path: Path) -> Project:
+    """Parses and checks a file; every mistake is one line that names the key."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadRequest(f"{path} is not TOML ({error})", "correct that line") from None
+    _only(data, KEYS, str(path))
+    folder = path.parent.resolve()
+    return Project(
+        folder=folder,
+        models={str(k): _table(v, f"{path} [models.{k}]") for k, v in _table(data.get("models", {}), f"{path} models").items()},
+        matrix=_table(data.get("matrix", {}), f"{path} [matrix]"),
+        tolerances=tuple(_tolerance(t, f"{path} [[tolerances]]") for t in data.get("tolerances", [])),
+        latency=_latency(_table(data.get("latency", {}), f"{path} [latency]"), f"{path} [latency]"),
+        limits=_limits(_table(data.get("limits", {}), f"{path} [limits]"), f"{path} [limits]"),
+        waivers=tuple(_waiver(w, f"{path} [[waivers]]") for w in data.get("waivers", [])),
+        must_pass=tuple(str(m) for m in data.get("must_pass", [])),
+        baselines=folder / str(data.get("baselines", "baselines")),
+    )
+
+
+def _only(table: Mapping[str, Any], keys: set[str], where: str) -> None:
+    unknown = next((k for k in table if k not in keys), None)
+    if unknown is not None:
+        raise BadRequest(f"{where}: key '{unknown}' is not known{near(unknown, sorted(keys))}", "keys: " + ", ".join(sorted(keys)))
+
+
+def _table(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise BadRequest(f"{where} is {type(value).__name__}, expected a table", "see README, 'A project of your own'")
+    return value
+
+
+def _number(table: Mapping[str, Any], key: str, where: str, default: float, low: float) -> float:
+    value = table.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < low:
+        raise BadRequest(f"{where}: {key} = {value!r}", f"give a number of at least {low:g}")
+    return float(value)
+
+
+def _latency(table: Mapping[str, Any], where: str) -> Latency:
+    _only(table, {"delta", "processes", "seconds", "must_detect"}, where)
+    must = _number(table, "must_detect", where, 0.0, 0.0) or None
+    return Latency(_number(table, "delta", where, 0.02, 0.0), int(_number(table, "processes", where, 5, 2)),
+                   _number(table, "seconds", where, 1.0, 0.05), must)
+
+
+def _limits(table: Mapping[str, Any], where: str) -> Limits:
+    names = {"export", "open", "run", "measure", "memory"}
+    _only(table, names, where)
+    return Limits(**{k: _number(table, k, where, 1.0, 0.1) for k in table})
+
+
+def _tolerance(value: Any, where: str) -> Mapping[str, Any]:
+    table = _table(value, where)
+    _only(table, {"precision", "group", "measure", "allowed", "reason", "relative"}, where)
+    missing = next((k for k in ("precision", "group", "measure", "allowed", "reason") if k not in table), None)
+    measures = {"max_abs", "mean_abs", "p99_abs", "max_rel", "mean_rel", "cosine", "snr_db"}
+    if missing or not str(table["reason"]).strip():
+        raise BadRequest(f"{where}: a tolerance has no {missing or 'reason'}", "give precision, group, measure, allowed and a reason from the arithmetic")
+    if table["measure"] not in measures:
+        raise BadRequest(f"{where}: measure '{table['measure']}' is not known", "measures: " + ", ".join(sorted(measures)))
+    _number(table, "allowed", where, 0.0, 0.0)
+    return table
+
+
+def _waiver(value: Any, where: str) -> Waiver:
+    table = _table(value, where)
+    fields = ("case", "claim", "reason", "issue", "owner", "expires")
+    _only(table, set(fields), where)
+    missing = next((k for k in fields if not str(table.get(k, "")).strip()), None)
+    if missing:
+        raise BadRequest(f"{where}: the waiver of {table.get('case', '?')} has no {missing}", "a waiver has " + ", ".join(fields))
+    try:
+        expires = table["expires"] if isinstance(table["expires"], date) else date.fromisoformat(str(table["expires"]))
+    except ValueError:
+        raise BadRequest(f"{where}: expires '{table['expires']}' is not a date", "write it as 2027-01-31") from None
+    return Waiver(str(table["case"]), str(table["claim"]), str(table["reason"]), str(table["issue"]), str(table["owner"]), expires)
