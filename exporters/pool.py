@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from exporters import formats, toolchain
-from exporters.artifact import MANIFEST, Achieved, Artifact, TensorInfo, commit, list_files, read_manifest
+from exporters.artifact import MANIFEST, Achieved, Artifact, TensorInfo, commit, digest, list_files, read_manifest
 from exporters.client import Caller, InProcess, Limits, Worker
-from exporters.errors import ArtifactError, ExportError, ExportgateError, NotSupported, ParentFailed, ToolchainMissing
+from exporters.errors import ArtifactError, BadRequest, ExportError, ExportgateError, NotSupported, ParentFailed, ToolchainMissing
 from exporters.keys import export_key
 from exporters.measure import MeasurementPlan, Samples
+from exporters.models.spec import ModelSpec
 from exporters.metadata import Metadata, normalize
 from exporters.session import Array, Execution, Feeds
 from exporters.spec import ExportSpec
@@ -116,6 +118,7 @@ class Pool:
     progress: Callable[[str], None] = lambda line: None
     workers: dict[tuple[str, str, str], Caller] = field(default_factory=dict[tuple[str, str, str], Caller])
     fresh: list[str] = field(default_factory=list[str])  # keys of artifacts that this pool made, not found
+    weights: dict[str, str] = field(default_factory=dict[str, str])  # digest of each weights file when first seen
 
     def worker(self, chain: str, format_id: str, role: str, imports: Sequence[str] = ()) -> Caller:
         """The warm worker for this key; a new one where there is none or it died."""
@@ -131,13 +134,12 @@ class Pool:
         environment = toolchain.resolve(chain)
         return Worker(name, environment.python, imports, self.folder / f"{name}.log", self.limits)
 
-    def warm(self, spec: ExportSpec) -> None:
-        """Starts the workers that `export` of this request will need, so that they import while the caller goes on."""
-        entry = formats.get(spec.format)
-        for parent in entry.parents(spec):
-            self.warm(parent)
-        for step in entry.steps(spec):
-            self.worker(entry.toolchain, entry.id, step.role, step.imports)
+    def start_early(self, format_id: str) -> None:
+        """Starts the workers of a format's FP32 export before the request is known, so that they import meanwhile."""
+        entry = formats.get(format_id)
+        with suppress(ToolchainMissing):
+            for step in entry.steps(ExportSpec(ModelSpec("", ""), entry.id)):
+                self.worker(entry.toolchain, entry.id, step.role, step.imports)
 
     def export(self, spec: ExportSpec) -> Artifact:
         """The artifact of a request, from the cache or made now.
@@ -156,6 +158,8 @@ class Pool:
                 raise
             except ExportgateError as error:
                 raise ParentFailed(f"parent {parent.format} {parent.precision.value} failed: {error.what}", error.fix) from error
+        if spec.model.weights is not None:
+            self.weights.setdefault(str(spec.model.weights), digest(spec.model.weights))
         environment = toolchain.resolve(entry.toolchain)
         key = export_key(spec, [p.key for p in parents], environment.packages)
         final = toolchain.cache_root() / "artifacts" / f"{spec.model.name[:40]}-{entry.id}-{spec.precision.value}-{key[:16]}"
@@ -235,7 +239,14 @@ class Pool:
 @contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
     """An empty folder that is removed afterwards if it is still there (a finished artifact was renamed away)."""
-    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for stale in parent.iterdir():  # of runs that were killed
+            owner = stale.name.partition("-")[0]
+            if owner.isdecimal() and not psutil.pid_exists(int(owner)):
+                shutil.rmtree(stale, ignore_errors=True)
+    except OSError as error:
+        raise BadRequest(f"the cache {parent.parent} cannot be written ({error.strerror})", "set EXPORTGATE_CACHE to a folder of yours") from None
     folder = parent / f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
     folder.mkdir()
     try:

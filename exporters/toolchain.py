@@ -42,7 +42,7 @@ TOOLCHAINS: Mapping[str, Toolchain] = {
     t.name: t
     for t in (
         Toolchain("pytorch", ("torch", "numpy", "safetensors")),
-        Toolchain("onnx", ("onnx", "onnxruntime", "onnxscript", "onnxsim")),
+        Toolchain("onnx", ("onnx", "onnxruntime", "onnxscript", "onnxslim")),
     )
 }
 EITHER = {"onnxruntime": "onnxruntime-gpu"}

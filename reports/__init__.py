@@ -23,7 +23,7 @@ _REPORTS = {
 def write(runs: Sequence[Path], out: Path) -> dict[str, Path]:
     """Writes report.html, .md, .xml and .json of these records (run folders or record files) into the folder `out`.
 
-    Nothing is run again. Each file appears whole or not at all; the keys of the result are html, markdown, junit and json.
+    Nothing is run again. Each file appears whole or not at all; the result's keys are html, markdown, junit and json.
 
     Raises:
         BadRequest: a record cannot be read, or `out` cannot be written.
@@ -35,7 +35,9 @@ def write(runs: Sequence[Path], out: Path) -> dict[str, Path]:
         for path, text in texts.values():
             _replace(path, text)
     except OSError as error:
-        raise BadRequest(f"cannot write the report into {out}: {error.strerror}", "name a folder that is yours") from None
+        raise BadRequest(
+            f"cannot write the report into {out}: {error.strerror}", "name a folder that is yours"
+        ) from None
     return {kind: path for kind, (path, _) in texts.items()}
 
 
@@ -43,6 +45,6 @@ def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, cast
 
 from reports.events import Claim
 from reports.record import Row, Run, Summary
@@ -16,7 +16,7 @@ SCHEMA = 1
 
 
 def render(summary: Summary) -> str:
-    """The document as text. Figures that are not finite are the strings NaN, Infinity and -Infinity, as in the record."""
+    """The document as text. Figures that are not finite are the strings NaN, Infinity, -Infinity, as in the record."""
     document = {
         "schema": SCHEMA,
         "verdict": summary.verdict,
@@ -74,7 +74,7 @@ def _plain(value: Any) -> Any:
     if is_dataclass(value):
         return _plain(_fields(value))
     if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        return {str(name): _plain(item) for name, item in cast("Mapping[Any, Any]", value).items()}
     if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
+        return [_plain(item) for item in cast("list[Any]", value)]
     return value

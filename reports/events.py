@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 Verdict = Literal[
     "PASS",
@@ -265,11 +265,9 @@ class BadField(ValueError):
     """Raised when a field of a line is missing or of another type; says which one and what it holds."""
 
 
-# No report can show these: control characters (XML has no way to write them), lone surrogates (UTF-8 has none), and marks
-# that reorder the text around them, so that a name could read as another one.
-_UNSHOWABLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff\u200e\u200f\u2028-\u202e\u2066-\u2069]"
-)
+# No report can show these: control characters (XML has no way to write them), lone surrogates (UTF-8 has none), and
+# marks that reorder the text around them, so that a name could read as another one.
+_UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _SPECIAL = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 
 T = TypeVar("T")
@@ -328,7 +326,7 @@ def _anything(value: Any, place: str) -> Any:
     if isinstance(value, str):
         return clean(value)
     if isinstance(value, list):
-        return tuple(_anything(item, place) for item in value)  # pyright: ignore[reportUnknownVariableType]
+        return tuple(_anything(item, place) for item in cast("list[Any]", value))
     if isinstance(value, dict):
         return _mapping(_anything)(value, place)
     return value
@@ -338,7 +336,7 @@ def _mapping(convert: Convert) -> Convert:
     def apply(value: Any, place: str) -> Any:
         if not isinstance(value, dict):
             raise _refuse(place, value, "an object")
-        items: dict[str, Any] = value
+        items = cast("dict[str, Any]", value)
         return {clean(name): convert(item, f"{place}.{clean(name)}") for name, item in items.items()}
 
     return apply
@@ -348,7 +346,7 @@ def _sequence(convert: Convert) -> Convert:
     def apply(value: Any, place: str) -> Any:
         if not isinstance(value, list):
             raise _refuse(place, value, "a list")
-        items: list[Any] = value
+        items = cast("list[Any]", value)
         # Samples come by the hundred thousand: a list that is all floats needs no second look.
         if convert is _number and all(type(item) is float for item in items):
             return tuple(items)
@@ -380,7 +378,7 @@ def _record(kind: type[Any]) -> Convert:
     def apply(value: Any, place: str) -> Any:
         if not isinstance(value, dict):
             raise _refuse(place, value, "an object")
-        items: dict[str, Any] = value
+        items = cast("dict[str, Any]", value)
         found: dict[str, Any] = {}
         for name, convert, required in plan:
             if name in items:
@@ -399,7 +397,7 @@ def _converter(hint: Any) -> Convert:
     if hint in plain:
         return plain[hint]
     if is_dataclass(hint):
-        return _record(hint)  # pyright: ignore[reportArgumentType]
+        return _record(cast("type[Any]", hint))
     origin, inner = get_origin(hint), get_args(hint)
     if origin is tuple:
         return _sequence(_converter(inner[0]))

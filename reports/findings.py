@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from reports.events import FAILING, Claim, Comparison, Damage
 from reports.record import Row, Summary, Unmet
-from reports.wording import ADVICE, MISSING, arrow, number, percent, with_unit
+from reports.wording import ADVICE, MISSING, SLOWER, arrow, digits_apart, number, percent, with_unit
 
 # Measures whose bound is a lower one, needed only where a figure is NaN and cannot show on which side it fell.
 _HIGHER_IS_BETTER = frozenset({"cosine", "snr_db"})
@@ -26,7 +26,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Finding:
-    """One failure, or several claims of a case that fail for the same reason (an export that crashed fails them all)."""
+    """One failure, or several claims of a case that fail for one reason (an export that crashed fails them all)."""
 
     case: str
     where: str
@@ -60,15 +60,17 @@ def evidence(claim: Claim) -> Evidence | None:
         return _compared(decisive)
     if claim.gate:
         gate = claim.gate
-        bound = None if gate.delta is None else 1 + gate.delta
-        span = f" ({number(gate.low)} to {number(gate.high)})" if gate.low is not None else ""
-        excess = "" if gate.ratio is None else f"{gate.ratio - 1:+.1%} against its baseline"
-        return Evidence("median latency", f"{number(gate.ratio)} ×{span}", f"≤ {number(bound)} ×", excess)
+        limit = None if gate.delta is None else 1 + gate.delta
+        # What fails is the interval's lower end: it has to be told from the limit.
+        digits = digits_apart(gate.low, limit)
+        span = f" ({number(gate.low, digits)} to {number(gate.high, digits)})" if gate.low is not None else ""
+        change = "" if gate.ratio is None else f"{gate.ratio - 1:+.1%} against its baseline"
+        return Evidence("median latency", f"{number(gate.ratio)} ×{span}", f"≤ {number(limit, digits)} ×", change)
     return _compared(decisive) if decisive else None
 
 
 def decisive_comparison(comparisons: Sequence[Comparison]) -> Comparison | None:
-    """The worst failed comparison of the first hop that fails, since later hops inherit its damage; else the closest call."""
+    """The worst failed comparison of the first hop that fails, since later hops inherit its damage; or the closest."""
     failed = [entry for entry in comparisons if not entry.passed]
     if failed:
         return max((entry for entry in failed if entry.hop == failed[0].hop), key=_severity)
@@ -94,7 +96,8 @@ def excess(entry: Comparison) -> str:
     if entry.passed or observed is None or allowed is None or not math.isfinite(observed):
         return ""
     if bound(entry) == "≤":
-        return f"{number(observed / allowed, 3)} × the allowed" if allowed > 0 else ""
+        factor = observed / allowed if allowed > 0 else 0.0
+        return "" if factor < 1 else "just over the allowed" if factor < 1.01 else f"{number(factor, 3)} × the allowed"
     return f"{with_unit(allowed - observed, _unit(entry))} below the allowed"
 
 
@@ -105,11 +108,13 @@ def subject(entry: Comparison) -> str:
 
 
 def observed(entry: Comparison) -> str:
-    return with_unit(entry.observed, _unit(entry))
+    """The gated figure with its unit, precise enough to be told from its bound."""
+    return with_unit(entry.observed, _unit(entry), digits_apart(entry.observed, entry.allowed))
 
 
 def allowed(entry: Comparison) -> str:
-    return f"{bound(entry)} {with_unit(entry.allowed, _unit(entry))}"
+    """The bound with its direction and unit."""
+    return f"{bound(entry)} {with_unit(entry.allowed, _unit(entry), digits_apart(entry.observed, entry.allowed))}"
 
 
 def _unit(entry: Comparison) -> str:
@@ -154,7 +159,7 @@ def _finding(row: Row, claim: Claim, *, must_pass: bool) -> Finding:
         because=claim.because,
         evidence=evidence(claim),
         culprit=culprit(claim),
-        advice=ADVICE.get(claim.verdict, ""),
+        advice=SLOWER if claim.verdict == "FAIL" and claim.gate else ADVICE.get(claim.verdict, ""),
         reproduce=claim.reproduce,
         must_pass=must_pass,
     )

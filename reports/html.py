@@ -7,7 +7,7 @@ import hashlib
 import json
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from reports import findings, latency, picture, wording
-from reports.events import FAILING, GOOD, NEUTRAL, Claim, Comparison
+from reports.events import GOOD, NEUTRAL, Claim, Comparison
 from reports.record import Row, Summary, Unmet
 
 # The figures of a comparison beside the gated one: field, heading.
@@ -53,7 +53,12 @@ def render(summary: Summary) -> str:
         found=findings.findings(summary),
         boards=latency.boards(summary),
         matrix=matrix,
-        places={(row.where, row.case.case, cell.claim): cell.anchor for row, cells in matrix for cell in cells if cell.anchor},
+        places={
+            (row.where, row.case.case, cell.claim): cell.anchor
+            for row, cells in matrix
+            for cell in cells
+            if cell.anchor
+        },
         waivers=[(row, claim) for row in summary.rows for claim in row.claims.values() if claim.waiver],
         script=script,
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -79,11 +84,12 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    filters: dict[str, Callable[..., Any]] = {
         "sentence": wording.sentence,
         "number": wording.number,
         "ms": wording.milliseconds,
         "percent": wording.percent,
+        "cosine": wording.cosine,
         "size": wording.size,
         "duration": wording.duration,
         "moment": wording.moment,
@@ -93,12 +99,12 @@ def _environment() -> Environment:
         "link": link,
         "by_hop": by_hop,
         "percentiles": percentiles,
-        "digest": lambda text: text.removeprefix("sha256:")[:12],
+        "digest": wording.digest,
         "shell": shlex.join,
         "tally": tally,
     }
-    environment.tests |= {"failing": lambda word: word in FAILING, "good": lambda word: word in GOOD}
-    environment.globals |= {
+    environment.filters.update(filters)  # pyright: ignore[reportUnknownMemberType]
+    named: dict[str, Callable[..., Any]] = {
         "evidence": findings.evidence,
         "subject": findings.subject,
         "observed": findings.observed,
@@ -107,6 +113,7 @@ def _environment() -> Environment:
         "distribution": picture.latency,
         "ratio_picture": picture.ratio,
     }
+    environment.globals.update(named)  # pyright: ignore[reportUnknownMemberType]
     return environment
 
 

@@ -53,7 +53,9 @@ def _run(summary: Summary, run: Run) -> ET.Element:
     """A run that stopped, judged nothing or broke must be red in CI, even where each claim that it reached is green."""
     suite = ET.Element("testsuite", name=f"run {run.start.run}", timestamp=run.start.time, hostname=run.machine)
     _properties(suite, {"machine": run.machine, "exportgate": run.start.exportgate, "headline": summary.headline})
-    test = ET.SubElement(suite, "testcase", classname="exportgate", name="the run judged its claims to the end", time="0")
+    test = ET.SubElement(
+        suite, "testcase", classname="exportgate", name="the run judged its claims to the end", time="0"
+    )
     problem = f"the run {run.stopped}" if run.stopped else ""
     unfit = [remark for remark in summary.remarks if run.start.run in remark]
     if not run.stopped and summary.verdict == "NOTHING JUDGED":
@@ -93,7 +95,9 @@ def _outcome(test: ET.Element, claim: Claim, *, must_pass: bool) -> None:
         node = ET.SubElement(test, "failure", message=message, type=claim.verdict)
     elif claim.verdict in NEUTRAL or claim.verdict == "WAIVED":
         waiver = claim.waiver
-        reason = f" (waived by {waiver.owner} until {waiver.expires}: {waiver.reason}, {waiver.issue})" if waiver else ""
+        reason = (
+            f" (waived by {waiver.owner} until {waiver.expires}: {waiver.reason}, {waiver.issue})" if waiver else ""
+        )
         ET.SubElement(test, "skipped", message=message + reason, type=claim.verdict)
         return
     else:
@@ -101,7 +105,9 @@ def _outcome(test: ET.Element, claim: Claim, *, must_pass: bool) -> None:
     figures = evidence(claim)
     lines = [claim.because]
     if figures:
-        lines.append(f"{figures.what}: observed {figures.observed}, allowed {figures.allowed} {figures.excess}".rstrip())
+        lines.append(
+            f"{figures.what}: observed {figures.observed}, allowed {figures.allowed} {figures.excess}".rstrip()
+        )
     if claim.reproduce:
         lines.append(f"reproduce: {claim.reproduce}")
     node.text = "\n".join(line for line in lines if line)

@@ -15,7 +15,7 @@ _PRECISIONS = ("fp32", "fp16", "int8")
 
 @dataclass(frozen=True)
 class Timing:
-    """One measured case; `speed_up` is relative to PyTorch on the same model, input and device, where that was measured."""
+    """One measured case; `speed_up` is relative to PyTorch on the same model, input and device, if measured."""
 
     row: Row
     claim: Claim
@@ -87,7 +87,7 @@ def _kind(row: Row) -> tuple[str, ...]:
 
 
 def _slower_for_less(precision: str, siblings: Mapping[str, float | None]) -> str:
-    """Says when a lower precision is slower than a higher one of the same format and runtime: accuracy paid for nothing."""
+    """Says when a lower precision is slower than a higher one of the same format and runtime."""
     own = siblings.get(precision)
     if precision not in _PRECISIONS or not own:
         return ""

@@ -17,7 +17,7 @@ FINDINGS, MATRIX, LATENCY = 24_000, 20_000, 8_000
 # Characters of one text from the record; beyond it the HTML report has the rest.
 TEXT = 300
 
-# Characters that Markdown reads as markup wherever they stand, and what GitHub turns into links: mentions, issues, addresses.
+# What Markdown reads as markup wherever it stands, and what GitHub turns into links: mentions, issues, addresses.
 _MARKUP = re.compile(r"[\\`*\[\]|~]|(?<!\w)_|_(?!\w)")
 _LINKS = re.compile(r"[@#]|://|(?i:\bwww\.)")
 _BREAK = "<!-- -->"
@@ -38,7 +38,7 @@ def render(summary: Summary) -> str:
 
 
 def text(value: str, limit: int = TEXT) -> str:
-    """Untrusted text for a paragraph or a table's field: on one line, with nothing left that Markdown or HTML would read."""
+    """Untrusted text for a paragraph or a table: one line, with nothing left that Markdown or HTML would read."""
     flat = _cut(value, limit)
     flat = flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     flat = _MARKUP.sub(lambda found: "\\" + found.group(), flat)
@@ -91,7 +91,9 @@ def _failure(entry: Finding) -> str:
     figures = entry.evidence
     if figures:
         far = f" ({text(figures.excess)})" if figures.excess else ""
-        lines.append(f"  {text(figures.what)}: observed **{text(figures.observed)}**, allowed {text(figures.allowed)}{far}  ")
+        lines.append(
+            f"  {text(figures.what)}: observed **{text(figures.observed)}**, allowed {text(figures.allowed)}{far}  "
+        )
     if entry.because:
         lines.append(f"  {text(entry.because)}  ")
     if entry.culprit:
@@ -151,7 +153,7 @@ def _latency(found: Sequence[Board]) -> list[str]:
         "",
         "### Latency",
         "",
-        "| case | p50 ms | confidence | against PyTorch | against baseline | verdict |",
+        "| case | p50 ms | confidence | speed against PyTorch | against baseline | verdict |",
         "| --- | ---: | ---: | ---: | ---: | --- |",
     ]
     return head + _within(LATENCY, lines, "lines")

@@ -61,18 +61,22 @@ def latency(claim: Claim) -> Markup:
     p50 = measurement.p50
     span = (p50.low, p50.high) if p50 and _drawable(p50.low) and _drawable(p50.high) else None
     value = p50.value if p50 and _drawable(p50.value) else None
-    lanes = [_Lane("this run", "now", samples, _medians(measurement.processes), value, span, 92, 62, -1)]
+    lanes = [_Lane("this run", "now", samples, _medians(measurement.processes), value, span, 116, 86, -1)]
     baseline = claim.baseline
     if baseline:
         name = f"baseline {baseline.date[:10]}".strip()
         below = thinned(baseline.processes)
         then = baseline.p50 if _drawable(baseline.p50) else None
-        lanes.append(_Lane(name, "then", below, _medians(baseline.processes), then, None, 94, 50, 1))
+        lanes.append(_Lane(name, "then", below, _medians(baseline.processes), then, None, 118, 64, 1))
     axis = _axis(lanes)
-    height = 196 if baseline else 134
-    parts = [_axis_marks(axis, height), *(_drawn(lane, axis) for lane in lanes), _limit(axis, baseline, claim.gate, height)]
+    height = 234 if baseline else 158
+    parts = [
+        _axis_marks(axis, height),
+        *(_drawn(lane, axis) for lane in lanes),
+        _limit(axis, baseline, claim.gate, height),
+    ]
     beyond = [sample for process in measurement.processes for sample in process if sample > axis.high]
-    caption = f"; {len(beyond):,} samples beyond the axis, up to {milliseconds(max(beyond))} ms" if beyond else ""
+    caption = f"; beyond the axis: {len(beyond):,}, the slowest {milliseconds(max(beyond))} ms" if beyond else ""
     return Markup('<figure class="picture">{}<figcaption>{}{}</figcaption></figure>').format(
         _svg(height, f"Distribution of latency, {lanes[0].name}{' and ' + lanes[1].name if baseline else ''}", parts),
         "Share of inferences by latency; each dot is the median of one process, the band the confidence of p50",
@@ -92,19 +96,32 @@ def ratio(gate: Gate) -> Markup:
     verdict = "bad" if low > limit else "good" if high < limit else "open"
     limit_x = axis.x(limit)
     parts = [
-        Markup('<rect class="beyond" x="{}" y="20" width="{}" height="26"/>').format(limit_x, round(RIGHT - limit_x, 1)),
+        Markup('<rect class="beyond" x="{}" y="20" width="{}" height="26"/>').format(
+            limit_x, round(RIGHT - limit_x, 1)
+        ),
         Markup('<line class="rule" x1="{0}" x2="{1}" y1="46" y2="46"/>').format(LEFT, RIGHT),
         _mark(axis.x(1), 20, 46, "one", "as fast as before", 60),
         _mark(limit_x, 20, 46, "limit", f"allowed {number(limit)}", 12),
-        Markup('<line class="interval {}" x1="{}" x2="{}" y1="33" y2="33"/>').format(verdict, axis.x(low), axis.x(high)),
+        Markup('<line class="interval {}" x1="{}" x2="{}" y1="33" y2="33"/>').format(
+            verdict, axis.x(low), axis.x(high)
+        ),
         Markup('<circle class="interval {}" cx="{}" cy="33" r="5"/>').format(verdict, axis.x(gate.ratio)),
+        _beside(axis.x(low), axis.x(high), f"{number(gate.ratio)} ×"),
     ]
-    label = f"Ratio to the baseline {number(gate.ratio)}, interval {number(low)} to {number(high)}, allowed {number(limit)}"
+    label = (
+        f"Ratio to the baseline {number(gate.ratio)}, interval {number(low)} to {number(high)}, allowed {number(limit)}"
+    )
     return Markup('<figure class="picture">{}</figure>').format(_svg(66, label, parts))
 
 
+def _beside(left: float, right: float, text: str) -> Markup:
+    """A label after an interval, or before it where there is no room."""
+    x, anchor = (right + 10, "start") if right < RIGHT - 70 else (left - 10, "end")
+    return Markup('<text class="label" x="{}" y="37" text-anchor="{}">{}</text>').format(round(x, 1), anchor, text)
+
+
 def thinned(processes: Sequence[Sequence[float]]) -> list[float]:
-    """About ENOUGH samples of all processes, evenly spaced in the order they were taken; those that cannot be drawn left out."""
+    """Some ENOUGH samples of all processes, evenly spaced in the order they were taken, but not the undrawable."""
     total = sum(len(process) for process in processes)
     step = max(1, math.ceil(total / ENOUGH))
     flat = (sample for process in processes for sample in process[::step])

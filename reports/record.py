@@ -1,7 +1,7 @@
 """Reading run records, and merging those of several machines into one verdict.
 
-Nothing is judged here again: the verdicts are the record's. What is added is what no single claim can say: whether the run came
-to its end, whether the must-pass list is met, and whether anything was judged at all.
+Nothing is judged here again: the verdicts are the record's. What is added is what no single claim can say: whether the
+run came to its end, whether the must-pass list is met, and whether anything was judged at all.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from exporters.errors import BadRequest
 from reports.events import FAILING, GOOD, BadField, Case, Claim, End, Start, Verdict, build
@@ -26,7 +26,7 @@ _STOPPED = {2: "was interrupted", 3: "broke with an internal error"}
 
 @dataclass(frozen=True)
 class Run:
-    """One record: `end` is None while it goes on or when it was cut off; `torn` tells that its last line was left out."""
+    """One record: `end` is None while it goes on or if it was cut off; `torn`: its last line was left out."""
 
     path: Path
     start: Start
@@ -57,7 +57,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Unmet:
-    """A must-pass entry that lacks PASS or WAIVED without being a failure of its own; `row` is None where it never ran."""
+    """A must-pass entry that lacks PASS or WAIVED without being a failure itself; `row` is None where it never ran."""
 
     case: str
     claim: str
@@ -70,7 +70,7 @@ class Unmet:
 
 @dataclass(frozen=True)
 class Summary:
-    """Several records as one matrix: rows are cases, columns the names of claims in the order they were first seen."""
+    """Several records as one matrix: rows are cases, columns the names of claims."""
 
     runs: tuple[Run, ...]
     rows: tuple[Row, ...]
@@ -81,6 +81,11 @@ class Summary:
     remarks: tuple[str, ...]
     verdict: Word
     headline: str
+
+    @property
+    def gist(self) -> str:
+        """The headline without the verdict that it opens with, for a place that shows both."""
+        return self.headline.partition(": ")[2]
 
     @property
     def release(self) -> bool:
@@ -95,7 +100,7 @@ def read_record(path: Path) -> Run:
     """The run recorded in a folder's record.jsonl, or in the file itself.
 
     Raises:
-        BadRequest: there is no record, or a line of it cannot be used; names file and line. Only the last line may be torn.
+        BadRequest: there is no record, or a line cannot be used; names file and line. Only the last one may be torn.
     """
     file = path / NAME if path.is_dir() else path
     try:
@@ -115,7 +120,7 @@ def read_record(path: Path) -> Run:
 
 
 def merge(runs: Sequence[Run]) -> Summary:
-    """One matrix of all runs. A case that ran several times keeps a row for each, so that no run hides another's failure.
+    """One matrix of all runs. A case that ran several times keeps a row for each: no run hides another's failure.
 
     Raises:
         BadRequest: no run is given, or one is given twice.
@@ -133,7 +138,7 @@ def merge(runs: Sequence[Run]) -> Summary:
     return Summary(
         runs=tuple(runs),
         rows=rows,
-        columns=tuple(dict.fromkeys(name for row in rows for name in row.claims)),
+        columns=_columns(rows),
         counts=counts,
         must_pass=wanted,
         unmet=unmet,
@@ -169,12 +174,13 @@ def _read_line(draft: _Draft, line: bytes, number: int, *, last: bool) -> None:
 
 
 def _take(draft: _Draft, event: Any) -> None:
-    kind = event.get("event") if isinstance(event, dict) else None  # pyright: ignore[reportUnknownMemberType]
+    line = cast("dict[str, Any]", event) if isinstance(event, dict) else {}
+    kind = line.get("event")
     if (kind == "run") is (draft.start is not None):
         raise BadField("the run event comes first, once")
     if kind == "run":
-        if event.get("schema") != SCHEMA:
-            raise BadField(f"the record has schema {event.get('schema')!r:.20}, this exportgate reads {SCHEMA}")
+        if line.get("schema") != SCHEMA:
+            raise BadField(f"the record has schema {line.get('schema')!r:.20}, this exportgate reads {SCHEMA}")
         draft.start = build(Start, event, "run")
         return
     draft.end = None  # whatever follows an end was added by a run that goes on
@@ -214,8 +220,14 @@ def _rows(run: Run, where: str) -> Iterator[Row]:
         yield Row(run, known.get(name) or Case(run.start.time, name, "", "", "", "", ""), found, where)
 
 
+def _columns(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Names of claims in the order of the fullest row, which a case with few of them (PyTorch's own) would upset."""
+    fullest = sorted(rows, key=lambda row: -len(row.claims))
+    return tuple(dict.fromkeys(name for row in fullest for name in row.claims))
+
+
 def _must_pass(rows: Sequence[Row], runs: Sequence[Run]) -> tuple[int, tuple[Unmet, ...]]:
-    """How many entries the release runs want, and those unmet. What one machine cannot run, another's release run may show."""
+    """How many entries the release runs want, and those unmet. What one run lacks, another release run may show."""
     release = {(row.run.start.run, row.case.case): row for row in rows if row.run.start.release}
     wanted: dict[tuple[str, str], None] = {}
     unmet: dict[tuple[str, str, str], Unmet] = {}
@@ -284,7 +296,9 @@ def _headline(
     unfit: Sequence[str],
 ) -> str:
     releases = sum(run.start.release for run in runs)
-    mode = f" (release, {releases} of {len(runs)} runs)" if 0 < releases < len(runs) else " (release)" if releases else ""
+    mode = (
+        f" (release, {releases} of {len(runs)} runs)" if 0 < releases < len(runs) else " (release)" if releases else ""
+    )
     failing = {word: number for word, number in counts.items() if word in FAILING}
     others = {word: number for word, number in counts.items() if word not in FAILING}
     failed = f"{sum(failing.values())} of {_count(sum(counts.values()), 'claim')} failed"

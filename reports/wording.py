@@ -28,7 +28,7 @@ ADVICE = {
     "ERROR": "Mend what the message names; the claim is not judged until then.",
     "TIMEOUT": "Find what hangs, or raise the time limit.",
     "CRASH": "Run the command with --in-process under a debugger; the worker's log holds its last words.",
-    "INCONCLUSIVE": "Quieten the machine (fixed clocks, nothing else running) or allow more processes, then measure again.",
+    "INCONCLUSIVE": "Quieten the machine (fixed clocks, nothing else running), or allow more processes.",
     "INSENSITIVE": "Bring feeds that make the model fire, or trained weights.",
     "NOT_SUPPORTED": "Take it off the must-pass list, or choose a runtime that supports it.",
     "SKIPPED": "Make the toolchain's environment (exportgate toolchain sync NAME) and run again.",
@@ -36,6 +36,9 @@ ADVICE = {
     "NOT_COMPARABLE": "Accept a baseline taken on this machine as it is now, or restore what changed.",
     "NEVER RAN": "Select the case, or take the entry off the must-pass list.",
 }
+
+# The same for a latency that fails its gate.
+SLOWER = "Find what made it slower, or accept the new figure as the baseline, with its reason."
 
 MISSING = "–"
 
@@ -55,12 +58,32 @@ def number(value: float | int | None, digits: int = 4) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}g}"
 
 
+def digits_apart(one: float | None, other: float | None) -> int:
+    """Significant digits that two different figures need to look different: 1.00004 against 1 must not read as 1 and 1."""
+    if one is None or other is None or one == other or not (math.isfinite(one) and math.isfinite(other)):
+        return 4
+    return next((digits for digits in range(4, 17) if number(one, digits) != number(other, digits)), 17)
+
+
 def milliseconds(value: float | None) -> str:
     """Three decimals below 10 ms, fewer above, so that a column of latencies keeps about four digits."""
     if value is None or not math.isfinite(value):
         return number(value)
     size = abs(value)
-    return f"{value:.4f}" if size < 0.1 else f"{value:.3f}" if size < 10 else f"{value:.2f}" if size < 100 else f"{value:.1f}"
+    return (
+        f"{value:.4f}"
+        if size < 0.1
+        else f"{value:.3f}"
+        if size < 10
+        else f"{value:.2f}"
+        if size < 100
+        else f"{value:.1f}"
+    )
+
+
+def cosine(value: float | None) -> str:
+    """Six decimals: a cosine says something only in its distance from 1."""
+    return number(value) if value is None or not math.isfinite(value) else f"{value:.6f}"
 
 
 def percent(value: float | None) -> str:
@@ -100,11 +123,16 @@ def moment(text: str) -> str:
     return f"{parsed.astimezone(UTC) if parsed.tzinfo else parsed:%Y-%m-%d %H:%M} UTC"
 
 
-def with_unit(value: float | None, unit: str) -> str:
+def with_unit(value: float | None, unit: str, digits: int = 4) -> str:
     """A figure and its unit, which is often empty."""
-    return f"{number(value)} {unit}".rstrip()
+    return f"{number(value, digits)} {unit}".rstrip()
 
 
 def arrow(hop: str) -> str:
     """The hop's two ends with a real arrow between them."""
     return hop.replace("->", "→")
+
+
+def digest(text: str) -> str:
+    """The first characters of a digest: enough to tell artifacts apart by eye."""
+    return text.removeprefix("sha256:")[:12]

@@ -18,7 +18,7 @@ import stat
 import struct
 import zipfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -27,8 +27,18 @@ import numpy as np
 
 from exporters.errors import BadRequest, CheckpointError
 from exporters.models.unpickle import (
-    MAX_PICKLE, NUMPY, Array, Refusal, Storage, Stub, Tensor, array, shown, unpickle, widened,
-)  # fmt: skip
+    MAX_PICKLE,
+    NUMPY,
+    Array,
+    Refusal,
+    Storage,
+    Stub,
+    Tensor,
+    array,
+    shown,
+    unpickle,
+    widened,
+)
 
 # The peer's classes of YOLOv8 and their tasks; the class decides, since the `task` beside it may be a default.
 _TASKS = {
@@ -113,30 +123,27 @@ def read_checkpoint(path: Path) -> Checkpoint:
         with path.open("rb") as file:
             before = os.fstat(file.fileno())
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            try:
-                found = _read(file, path.name, before.st_size)
-            except Refusal as refusal:
-                raise refusal.of(path.name) from None
+            state, layers, family, facts = _read(file, before.st_size)
             after = os.fstat(file.fileno())
+    except Refusal as refusal:
+        raise refusal.of(path.name) from None
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist", "give the path of a checkpoint") from None
-    except (OSError, ValueError) as error:
-        # ValueError: a path with a NUL character.
+    except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error})", "check the path and its permissions") from error
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise CheckpointError(f"{path} was written to while it was read", "wait until it is complete")
-    state, layers, family, facts = found
     return Checkpoint(path, digest, state, layers, family, **_normalized(path.name, facts))
 
 
 _Found = tuple[dict[str, Array], tuple[str, ...], str, dict[str, Any]]
 
 
-def _read(file: BinaryIO, name: str, size: int) -> _Found:
+def _read(file: BinaryIO, size: int) -> _Found:
     file.seek(0)
     head = file.read(4096)
     if head.startswith(b"PK\x03\x04"):
-        return _read_torch(_Archive(file, size), name)
+        return _read_torch(_Archive(file, size))
     if len(head) > 8 and head[8:9] == b"{":
         return _read_safetensors(file, int.from_bytes(head[:8], "little"), size)
     what, fix = _other_kind(head)
@@ -249,14 +256,15 @@ def _check_entry(entry: zipfile.ZipInfo) -> None:
         raise Refusal(what, "unpack it and zip it again without compression (zip -0), or save it again")
     if entry.flag_bits & 1:
         raise Refusal(f"has an encrypted entry, {shown(name)}", "unpack it, or save it again")
-    if "\0" in name or "\\" in name or ":" in name or not {"", ".", ".."}.isdisjoint(name.removesuffix("/").split("/")):
+    odd = "\0" in name or "\\" in name or name[1:3] == ":/"
+    if odd or not {"", ".", ".."}.isdisjoint(name.removesuffix("/").split("/")):
         raise Refusal(f"has an entry with an unsafe path, {shown(name)}", _RESAVE)
     if stat.S_ISLNK(entry.external_attr >> 16):
         raise Refusal(f"has a symbolic link in it, {shown(name)}", _RESAVE)
 
 
-def _read_torch(archive: _Archive, name: str) -> _Found:
-    root = unpickle(archive.pickle(), name)
+def _read_torch(archive: _Archive) -> _Found:
+    root = unpickle(archive.pickle())
     top: dict[Any, Any] = cast("dict[Any, Any]", root) if isinstance(root, dict) else {}
     weights = _weights(root, top)
     facts = {key: top[key] for key in ("author", "license", "version", "description", "date", "docs") if key in top}
@@ -292,7 +300,9 @@ def _weights(root: Any, top: dict[Any, Any]) -> Stub | dict[str, Tensor]:
                 return cast("dict[str, Tensor]", values)
     kind = root.origin.name if isinstance(root, Stub) else type(root).__name__
     has = ", ".join(shown(str(key)) for key in list(top)[:6]) or f"a {shown(kind)}"
-    what = f"holds no weights: no module and no dict of tensors, at the top or under {', '.join(_WEIGHTS)} (it has {has})"
+    what = (
+        f"holds no weights: no module and no dict of tensors, at the top or under {', '.join(_WEIGHTS)} (it has {has})"
+    )
     raise Refusal(what, _RESAVE)
 
 
@@ -306,7 +316,7 @@ def _children(value: Any) -> dict[Any, Any]:
 
 
 def _state_dict(model: Stub) -> dict[str, Tensor]:
-    """Names and tensors in the order of `torch.nn.Module.state_dict`: own parameters, own buffers, then each child's."""
+    """Names and tensors as `torch.nn.Module.state_dict` orders them: parameters, buffers, then those of each child."""
     state: dict[str, Tensor] = {}
     waiting: list[tuple[str, Stub, int]] = [("", model, 0)]
     visited = 0
@@ -316,7 +326,8 @@ def _state_dict(model: Stub) -> dict[str, Tensor]:
         # A module may be its own child, and one may be shared so often that the names never end.
         if visited > _MAX_MODULES or depth > _MAX_DEPTH:
             raise Refusal(f"has more than {_MAX_MODULES} modules, or nests them deeper than {_MAX_DEPTH}", _RESAVE)
-        hidden: Any = module.attrs.get("_non_persistent_buffers_set") or ()
+        hidden: Any = module.attrs.get("_non_persistent_buffers_set")
+        hidden = cast("set[Any]", hidden) if isinstance(hidden, set) else set[Any]()
         own = {**_attributes(module.attrs.get("_parameters"))}
         own |= {key: value for key, value in _attributes(module.attrs.get("_buffers")).items() if key not in hidden}
         for key, value in own.items():
@@ -351,7 +362,11 @@ def _arrays(tensors: Mapping[str, Tensor], archive: _Archive) -> dict[str, Array
 
 
 def _read_safetensors(file: BinaryIO, header: int, size: int) -> _Found:
-    from safetensors import SafetensorError, deserialize
+    # Not safetensors.numpy, which has no bfloat16; the same library checks the file here. Its stub lacks types.
+    from safetensors import SafetensorError
+    from safetensors import deserialize as untyped  # pyright: ignore[reportUnknownVariableType]
+
+    deserialize = cast("Callable[[bytes], list[tuple[str, dict[str, Any]]]]", untyped)
 
     if header > size - 8:
         raise Refusal(f"is a truncated safetensors file: a header of {header} bytes in a file of {size}", _AGAIN)
@@ -397,34 +412,29 @@ def _normalized(file: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         shape = shown(reprlib.repr(facts[key]))
         return CheckpointError(f"{file} has {key} {shape}, not {expected}", "correct it in the checkpoint")
 
-    def whole(value: Any) -> int | None:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 2**31
-        return int(value) if number and value == int(value) else None
-
-    def pair(key: str, *, single: bool) -> Any:
+    def whole(key: str, expected: str, *lengths: int) -> list[int] | None:
         value: Any = facts.get(key)
-        sides = [whole(side) for side in cast("list[Any]", value if isinstance(value, list | tuple) else [value])]
-        if value is None or (None not in sides and len(sides) == 2):
-            return None if value is None else tuple(sides)
-        if not single or len(sides) != 1 or sides[0] is None:
-            raise refused(key, "one or two whole numbers" if single else "two whole numbers")
-        return sides[0]
+        if value is None:
+            return None
+        numbers = cast("list[Any]", value if isinstance(value, list | tuple) else [value])
+        for number in numbers:
+            if type(number) not in (int, float) or not 0 < number < 2**31 or number != int(number):
+                raise refused(key, expected)
+        if not numbers or (lengths and len(numbers) not in lengths):
+            raise refused(key, expected)
+        return [int(number) for number in numbers]
 
-    stride: Any = facts.get("stride")
-    if stride is not None:
-        values = cast("list[Any]", stride if isinstance(stride, list | tuple) else [stride])
-        strides = [whole(value) for value in values]
-        if not strides or None in strides:
-            raise refused("stride", "whole numbers")
-        stride = max(cast("list[int]", strides))
-    text = {key: value for key, value in facts.items() if isinstance(value, str)}
+    stride = whole("stride", "whole numbers of pixels")
+    imgsz = whole("imgsz", "one or two whole numbers of pixels", 1, 2)
+    kpt_shape = whole("kpt_shape", "two whole numbers", 2)
+    text = {key: value for key, value in facts.items() if isinstance(value, str) and value}
     return {
         "names": _class_names(file, facts.get("names")),
-        "stride": stride,
+        "stride": max(stride) if stride else None,
         "task": text.get("task"),
-        "imgsz": pair("imgsz", single=True),
+        "imgsz": tuple(imgsz) if imgsz and len(imgsz) == 2 else imgsz and imgsz[0],
         "scale": text.get("scale"),
-        "kpt_shape": pair("kpt_shape", single=False),
+        "kpt_shape": kpt_shape and tuple(kpt_shape),
         "author": text.get("author"),
         "license": text.get("license"),
         "version": text.get("version"),
@@ -446,7 +456,7 @@ def _class_names(file: str, value: Any) -> dict[int, str] | None:
             raise BadRequest(f"{file} has the class name {shown(reprlib.repr((key, name)))}", fix)
         names[index] = str(name)
     if not names:
-        raise BadRequest(f"{file} has class names {shown(reprlib.repr(value))}, which name no class", fix)
+        raise BadRequest(f"{file} has class names that name no class", fix)
     missing = next(index for index in range(len(names) + 1) if index not in names)
     if missing < len(names):
         raise BadRequest(f"{file} has {len(names)} class names up to index {max(names)} but none for {missing}", fix)

@@ -1,9 +1,9 @@
 """Reads the pickle of a torch.save archive into inert objects; nothing of the file is ever executed.
 
-This is a machine of its own for the few opcodes that torch.save writes, not a subclass of `pickle.Unpickler`. That class
-calls `__setstate__`, `append`, `extend` and `__setitem__` of what it has built, reserves memory for any memo index the file
-names, and hashes tuples nested as deep as the file likes. Here a name of the file is looked up in an exact table, and the
-result is a `Stub`, a `Tensor` or a plain container that this module made itself.
+This is a machine of its own for the few opcodes that torch.save writes, not a subclass of `pickle.Unpickler`. That one
+calls `__setstate__`, `append`, `extend` and `__setitem__` of what it has built, reserves memory for any memo index that
+the file names, and hashes tuples nested as deep as the file likes. Here a name of the file is looked up in an exact
+table, and the result is a `Stub`, a `Tensor` or a plain container that this module made itself.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Array = npt.NDArray[Any]
 Make = Callable[[tuple[Any, ...]], Any]
 _T = TypeVar("_T")
 
-# The largest pickle seen (an unfinished training of YOLOv9t) has 0.4 MB. The caps keep the memory that a hostile file can
-# claim under about 1 GB: each byte of a pickle can make an object of some 60 bytes, each container one of some 200.
+# The largest pickle seen (YOLOv9t) has 0.34 MB. The caps keep what a hostile file can claim under about 1 GB of memory:
+# each byte of a pickle can make an object of some 60 bytes, each container one of some 200.
 MAX_PICKLE = 8 * 2**20
 MAX_OBJECTS = 2**20
 MAX_DIMENSIONS = 32
@@ -110,8 +110,8 @@ class Refusal(Exception):
         return (UnsafeFile if self.unsafe else CheckpointError)(f"{file} {self.what}", self.fix)
 
 
-def widened(raw: bytes | bytearray, dtype: str) -> Array:
-    """The elements of `raw`, 1-d, little-endian `dtype` of torch: bfloat16 as float32, bool as bool, a view otherwise."""
+def widened(raw: bytes | bytearray | memoryview, dtype: str) -> Array:
+    """The elements of little-endian `raw`, 1-d, of torch's `dtype`: bfloat16 as float32, others as themselves."""
     flat = np.frombuffer(raw, dtype=NUMPY[dtype])
     if dtype == "bfloat16":
         # bfloat16 is the upper half of a float32.
@@ -127,11 +127,14 @@ def array(tensor: Tensor, raw: bytes) -> Array:
         tensor: a view whose bounds `unpickle` has checked.
         raw: the bytes of its storage, of exactly the size that the storage says.
     """
-    flat = widened(raw, tensor.dtype)
+    itemsize = np.dtype(NUMPY[tensor.dtype]).itemsize
+    reach = 0 if 0 in tensor.shape else _reach(tensor.shape, tensor.stride) + 1
+    # Only what the view reaches is widened: many may share one storage.
+    flat = widened(memoryview(raw)[tensor.offset * itemsize : (tensor.offset + reach) * itemsize], tensor.dtype)
     if tensor.stride == _row_major(tensor.shape):
-        return flat[tensor.offset : tensor.offset + math.prod(tensor.shape)].reshape(tensor.shape).copy()
+        return flat.reshape(tensor.shape).copy()
     steps = [step * flat.itemsize for step in tensor.stride]
-    return np.lib.stride_tricks.as_strided(flat[tensor.offset :], tensor.shape, steps, writeable=False).copy(order="C")
+    return np.lib.stride_tricks.as_strided(flat, tensor.shape, steps, writeable=False).copy(order="C")
 
 
 def shown(text: str) -> str:
@@ -140,27 +143,16 @@ def shown(text: str) -> str:
     return plain if len(plain) <= 100 else f"{plain[:97]}..."
 
 
-def unpickle(data: bytes, file: str) -> Any:
+def unpickle(data: bytes) -> Any:
     """The pickle's root: None, bool, int, float, str, bytes, list, tuple, dict, set, Tensor, Storage, Name or Stub.
 
     Args:
-        data: the whole pickle.
-        file: the checkpoint's name, for messages.
+        data: the whole pickle, of at most MAX_PICKLE bytes.
 
     Raises:
-        UnsafeFile: the pickle names or calls something that is not in the table.
-        CheckpointError: it is damaged or too large, or it has layers that are not known (the model's family is named).
+        Refusal: unsafe, when the pickle names or calls something that is not in the table; otherwise it is damaged, has
+            too many objects, or has layers that are not known (the family of the model is named).
     """
-    if len(data) > MAX_PICKLE:
-        size = f"{len(data) / 2**20:.0f} MiB, the limit is {MAX_PICKLE // 2**20}"
-        raise CheckpointError(f"{file} has a data.pkl of {size}", _STATE_ONLY)
-    try:
-        return _run(data)
-    except Refusal as refusal:
-        raise refusal.of(file) from None
-
-
-def _run(data: bytes) -> Any:
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
@@ -259,10 +251,10 @@ def _run(data: bytes) -> Any:
                 _set_items(stack[-1], (key, value))
             elif op == 0x65:  # APPENDS
                 items = popped()
-                _of(stack[-1], list).extend(items)
+                _list(stack[-1]).extend(items)
             elif op == 0x61:  # APPEND
                 value = stack.pop()
-                _of(stack[-1], list).append(value)
+                _list(stack[-1]).append(value)
             elif op == 0x63:  # GLOBAL
                 middle = data.index(b"\n", position)
                 last = data.index(b"\n", middle + 1)
@@ -288,7 +280,7 @@ def _run(data: bytes) -> Any:
                 made += 1
             elif op == 0x90:  # ADDITEMS
                 items = popped()
-                _of(stack[-1], set).update(_keys(items))
+                cast("set[Any]", _of(stack[-1], set)).update(_keys(items))
             elif op == 0x95:  # FRAME
                 position += 8
             elif op == 0x80:  # PROTO
@@ -310,22 +302,35 @@ def _run(data: bytes) -> Any:
     return root
 
 
-def _opcode_refused(op: int) -> Refusal:
-    # Only for a message, hence not imported with the module. The codes: INST, OBJ, NEWOBJ_EX, EXT1, EXT2, EXT4, PERSID.
-    import pickletools
+# Opcodes that call code by name, or by a number or text that a program registered.
+_CALLING = {
+    0x69: "INST", 0x6F: "OBJ", 0x92: "NEWOBJ_EX", 0x82: "EXT1", 0x83: "EXT2", 0x84: "EXT4", 0x50: "PERSID"
+}  # fmt: skip
 
-    known = pickletools.code2op.get(chr(op))
-    if op in (0x69, 0x6F, 0x92, 0x82, 0x83, 0x84, 0x50) and known is not None:
-        what = f"uses the pickle opcode {known.name}, which torch.save never writes and which calls code by name"
+
+def _opcode_refused(op: int) -> Refusal:
+    if op in _CALLING:
+        what = f"uses the pickle opcode {_CALLING[op]}, which torch.save never writes and which can call any code"
         return Refusal(what, f"do not load this file; {_STATE_ONLY}", unsafe=True)
-    what = f"has the pickle opcode {known.name if known else hex(op)} in its data.pkl, which torch.save never writes"
-    return Refusal(f"is damaged: it {what}", _AGAIN)
+    return Refusal(f"is damaged, or not written by torch.save: its data.pkl has the opcode {op:#04x}", _AGAIN)
 
 
 def _of(value: Any, kind: type[_T]) -> _T:
     if type(value) is not kind:
         raise TypeError(f"{kind.__name__} expected, got {type(value).__name__}")
     return value
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return cast("tuple[Any, ...]", _of(value, tuple))
+
+
+def _list(value: Any) -> list[Any]:
+    return cast("list[Any]", _of(value, list))
+
+
+def _dict(value: Any) -> dict[Any, Any]:
+    return cast("dict[Any, Any]", _of(value, dict))
 
 
 def _keys(values: Iterable[Any]) -> list[Any]:
@@ -341,7 +346,7 @@ def _keys(values: Iterable[Any]) -> list[Any]:
 
 
 def _set_items(target: Any, items: list[Any] | tuple[Any, ...]) -> None:
-    _of(target, dict).update(zip(_keys(items[::2]), items[1::2], strict=True))
+    _dict(target).update(zip(_keys(items[::2]), items[1::2], strict=True))
 
 
 def _instance(origin: Any) -> Stub:
@@ -353,21 +358,21 @@ def _instance(origin: Any) -> Stub:
 
 def _called(callee: Any, arguments: Any) -> Any:
     name = _of(callee, Name)
-    return name.make(_of(arguments, tuple)) if name.make is not None else _instance(name)
+    return name.make(_tuple(arguments)) if name.make is not None else _instance(name)
 
 
 def _build(target: Any, state: Any) -> None:
     if type(target) is Stub:
-        # Objects with slots give (dict or None, dict of the slots); other states (of numpy's dtype, say) are not needed.
-        parts = cast("tuple[Any, ...]", state if type(state) is tuple else (state,))
-        target.attrs = {key: value for part in parts if type(part) is dict for key, value in part.items()}
+        # Objects with slots give (dict or None, dict of the slots); other states (numpy's dtype) are not needed.
+        parts = _tuple(state) if type(state) is tuple else (state,)
+        target.attrs = {key: value for part in parts if type(part) is dict for key, value in _dict(part).items()}
     else:
         # A state dict's own attributes, `_metadata`: versions of modules, which have no values.
-        _of(target, dict)
+        _dict(target)
 
 
 def _storage(pid: Any) -> Storage:
-    kind, origin, key, _location, size = _of(pid, tuple)
+    kind, origin, key, _location, size = _tuple(pid)
     if kind != "storage" or _of(origin, Name).role is not Role.STORAGE:
         raise ValueError("a persistent id that is no storage")
     if _of(size, int) < 0:
@@ -379,13 +384,18 @@ def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
+def _reach(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """How many elements behind a view's first element its last one lies."""
+    return sum((extent - 1) * step for extent, step in zip(shape, stride, strict=True))
+
+
 def _view(storage: Any, dtype: str, offset: Any, shape: Any, stride: Any) -> Tensor:
     if dtype not in NUMPY:
         raise Refusal(f"holds a tensor of {shown(dtype)}, which numpy has not", "save the weights in FP16 or FP32")
     elements = _of(storage, Storage).size
     if storage.dtype == _UNTYPED:
         elements //= np.dtype(NUMPY[dtype]).itemsize
-    extents, steps = _of(shape, tuple), _of(stride, tuple)
+    extents, steps = _tuple(shape), _tuple(stride)
     if len(extents) != len(steps) or len(extents) > MAX_DIMENSIONS:
         raise ValueError(f"a tensor of {len(extents)} dimensions and {len(steps)} strides")
     for value in (offset, *extents, *steps):
@@ -396,11 +406,12 @@ def _view(storage: Any, dtype: str, offset: Any, shape: Any, stride: Any) -> Ten
         if math.prod(filter(None, extents)) >= 2**31:
             raise ValueError("an empty tensor of a huge shape")
         return Tensor(storage, dtype, 0, extents, _row_major(extents))
-    last = offset + sum((extent - 1) * step for extent, step in zip(extents, steps, strict=True))
+    last = offset + _reach(extents, steps)
     if last >= elements:
         raise ValueError(f"a tensor that reaches element {last} of a storage of {elements}")
     if math.prod(extents) > elements:
-        raise ValueError(f"a tensor of {math.prod(extents)} elements over a storage of {elements}: save it .contiguous()")
+        # An expanded view: a few bytes of file could claim any amount of memory.
+        raise ValueError(f"a tensor of {math.prod(extents)} elements in a storage of {elements}: save it .contiguous()")
     return Tensor(storage, dtype, offset, extents, steps)
 
 
@@ -421,10 +432,9 @@ def _parameter(arguments: tuple[Any, ...]) -> Tensor:
 
 
 def _from_type(arguments: tuple[Any, ...]) -> Tensor:
-    rebuild = _of(arguments[0], Name).make
-    if rebuild not in (_tensor_v2, _tensor_v3):
-        raise ValueError("a tensor that is not rebuilt from a storage")
-    return cast("Tensor", rebuild(_of(arguments[2], tuple)))
+    # Only these two, by name: a chain of types within types could be as deep as the file likes.
+    rebuild = {"_rebuild_tensor_v2": _tensor_v2, "_rebuild_tensor_v3": _tensor_v3}[_of(arguments[0], Name).name]
+    return rebuild(_tuple(arguments[2]))
 
 
 def _ordered_dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
@@ -435,11 +445,11 @@ def _ordered_dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
 
 
 def _set(arguments: tuple[Any, ...]) -> set[Any]:
-    return set(_keys(_of(arguments[0], list) if arguments else ()))
+    return set(_keys(_list(arguments[0]) if arguments else ()))
 
 
 def _size(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    return _of(arguments[0], tuple)
+    return _tuple(arguments[0])
 
 
 def _method(arguments: tuple[Any, ...]) -> Stub:
@@ -453,7 +463,7 @@ def _method(arguments: tuple[Any, ...]) -> Stub:
 
 
 def _unsafe(module: str, name: str) -> Refusal:
-    what = f"names {shown(module)}.{shown(name)}, which is no part of a checkpoint and would run if the file were unpickled"
+    what = f"names {shown(module)}.{shown(name)}, which no checkpoint needs and which would run if it were unpickled"
     return Refusal(what, f"do not load this file; {_STATE_ONLY}", unsafe=True)
 
 
@@ -468,7 +478,7 @@ def _names() -> Iterable[Name]:
     classes["ultralytics.nn.modules"] = " ".join(layers.values())
     classes["ultralytics.nn.tasks"] = "DetectionModel SegmentationModel PoseModel OBBModel ClassificationModel"
     modules = {
-        "activation": "SiLU ReLU ReLU6 LeakyReLU PReLU ELU GELU Mish Hardswish Hardsigmoid Hardtanh Sigmoid Tanh Softmax",
+        "activation": "SiLU ReLU ReLU6 LeakyReLU PReLU ELU GELU Mish Hardswish Hardsigmoid Sigmoid Tanh Softmax",
         "batchnorm": "BatchNorm1d BatchNorm2d BatchNorm3d SyncBatchNorm",
         "container": "Sequential ModuleList ModuleDict",
         "conv": "Conv1d Conv2d Conv3d ConvTranspose2d",
@@ -488,8 +498,8 @@ def _names() -> Iterable[Name]:
         "ultralytics.utils": "IterableSimpleNamespace",
         "ultralytics.yolo.utils": "IterableSimpleNamespace",
         "ultralytics.utils.tal": "TaskAlignedAssigner RotatedTaskAlignedAssigner",
-        "ultralytics.utils.loss": "v8DetectionLoss v8SegmentationLoss v8PoseLoss v8OBBLoss v8ClassificationLoss BboxLoss "
-        "RotatedBboxLoss KeypointLoss DFLoss",
+        "ultralytics.utils.loss": "v8DetectionLoss v8SegmentationLoss v8PoseLoss v8OBBLoss v8ClassificationLoss "
+        "BboxLoss RotatedBboxLoss KeypointLoss DFLoss",
         "argparse": "Namespace",
         "types": "SimpleNamespace",
         "pathlib": "Path PosixPath WindowsPath PurePosixPath PureWindowsPath",
@@ -527,16 +537,16 @@ _TABLE = {(name.module, name.name): name for name in _names()}
 
 # Layers by which a family of models that exportgate does not know is recognized, the most telling first.
 _FAMILIES = {
-    "an RT-DETR": "RTDETRDetectionModel RTDETRDecoder HGStem HGBlock AIFI",
-    "a YOLO-World": "WorldModel WorldDetect C2fAttn ImagePoolingAttn",
-    "a YOLOE": "YOLOEModel YOLOESegModel YOLOEDetect YOLOESegment SAVPE",
-    "a YOLOv10": "v10Detect C2fCIB CIB SCDown PSA",
-    "a YOLO12": "A2C2f ABlock AAttn",
-    "a YOLO26": "Segment26 Pose26 OBB26 Proto26",
-    "a YOLO11 or YOLO26": "C3k2 C2PSA C3k",
-    "a YOLOv9": "RepNCSPELAN4 ELAN1 AConv ADown SPPELAN CBLinear CBFuse",
-    "a YOLOv8 with Ghost layers": "GhostConv C3Ghost GhostBottleneck",
-    "a YOLOv5": "C3",
+    "an RT-DETR model": "RTDETRDetectionModel RTDETRDecoder HGStem HGBlock AIFI",
+    "a YOLO-World model": "WorldModel WorldDetect C2fAttn ImagePoolingAttn",
+    "a YOLOE model": "YOLOEModel YOLOESegModel YOLOEDetect YOLOESegment SAVPE",
+    "a YOLOv10 model": "v10Detect C2fCIB CIB SCDown PSA",
+    "a YOLO12 model": "A2C2f ABlock AAttn",
+    "a YOLO26 model": "Segment26 Pose26 OBB26 Proto26",
+    "a YOLO11 or YOLO26 model": "C3k2 C2PSA C3k",
+    "a YOLOv9 model": "RepNCSPELAN4 ELAN1 AConv ADown SPPELAN CBLinear CBFuse",
+    "a YOLOv8 model with Ghost layers": "GhostConv C3Ghost GhostBottleneck",
+    "a YOLOv5 model": "C3",
 }
 
 
@@ -547,8 +557,8 @@ def _resolved(module: str, name: str, unknown: dict[str, Name]) -> Name:
     if module.startswith(("ultralytics.nn.", "torch.nn.modules.")) and name.isidentifier() and not name.startswith("_"):
         return unknown.setdefault(name, Name(module, name, Role.UNKNOWN))
     if module in ("models.yolo", "models.common", "models.experimental") and name.isidentifier():
-        what = f"is a checkpoint of the YOLOv5 or YOLOv7 repositories (it pickles {shown(module)}.{shown(name)})"
-        raise Refusal(f"{what}, a family that exportgate does not know", _FACTORY)
+        what = f"is a YOLOv5 or YOLOv7 model of its own repository (it has {shown(module)}.{shown(name)})"
+        raise Refusal(f"{what}, which exportgate does not know", _FACTORY)
     raise _unsafe(module, name)
 
 
@@ -559,7 +569,7 @@ def _unknown_layers(unknown: dict[str, Name]) -> Refusal:
     listed = ", ".join(shown(name) for name in list(unknown)[:6]) + (", ..." if len(unknown) > 6 else "")
     for family, layers in _FAMILIES.items():
         if not unknown.keys().isdisjoint(layers.split()):
-            what = f"is {family} model (it has {listed}), a family that exportgate does not know"
+            what = f"is {family} (it has {listed}), which exportgate does not know"
             return Refusal(what, _FACTORY)
     module = next(iter(unknown.values())).module
     plural = "s" if len(unknown) > 1 else ""

@@ -186,9 +186,7 @@ def _own(project: Project, selection: Selection, chosen: Sequence[str], precisio
             format_id, precision = formats.canonical(str(row.get("format", ""))), Precision.parse(row.get("precision", "fp32"))
             if (chosen and format_id not in chosen) or (precisions and precision not in precisions):
                 continue
-            if format_id == "pytorch" and precision is not Precision.FP32:
-                continue  # the reference itself, not a cell that was asked for
-            made = _cases(model, format_id, precision, options, "also" not in row and len(table.get("formats", [])) > 1)
+            made = _cases(model, format_id, precision, options, bool(selection.options))
             cases += [Case(c.spec, c.runtime, c.because, missing) for c in made]
     return list({c.id: c for c in cases}.values()) if selection.options else cases
 

@@ -1,0 +1,264 @@
+"""The command line. What judges starts pytest with the same options; nothing here imports torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from exporters.errors import BadRequest, ExportgateError
+from exporters.version import __version__
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns pytest's exit codes (0 good, 1 a verdict failed, 2 interrupted, 4 bad request, 5 nothing judged)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    words, further = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    options = _parser().parse_args(words)
+    try:
+        command: Callable[[argparse.Namespace, list[str]], int] = options.command
+        return command(options, further)
+    except ExportgateError as error:
+        print(f"exportgate: error: {error}", file=sys.stderr)
+        return 4 if isinstance(error, BadRequest) else 1
+    except KeyboardInterrupt:
+        print("exportgate: interrupted; nothing half-made was left", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 1
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        """One line and exit 4, as every bad request."""
+        self.exit(4, f"exportgate: error: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    from suites.options import MATRIX, REQUEST, RUN
+
+    parser = _Parser(prog="exportgate", description="Does the exported model still do what the PyTorch model does, and is it as fast as it was?")
+    parser.add_argument("--version", action="version", version=f"exportgate {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, command: Callable[[argparse.Namespace, list[str]], int], text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text)
+        made.set_defaults(command=command)
+        return made
+
+    qualify = add("qualify", _qualify, "Export, compare, measure and report a model; without MODEL the project's matrix.")
+    qualify.add_argument("model", nargs="?", metavar="MODEL", help="a checkpoint, or a model of exportgate.toml")
+    for name, settings in (*MATRIX, *REQUEST, *RUN):
+        qualify.add_argument(name, **settings)
+
+    check = add("check", _check, "Judge an artifact that somebody else's exporter made.")
+    check.add_argument("artifact", metavar="ARTIFACT")
+    check.add_argument("--model", required=True, metavar="MODEL", help="the checkpoint that it was made from")
+    check.add_argument("--trust", action="store_true", help="load it although loading it runs code that is in it")
+    for name, settings in (*MATRIX, *REQUEST, *RUN):
+        check.add_argument(name, **settings)
+
+    export = add("export", _export, "Export a model; the files go beside it or into --output, under the names that users know.")
+    export.add_argument("model", metavar="MODEL")
+    export.add_argument("--output", metavar="DIR", help="folder for the files (default: beside the checkpoint)")
+    export.add_argument("--overwrite", action="store_true", help="replace files that exportgate did not make")
+    for name, settings in (*MATRIX, *REQUEST):
+        export.add_argument(name, **settings)
+
+    shown = add("formats", _formats, "What this machine can do, cell by cell.")
+    shown.add_argument("--json", action="store_true", help="as JSON")
+
+    baseline = add("baseline", _baseline, "Accept measurements as baselines, or show them.")
+    actions = baseline.add_subparsers(dest="action", metavar="ACTION", required=True)
+    accept = actions.add_parser("accept", help="make a run's measurements the baselines")
+    accept.add_argument("run", metavar="RUN", help="folder of the run")
+    accept.add_argument("--reason", required=True, help="why; it is written into the file")
+    accept.add_argument("--case", action="append", default=[], metavar="ID", help="only this case (repeatable)")
+    accept.add_argument("--project", metavar="DIR")
+    show = actions.add_parser("show", help="list the baselines")
+    show.add_argument("--project", metavar="DIR")
+
+    report = add("report", _report, "Write the reports of run records again, or merge several into one.")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    report.add_argument("--output", metavar="DIR", help="where to (default: the first run's folder)")
+
+    chain = add("toolchain", _toolchain, "List the toolchains, or make one's environment.")
+    parts = chain.add_subparsers(dest="action", metavar="ACTION", required=True)
+    parts.add_parser("list", help="which are here, and where")
+    sync = parts.add_parser("sync", help="make (or repair) an environment with uv")
+    sync.add_argument("name", metavar="NAME")
+    return parser
+
+
+def _qualify(options: argparse.Namespace, further: list[str]) -> int:
+    return _pytest(options, ["--model", options.model] if options.model else [], further)
+
+
+def _check(options: argparse.Namespace, further: list[str]) -> int:
+    words = ["--artifact", options.artifact, "--model", options.model] + (["--trust"] if options.trust else [])
+    return _pytest(options, words, further)
+
+
+def _pytest(options: argparse.Namespace, words: list[str], further: list[str]) -> int:
+    """Starts pytest on the claims, with the options given; a user's own pytest settings stay out of it."""
+    import pytest
+
+    from suites.options import MATRIX, REQUEST, RUN
+
+    for name, settings in (*MATRIX, *REQUEST, *RUN):
+        value = getattr(options, settings.get("dest", name[2:].replace("-", "_")))
+        if settings.get("action", "").startswith("store_"):
+            words += [name] if value == (settings["action"] == "store_true") else []
+        elif value is not None:
+            words += [f"{name}={value}"]
+    claims = [str(p) for p in (PACKAGE / "conformance", PACKAGE / "accuracy", PACKAGE / "performance") if p.is_dir()]
+    os.environ["EXPORTGATE_COMMAND"] = "\0".join(["exportgate", *sys.argv[1:]])
+    fixed = ["-p", "suites.plugin", "-c", os.devnull, f"--rootdir={PACKAGE.parent}", "-p", "no:cacheprovider", "--tb=short", "-q",
+             "--benchmark-columns=min,median,max,rounds", "--benchmark-quiet", "--no-header", "-rN"]
+    return int(pytest.main([*fixed, *words, *further, *claims]))
+
+
+def _export(options: argparse.Namespace, further: list[str]) -> int:
+    from exporters import formats
+    from exporters.pool import Pool
+    from suites.support.cases import Selection, find_model
+    from suites.support.config import find_project
+
+    if not options.format:
+        raise BadRequest("export was given no format", "add --format, for example --format onnx")
+    project = find_project(options.project, Path.cwd())
+    names = [formats.canonical(f) for f in options.format.split(",") if f.strip()]
+    with Pool(project.limits) as pool, _progress(pool):
+        # Started before the checkpoint is read: importing torch is the longest part of a cold export.
+        for name in names:
+            pool.start_early(name)
+        model = find_model(project, Selection(options.model, task=options.task or ""))
+        for name in names:
+            start = time.perf_counter()
+            for path in _export_one(pool, model, name, options):
+                size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+                print(f"{name}: {path} ({size / 2**20:.1f} MiB, {time.perf_counter() - start:.1f} s)")
+                print(f"  check it: exportgate check {path} --model {options.model}"
+                      + (" --trust" if formats.get(name).is_code else "") + (f" --precision {options.precision}" if options.precision else ""))
+    return 0
+
+
+def _export_one(pool: Any, model: Any, name: str, options: argparse.Namespace) -> Iterator[Path]:
+    """Exports to one format and puts its file where users look for it."""
+    from exporters.placement import place
+    from exporters.spec import request
+    from suites.options import REQUEST_FIELDS
+
+    values = {k: getattr(options, k) for k in REQUEST_FIELDS}
+    spec = request(model, name, precision=options.precision, half=options.half, int8=options.int8, **values)
+    folder = Path(options.output) if options.output else (model.weights.parent if model.weights else Path.cwd())
+    yield place(pool.export(spec), folder, options.overwrite)
+
+
+@contextmanager
+def _progress(pool: Any) -> Iterator[None]:
+    """What the pool waits for: a spinner on a terminal, nothing more than results in a log."""
+    if not sys.stderr.isatty():
+        pool.progress = lambda line: print(line, file=sys.stderr, flush=True)
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("starting") as status:
+        pool.progress = status.update
+        yield
+
+
+def _formats(options: argparse.Namespace, further: list[str]) -> int:
+    from exporters import formats
+    from suites.support.availability import cells
+
+    rows = cells()
+    if options.json:
+        print(json.dumps([r.to_dict() for r in rows], indent=1))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("format", "precision", "runtime", "device", "here", title=f"exportgate {__version__}: what this machine can do")
+    for row in rows:
+        table.add_row(row.format, row.precision, row.runtime, row.device, row.state + (f": {row.because}" if row.because else ""))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    print(f"{len(formats.registry())} formats; options of each: " + "; ".join(f"{f.id}: {', '.join(sorted(f.options))}" for f in formats.registry().values()))
+    return 0
+
+
+def _baseline(options: argparse.Namespace, further: list[str]) -> int:
+    from suites.support.config import find_project
+
+    project = find_project(options.project, Path.cwd())
+    if options.action == "show":
+        return _show_baselines(project.baselines)
+    import reports
+    from suites.support.baseline import accept
+
+    run = reports.read_record(Path(options.run))
+    claims = [c for c in run.raw_claims() if c.get("measurement") and (not options.case or c["case"] in options.case)]
+    absent = next((c for c in options.case if c not in {x["case"] for x in claims}), None)
+    if absent or not claims:
+        raise BadRequest(f"run {options.run} measured " + (f"no case '{absent}'" if absent else "nothing"), "give a run whose latency claims were judged")
+    for claim in claims:
+        path, before, after = accept(project.baselines, str(run.start.machine["id"]), claim["case"], claim, options.reason)
+        print(f"{path}: p50 {after:.3f} ms" + (f", before {before:.3f} ms ({after / before - 1:+.1%})" if before else ", new"))
+    return 0
+
+
+def _show_baselines(folder: Path) -> int:
+    from suites.support.baseline import read_baseline
+
+    found = sorted(folder.glob("*/*.json"))
+    for path in found:
+        baseline = read_baseline(path)
+        assert baseline is not None
+        print(f"{path.parent.name}/{baseline.case}: p50 {baseline.p50:.3f} ms, {len(baseline.processes)} processes, {baseline.date}, {baseline.reason}")
+    print(f"{len(found)} baselines in {folder}")
+    return 0
+
+
+def _report(options: argparse.Namespace, further: list[str]) -> int:
+    import reports
+
+    runs = [Path(r) for r in options.runs]
+    out = Path(options.output) if options.output else (runs[0] if runs[0].is_dir() else runs[0].parent)
+    for path in reports.write(runs, out).values():
+        print(path)
+    print(reports.merge([reports.read_record(r) for r in runs]).headline)
+    return 0
+
+
+def _toolchain(options: argparse.Namespace, further: list[str]) -> int:
+    from exporters import toolchain
+    from exporters.client import environment_note
+    from exporters.errors import ToolchainMissing
+
+    if options.action == "sync":
+        print(f"making toolchain {options.name} with uv ...", file=sys.stderr, flush=True)
+        print(toolchain.sync(options.name))
+        return 0
+    width = shutil.get_terminal_size((120, 20)).columns
+    for name in toolchain.TOOLCHAINS:
+        try:
+            found = toolchain.resolve(name)
+            line = f"{name}: {found.python} ({environment_note(found.packages)})"
+        except ToolchainMissing as error:
+            line = f"{name}: missing; {error}"
+        print(line if not sys.stdout.isatty() else line[:width])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

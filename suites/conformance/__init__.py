@@ -1,0 +1,1 @@
+"""What an exported model has to do: one file a chapter."""

@@ -1,0 +1,105 @@
+"""Shapes that vary, and rows of a batch."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from exporters.errors import NotSupported
+from suites.support.bench import Bench, Outputs, cast
+from suites.support.compare import compare
+from suites.support.feeds import FeedSet
+
+
+def test_batch_rows_equal_single_images(case: Bench) -> None:
+    """Row i of a batch equals the same image alone in the reference, and the rows differ."""
+    batch = case.spec.batch if case.spec.batch > 1 else 3
+    if not case.model.has_batch or (case.spec.batch == 1 and not _varies(case)):
+        raise NotSupported("a fixed batch of 1 has one row")
+    feeds = case.guard(lambda: case.run.feeds(case.spec, batch, case.spec.imgsz))[0]
+    observed = _run(case, feeds)
+    first = {k: v[:1] for k, v in feeds.arrays.items()}
+    for row in range(batch):
+        alone = FeedSet(f"{feeds.name}, row {row}", {k: v[row : row + 1] for k, v in feeds.arrays.items()}, feeds.fires)
+        expected = case.expected(alone)
+        mine = {k: v[row : row + 1] for k, v in observed.items()}
+        _within(case, expected, mine, alone, f"row {row} of a batch of {batch}")
+        if row:
+            assert any(not np.array_equal(v[row : row + 1], first[k]) for k, v in feeds.arrays.items()), "the rows of the feeds do not differ"
+
+
+def test_random_shapes_match_reference(case: Bench) -> None:
+    """Any legal batch, height and width: the shape follows the input and the values are the reference's."""
+    if not _varies(case):
+        raise NotSupported("the shape of this artifact is fixed")
+    stride = case.model.stride
+    height, width = (max(1, s // stride) for s in case.spec.imgsz)
+
+    # Deterministic, since a gate's verdict may not depend on chance; few, since each shape runs the reference too.
+    @settings(max_examples=6, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck))
+    @given(batch=st.integers(1, 3), h=st.integers(1, height + 1), w=st.integers(1, width + 1))
+    def check(batch: int, h: int, w: int) -> None:
+        size = (h * stride, w * stride) if case.model.has_images else case.spec.imgsz
+        feeds = _resized(case, batch if case.model.has_batch else 1, size)
+        observed = _run(case, feeds)
+        expected = case.expected(feeds)
+        for name, want in expected.items():
+            assert name in observed, f"output {name} is missing"
+            assert observed[name].shape == want.shape, f"output {name} has shape {list(observed[name].shape)} for {batch}x{size}, expected {list(want.shape)}"
+        _within(case, expected, observed, feeds, f"batch {batch}, {size[0]}x{size[1]}")
+
+    check()
+
+
+def test_other_shapes_are_refused(case: Bench) -> None:
+    """An artifact of fixed shape refuses another one, or a dynamic one a size that is no multiple of the stride."""
+    from exporters.errors import FeedError
+
+    feeds = case.feeds()[0].arrays
+    name = case.model.inputs[0].name
+    array = feeds[name]
+    if _varies(case):
+        if case.model.stride == 1 or not case.model.has_images:
+            raise NotSupported("every size is legal for this model")
+        wrong = np.ascontiguousarray(array[..., :-1])
+    else:
+        wrong = np.concatenate([array, array])
+    session = case.session()
+    try:
+        case.guard(lambda: session.run(cast(session, {**feeds, name: wrong})))
+    except FeedError as error:
+        assert "expected" in str(error) or "multiple of the stride" in str(error), f"the refusal does not say what was expected: {error}"
+        return
+    raise AssertionError(f"input {name} of shape {list(wrong.shape)} was taken, though the artifact is made for {list(array.shape)}")
+
+
+def _varies(case: Bench) -> bool:
+    return case.spec.dynamic or case.spec.format == "pytorch"
+
+
+def _resized(case: Bench, batch: int, size: tuple[int, int]) -> FeedSet:
+    """The case's first feeds cut or repeated to another shape, so that they still hold what makes the model fire."""
+    arrays: Outputs = {}
+    for entry in case.model.inputs:
+        array = case.feeds()[0].arrays[entry.name]
+        shape = case.model.shape(entry, batch, size)
+        for axis, length in enumerate(shape):
+            array = np.take(array, np.arange(length) % array.shape[axis], axis)
+        if batch > 1 and len(shape) > 3:  # different rows
+            array = np.stack([np.roll(row, i * case.model.stride, -1) for i, row in enumerate(array)])
+        arrays[entry.name] = np.ascontiguousarray(array)
+    return FeedSet(f"{batch}x{size[0]}x{size[1]}", arrays, False)
+
+
+def _run(case: Bench, feeds: FeedSet) -> Outputs:
+    session = case.session()
+    return {k: np.array(v) for k, v in case.guard(lambda: session.run(cast(session, feeds.arrays))).items()}
+
+
+def _within(case: Bench, expected: Outputs, observed: Outputs, feeds: FeedSet, where: str) -> None:
+    rows = compare(expected, observed, case.model, case.spec.precision, hop=where, feeds=feeds.name, imgsz=case.spec.imgsz,
+                   overrides=case.run.project.tolerances)
+    failed = next((r for r in rows if not r.passed), None)
+    assert failed is None, f"{where}: {failed.line() if failed else ''}"

@@ -1,0 +1,50 @@
+"""Metadata survives the round trip through the file."""
+
+from __future__ import annotations
+
+from exporters import formats
+from exporters.errors import ArtifactError, NotSupported
+from exporters.metadata import Metadata
+from suites.support.bench import Bench
+
+
+def _metadata(case: Bench) -> Metadata:
+    if not formats.get(case.spec.format).keeps_metadata:
+        raise NotSupported(f"format {case.spec.format} holds no metadata")
+    try:
+        found = case.describe().metadata
+    except ArtifactError as error:
+        raise AssertionError(str(error)) from None
+    assert found is not None, "the artifact holds no metadata"
+    return found
+
+
+def test_class_names_survive_the_round_trip(case: Bench) -> None:
+    """Every index and every character of every name."""
+    names = _metadata(case).names
+    want = dict(case.model.names)
+    if names == want:
+        return
+    different = next((i for i in sorted({*names, *want}) if names.get(i) != want.get(i)), None)
+    raise AssertionError(f"class names differ at index {different}: {names.get(different)!r}, expected {want.get(different)!r} ({len(names)} names, expected {len(want)})")
+
+
+def test_metadata_describes_the_request(case: Bench) -> None:
+    """Stride, task, batch and image size are those that were asked for."""
+    found = _metadata(case)
+    want = {"stride": case.model.stride, "task": case.model.task, "batch": case.spec.batch, "imgsz": case.spec.imgsz}
+    for key, value in want.items():
+        got = getattr(found, key)
+        assert got == value, f"metadata {key} is {got!r}, expected {value!r}"
+
+
+def test_metadata_names_the_owner(case: Bench) -> None:
+    """Author and license are those of the model's owner, never ours nor another exporter's by default."""
+    found = _metadata(case)
+    if case.brought is not None:
+        raise NotSupported("whose name a brought artifact should carry is not known")
+    for key in ("author", "license"):
+        want = case.model.owner.get(key, "")
+        assert getattr(found, key) == want, f"metadata {key} is {getattr(found, key)!r}, expected {want!r}"
+    assert found.date, "metadata has no date"
+    assert found.version, "metadata has no version"

@@ -1,0 +1,120 @@
+"""Values: hop by hop against PyTorch, per channel group, with a proof that the comparison could have failed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from exporters.errors import NotSupported
+from exporters.spec import Precision
+from suites.support.bench import Bench, Outputs
+from suites.support.compare import Comparison, compare
+from suites.support.detections import detector_output, match
+from suites.support.feeds import FeedSet
+from suites.support.power import prove
+from suites.support.verdict import Judged, Verdict
+
+
+def test_outputs_match_reference(case: Bench) -> None:
+    """Every channel group is within its tolerance on every set of feeds, and damage of known size would not be."""
+    hops = case.hops()
+    rows: list[Comparison] = []
+    for feeds in case.feeds():
+        reference = case.expected(feeds)
+        before: tuple[str, Outputs] = ("pytorch fp32", reference)
+        for name, spec, artifact in hops:
+            outputs = case.hop_outputs(name, spec, artifact, feeds)
+            _present(reference, outputs, name)
+            rows += _rows(case, before[1], outputs, f"{before[0]} -> {name}", spec.precision, feeds)
+            before = (name, outputs)
+        if len(hops) > 1:
+            rows += _rows(case, reference, before[1], f"pytorch fp32 -> {before[0]}", case.spec.precision, feeds)
+    # The rows of one hop and group on several feeds tell the same story: the record keeps the worst of each.
+    case.evidence["comparisons"] = [r.to_dict() for r in _worst(rows)]
+    failed = [r for r in rows if not r.passed]
+    if failed:
+        culprit = failed[0]
+        raise AssertionError(f"{len(failed)} of {len(rows)} comparisons fail, first at the hop {culprit.hop}: {culprit.line()}")
+    _prove(case)
+    if not rows and case.spec.precision is Precision.INT8:
+        raise NotSupported("an INT8 detector is judged by matching its detections, not element by element")
+    assert rows, "nothing was compared"
+
+
+def test_detections_match_reference(case: Bench) -> None:
+    """The same objects: one-to-one by class with enough overlap, none lost, none added."""
+    spec = detector_output(case.model)
+    if spec is None:
+        raise NotSupported(f"model {case.model.name} has no boxes with scores")
+    total = matched = 0
+    floor, lowest = 0.0, 1.0
+    problems: list[str] = []
+    for feeds in case.feeds():
+        expected, observed = case.expected(feeds), case.outputs(feeds)
+        _present(expected, observed, case.spec.format)
+        found = match(np.asarray(expected[spec.name]), np.asarray(observed[spec.name]), spec, case.spec.precision)
+        total, matched, floor, lowest = total + found.reference, matched + found.matched, found.iou_floor, min(lowest, found.lowest_iou)
+        problems += [f"lost {x} (feeds {feeds.name})" for x in found.lost] + [f"added {x} (feeds {feeds.name})" for x in found.extra]
+    case.evidence["matching"] = {"reference": total, "matched": matched, "iou_floor": floor, "lowest_iou": lowest}
+    assert not problems, f"{matched} of {total} detections found again at IoU {floor}; {problems[0]}" + (f" and {len(problems) - 1} more" if len(problems) > 1 else "")
+    if not total:
+        raise Judged(Verdict.INSENSITIVE, "the reference detects nothing on these feeds, so nothing could be lost")
+    _prove(case)
+
+
+def test_same_feeds_give_the_same_outputs(case: Bench) -> None:
+    """A second inference on the same feeds agrees with the first far within the tolerance (summation order may vary)."""
+    feeds = case.feeds()[0]
+    first = {k: np.array(v) for k, v in case.outputs(feeds).items()}
+    from suites.support.bench import cast
+
+    session = case.session()
+    second = case.guard(lambda: session.run(cast(session, feeds.arrays)))
+    for name, want in first.items():
+        largest = float(np.max(np.abs(np.asarray(second[name], np.float64) - want)))
+        allowed = 1e-5 * max(float(np.max(np.abs(want))), 1.0)
+        assert largest <= allowed, f"output {name} changed by {largest:.3g} from one inference to the next, allowed {allowed:.3g}"
+
+
+def _present(expected: Outputs, observed: Outputs, name: str) -> None:
+    """Names and shapes first: a missing output is a failure, never passed over."""
+    for output, want in expected.items():
+        assert output in observed, f"{name}: output {output} is missing; there are {sorted(observed)}"
+        assert observed[output].shape == want.shape, f"{name}: output {output} has shape {list(observed[output].shape)}, expected {list(want.shape)}"
+
+
+def _rows(case: Bench, expected: Outputs, observed: Outputs, hop: str, precision: Precision, feeds: FeedSet) -> list[Comparison]:
+    return compare(expected, observed, case.model, precision, hop=hop, feeds=feeds.name, imgsz=case.spec.imgsz, overrides=case.run.project.tolerances)
+
+
+def _worst(rows: list[Comparison]) -> list[Comparison]:
+    """For each hop, output, group and measure the row that is nearest to its limit, or furthest beyond."""
+    chosen: dict[Any, Comparison] = {}
+
+    def used(row: Comparison) -> float:
+        if row.measure in ("cosine", "snr_db"):
+            return -row.observed
+        return row.observed / row.allowed if row.allowed else row.observed
+
+    for row in rows:
+        key = (row.hop, row.output, row.group, row.measure)
+        if key not in chosen or used(row) > used(chosen[key]):
+            chosen[key] = row
+    return list(chosen.values())
+
+
+def _prove(case: Bench) -> None:
+    """INSENSITIVE where known damage of the reference would have passed on every set of feeds that fires."""
+    layers = case.guard(lambda: case.run.layers(case.model))
+    sets = [f for f in case.feeds() if f.fires] or case.feeds()[:1]
+    power = None
+    for feeds in sets:
+        power = prove(case.expected(feeds), lambda layer, size, f=feeds: case.guard(lambda: case.run.damaged(case.model, f, layer, size)),
+                      layers, case.model, case.spec.precision, case.spec.imgsz, case.run.project.tolerances)
+        if power.sensitive:
+            break
+    assert power is not None
+    case.evidence["power"] = power.to_dict()
+    if not power.sensitive:
+        raise Judged(Verdict.INSENSITIVE, f"the comparison {power.statement}" if power.statement.startswith("does") else power.statement)

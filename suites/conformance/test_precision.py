@@ -1,0 +1,36 @@
+"""Precision: in the artifact, as read back from it, and executed, as the runtime tells. Two claims."""
+
+from __future__ import annotations
+
+from exporters.errors import NotSupported
+from exporters.models.spec import belongs
+from suites.support.bench import Bench
+
+
+def test_achieved_precision_is_the_requested(case: Bench) -> None:
+    """Every convolution and matrix product in the file has the asked precision, but those that the model names with reasons."""
+    achieved = case.describe().achieved
+    asked = case.spec.precision.value
+    evidence = ", ".join(f"{n} {k}" for k, n in achieved.counts.items())
+    assert achieved.precision == asked, f"asked for {asked}, the file is {achieved.precision or 'unknown'} ({evidence})"
+    kept = [path for path, _ in case.model.fp32]
+    wrong = [name for name in achieved.exceptions if not belongs(name, kept)]
+    assert not wrong, f"asked for {asked}, but {len(wrong)} operators are not: {', '.join(wrong[:5])} ({evidence})"
+
+
+def test_executed_precision_is_the_requested(case: Bench) -> None:
+    """The runtime computes in the asked precision, by its own account."""
+    asked, runtime = case.spec.precision, case.case.runtime
+    execution = case.describe().execution
+    if asked not in runtime.executes:
+        seen = "; ".join(execution.notes)
+        raise NotSupported(f"{runtime.because} (seen: {seen})" if seen else runtime.because)
+    assert execution.precision == asked.value, f"asked for {asked}, {execution.runtime} executes {execution.precision or 'unknown'} ({'; '.join(execution.notes)})"
+
+
+def test_every_node_runs_on_the_requested_provider(case: Bench) -> None:
+    """No node of the graph fell back to another provider or device."""
+    execution = case.describe().execution
+    counts = ", ".join(f"{n} on {p}" for p, n in execution.providers.items()) or execution.device
+    assert not execution.fallback, f"{len(execution.fallback)} nodes run elsewhere ({counts}): {', '.join(execution.fallback[:5])}"
+    assert execution.device == case.case.device, f"asked for {case.case.device}, the session runs on {execution.device}"

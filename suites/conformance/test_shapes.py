@@ -1,0 +1,58 @@
+"""Names, shapes and dtypes, in the order count and names -> shape -> dtype -> finite."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from suites.support.bench import Bench
+
+
+def test_input_signature_is_the_requested(case: Bench) -> None:
+    """Inputs have the model's names, and sizes that are fixed or vary as asked."""
+    session = case.session()
+    names = [i.name for i in session.inputs]
+    expected = [i.name for i in case.model.inputs]
+    assert names == expected, f"inputs are {names}, expected {expected}"
+    for got, want in zip(session.inputs, case.model.inputs, strict=True):
+        fixed = case.model.shape(want, case.spec.batch, case.spec.imgsz)
+        assert len(got.shape) == len(fixed), f"input {got.name} has {len(got.shape)} axes, expected {len(fixed)}"
+        for axis, (size, name, number) in enumerate(zip(got.shape, want.shape, fixed, strict=True)):
+            varies = (case.spec.dynamic or case.spec.format == "pytorch") and isinstance(name, str)
+            assert isinstance(size, str) if varies else size == number, (
+                f"input {got.name}, axis {axis} is {size!r}, expected {'an axis that varies' if varies else number}")
+
+
+def test_output_names_match_reference(case: Bench) -> None:
+    """The same outputs, by name: none missing, none added."""
+    got = {o.name for o in case.session().outputs}
+    want = {o.name for o in case.model.outputs}
+    assert got == want, f"outputs are {sorted(got)}, expected {sorted(want)}: missing {sorted(want - got)}, added {sorted(got - want)}"
+
+
+def test_output_shapes_match_reference(case: Bench) -> None:
+    """Every output has the shape of the reference's on the same feeds."""
+    for feeds in case.feeds():
+        expected, observed = case.expected(feeds), case.outputs(feeds)
+        for name, want in expected.items():
+            assert name in observed, f"output {name} is missing; there are {sorted(observed)}"
+            assert observed[name].shape == want.shape, f"output {name} has shape {list(observed[name].shape)}, expected {list(want.shape)} (feeds {feeds.name})"
+
+
+def test_output_dtypes_are_floating(case: Bench) -> None:
+    """Outputs come in FP32, as the contract says; a brought FP16 file may give FP16."""
+    allowed = {"float32"} | ({"float16"} if case.brought is not None else set())
+    for feeds in case.feeds()[:1]:
+        for name, want in case.expected(feeds).items():
+            got = case.outputs(feeds).get(name)
+            assert got is not None, f"output {name} is missing"
+            kinds = allowed if want.dtype.kind == "f" else {str(want.dtype)}
+            assert str(got.dtype) in kinds, f"output {name} is {got.dtype}, expected {' or '.join(sorted(kinds))}"
+
+
+def test_outputs_are_finite(case: Bench) -> None:
+    """No NaN and no infinity where the reference has none."""
+    for feeds in case.feeds():
+        expected = case.expected(feeds)
+        for name, got in case.outputs(feeds).items():
+            wrong = ~np.isfinite(got) & np.isfinite(expected.get(name, np.zeros(())))
+            assert not wrong.any(), f"output {name} holds {int(wrong.sum())} NaN or infinite values of {got.size} (feeds {feeds.name})"

@@ -1,0 +1,301 @@
+"""The pytest plugin: options, collection of the matrix, verdicts, the run record. conftest.py registers it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exporters import formats
+from exporters.artifact import Artifact, foreign
+from exporters.errors import ExportgateError
+from exporters.pool import Pool
+from exporters.spec import ExportSpec
+from suites.options import add_options, brought_path, selection_of
+from suites.support import record as records
+from suites.support.bench import Bench, Run
+from suites.support.cases import Case, matrix
+from suites.support.config import Project, Waiver, find_project
+from suites.support.release import check_release, check_waivers, must_pass_of
+from suites.support.verdict import Judged, Verdict, one_line, verdict_of
+
+MARKERS = {
+    "trt": "runs on TensorRT", "cuda": "needs an NVIDIA GPU", "accuracy": "judges a task metric on data",
+    "latency": "measures time", "slow": "takes minutes",
+}
+STATE = pytest.StashKey["State"]()
+PROPERTY = "exportgate"
+
+
+class State:
+    """What the plugin knows during a run."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.project: Project = find_project(config.getoption("project"), Path(config.invocation_params.dir))
+        self.release: bool = bool(config.getoption("release"))
+        self.selection = selection_of(config, self.project)
+        # Made now, so that a mistake in the request is one line and exit 4 before anything is collected.
+        self.cases: list[Case] = matrix(self.project, self.selection)
+        self.identity = records.run_id()
+        given = config.getoption("report")
+        self.folder = Path(given).expanduser().resolve() if given else Path(config.invocation_params.dir) / "reports" / "runs" / self.identity
+        self.run: Run | None = None
+        self.record: records.Record | None = None
+        self.verdicts: Counter[Verdict] = Counter()
+        self.selftest = Counter[str]()
+        self.started = time.monotonic()
+        self.claims: set[tuple[str, str]] = set()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    add_options(parser)
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    from suites import hooks
+
+    pluginmanager.add_hookspecs(hooks)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+    if config.getoption("help", False) or config.getoption("version", 0):
+        return
+    try:
+        state = config.stash[STATE] = State(config)
+        if state.release:
+            check_release(config)
+    except ExportgateError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`--model` judges a model; the suite's own tests are not collected then."""
+    asks = config.getoption("model") or config.getoption("artifact") or config.getoption("release")
+    return True if asks and collection_path.name == "selftest" else None
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" not in metafunc.fixturenames:
+        return
+    state = metafunc.config.stash[STATE]
+    params = [pytest.param(c, id=c.id, marks=[getattr(pytest.mark, m) for m in c.marks]) for c in state.cases]
+    metafunc.parametrize("case", params, indirect=True, scope="session")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    state = config.stash[STATE]
+    wanted = config.getoption("claim")
+    if wanted:
+        names = {getattr(i, "originalname", i.name) for i in items}
+        if wanted not in names:
+            raise pytest.UsageError(f"claim '{wanted}' is not known; claims: " + ", ".join(sorted(n for n in names if n.startswith("test_"))))
+        dropped = [i for i in items if getattr(i, "originalname", "") != wanted]
+        items[:] = [i for i in items if getattr(i, "originalname", "") == wanted]
+        config.hook.pytest_deselected(items=dropped)
+    try:
+        check_waivers(state.project, state.cases if any(_case_of(i) for i in items) else None, items, _case_of)
+    except ExportgateError as error:
+        raise pytest.UsageError(str(error)) from None
+    state.claims = {(case.id, _claim_of(item)) for item in items if (case := _case_of(item))}
+    for item in items:
+        waiver = _waiver_of(state.project, item)
+        if waiver:
+            item.add_marker(pytest.mark.xfail(reason=f"waived until {waiver.expires}: {waiver.reason}", strict=True))
+
+
+def _case_of(item: pytest.Item) -> Case | None:
+    callspec = getattr(item, "callspec", None)
+    found = callspec.params.get("case") if callspec else None
+    return found if isinstance(found, Case) else None
+
+
+def _claim_of(item: pytest.Item) -> str:
+    return str(getattr(item, "originalname", item.name))
+
+
+def _waiver_of(project: Project, item: pytest.Item) -> Waiver | None:
+    case = _case_of(item)
+    return next((w for w in project.waivers if case and w.case == case.id and w.claim == _claim_of(item)), None)
+
+
+@pytest.fixture(scope="session")
+def exportgate_run(request: pytest.FixtureRequest) -> Iterator[Run]:
+    """The run's workers, ended with the session."""
+    config = request.config
+    state = config.stash[STATE]
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+
+    def progress(line: str) -> None:
+        if reporter is not None and sys.stderr.isatty():
+            reporter.write(f"  {line} ... ", flush=True)
+
+    def damage(artifact: Artifact, spec: ExportSpec) -> Artifact | None:
+        return config.hook.pytest_exportgate_export_end(artifact=artifact, spec=spec)
+
+    def start(line: str) -> None:
+        config.hook.pytest_exportgate_export_start(description=line)
+        progress(line)
+
+    pool = Pool(state.project.limits, in_process=bool(config.getoption("in_process")), progress=start)
+    run = state.run = Run(state.project, pool, damage)
+    yield run
+    run.close()
+
+
+@pytest.fixture(scope="session")
+def case(request: pytest.FixtureRequest, exportgate_run: Run) -> Iterator[Bench]:
+    """The bench of one case; its sessions are closed before the next case."""
+    config = request.config
+    path = brought_path(config)
+    given: Case = request.param
+    brought = None
+    if path is not None:
+        entry = formats.get(given.spec.format)
+        brought = foreign(path, entry.id, given.spec.to_dict(), bool(config.getoption("trust")), entry.is_code)
+    bench = Bench(exportgate_run, given, brought)
+    yield bench
+    bench.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Turns an exception into a verdict, and what the claim observed into a property of its report."""
+    report = yield
+    case = _case_of(item)
+    error = call.excinfo.value if call.excinfo else None
+    if case is None or (call.when != "call" and error is None):
+        return report
+    if call.when == "teardown" and error is None:
+        return report
+    waiver = _waiver_of(item.config.stash[STATE].project, item)
+    verdict = verdict_of(error)
+    because = one_line(error) if error is not None else ""
+    if isinstance(error, pytest.skip.Exception):
+        verdict, because = Verdict.ERROR, f"a claim skipped itself without a verdict: {error}"
+    if waiver and verdict is Verdict.FAIL:
+        verdict = Verdict.WAIVED
+    elif waiver and verdict is Verdict.PASS:
+        verdict, because = Verdict.FAIL, "waived, and it passes: remove the waiver"
+    elif not isinstance(error, (AssertionError, Judged)) and error is not None and verdict is Verdict.ERROR and not isinstance(error, ExportgateError):
+        because = one_line(error)
+    if verdict.is_neutral:
+        report.outcome = "skipped"
+        report.longrepr = (str(item.path), item.location[1] or 0, f"{verdict}: {because}")
+        if hasattr(report, "wasxfail"):
+            del report.wasxfail
+    elif verdict not in (Verdict.PASS, Verdict.WAIVED):
+        report.outcome = "failed"
+        if isinstance(error, (ExportgateError, Judged, AssertionError)) and not item.config.getoption("tracebacks"):
+            report.longrepr = f"{verdict} {case.id} :: {_claim_of(item)}\n  {because}\n  reproduce: {case.command(_claim_of(item))}"
+    bench = getattr(item, "funcargs", {}).get("case")
+    evidence: dict[str, Any] = {}
+    event: dict[str, Any] | None = None
+    if isinstance(bench, Bench):
+        evidence, bench.evidence = bench.evidence, {}
+        if not bench.announced:
+            bench.announced = True
+            event = _case_event(bench)
+    if waiver:
+        evidence["waiver"] = {"reason": waiver.reason, "issue": waiver.issue, "owner": waiver.owner, "expires": waiver.expires.isoformat()}
+    data = {"case": case.id, "claim": _claim_of(item), "verdict": verdict.value, "because": because, "seconds": round(call.duration, 3),
+            "reproduce": case.command(_claim_of(item)), **evidence}
+    report.user_properties.append((PROPERTY, {"claim": data, "case": event}))
+    return report
+
+
+def _case_event(bench: Bench) -> dict[str, Any]:
+    """The case's line of the record; where its artifact could not be made the line says so by having no hops."""
+    try:
+        bench.artifact()
+        return records.case_event(bench)
+    except Exception as error:  # the claim that asked first has reported it already; here only the line matters
+        bench.made = None
+        return records.case_event(bench) | {"artifact": None, "spec": {"error": one_line(error)}}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Writes the record; under xdist this runs in the controller for every worker's report."""
+    state = _active.get("state")
+    if state is None:
+        return
+    data = dict(report.user_properties).get(PROPERTY)
+    if not isinstance(data, dict):
+        if report.when == "call" or (report.outcome == "failed"):
+            state.selftest[report.outcome] += 1
+        return
+    if report.when == "teardown" and report.outcome == "passed":
+        return
+    if state.record is None:
+        state.record = records.Record(state.folder, records.run_head(
+            state.identity, _command(), state.project.folder / "exportgate.toml", state.release, must_pass_of(state.project, state.claims) if state.release else []))
+    if data["case"]:
+        state.record.write("case", **data["case"])
+    state.record.write("claim", **data["claim"])
+    state.verdicts[Verdict(data["claim"]["verdict"])] += 1
+
+
+_active: dict[str, State] = {}  # pytest_runtest_logreport is not given the config
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput") and STATE in session.config.stash:
+        _active["state"] = session.config.stash[STATE]
+
+
+def _command() -> list[str]:
+    """The command line as the user typed it."""
+    return [os.path.basename(sys.argv[0]), *sys.argv[1:]] if not os.environ.get("EXPORTGATE_COMMAND") else os.environ["EXPORTGATE_COMMAND"].split("\0")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    state = _active.get("state")
+    if state is None or state is not session.config.stash.get(STATE, None):
+        return
+    judged = sum(n for v, n in state.verdicts.items() if not v.is_neutral)
+    passed = state.selftest["passed"]
+    if int(exitstatus) == pytest.ExitCode.OK and not judged and not passed and not session.config.option.collectonly:
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+    if state.record is not None:
+        if state.release and int(session.exitstatus) == pytest.ExitCode.OK and _summary(state).unmet:
+            # A must-pass claim that lacks PASS or WAIVED fails the release, though pytest calls it skipped.
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        state.record.write("end", exit=int(session.exitstatus), seconds=round(time.monotonic() - state.started, 1),
+                           selftest={"passed": passed, "failed": state.selftest["failed"]})
+
+
+def _summary(state: State) -> Any:
+    import reports
+
+    return reports.merge([reports.read_record(state.folder)])
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """The line that a log reader understands, and where the report is."""
+    state = _active.get("state")
+    if state is None or state.record is None:
+        return
+    import reports
+
+    try:
+        made = reports.write([state.folder], state.folder)
+        headline = _summary(state).headline
+        if config.getoption("json"):
+            terminalreporter.write_line(made["json"].read_text(encoding="utf-8"))
+        terminalreporter.write_line(f"report: {made['html']}")
+    except ExportgateError as error:
+        headline = f"the report could not be written: {error}"
+    terminalreporter.write_line(headline, bold=True)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _active.get("state") is config.stash.get(STATE, None):
+        _active.clear()

@@ -1,0 +1,49 @@
+"""What this machine can do, cell by cell: format x precision x runtime."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+
+from exporters import formats, toolchain
+from exporters.errors import ToolchainMissing
+from exporters.spec import Precision
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`state` is available, missing or not supported; the last two come with `because`."""
+
+    format: str
+    precision: str
+    runtime: str
+    device: str
+    state: str
+    because: str
+
+    def to_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def cells() -> list[Cell]:
+    """Every format x (fp32, fp16, int8 and whatever else one has) x runtime."""
+    known = [p for p in Precision if any(p in f.precisions for f in formats.registry().values())]
+    rows: list[Cell] = []
+    for entry in formats.registry().values():
+        missing = ""
+        try:
+            toolchain.resolve(entry.toolchain)
+        except ToolchainMissing as error:
+            missing = str(error)
+        for precision in known:
+            for runtime in entry.runtimes:
+                if precision not in entry.precisions:
+                    state, because = "not supported", entry.gone.get(precision, f"{entry.title} has no such form")
+                elif missing:
+                    state, because = "missing", missing
+                elif runtime.device == "cuda" and shutil.which("nvidia-smi") is None:
+                    state, because = "missing", "no NVIDIA driver"
+                else:
+                    state, because = "available", "" if precision in runtime.executes else f"executed in another precision: {runtime.because}"
+                rows.append(Cell(entry.id, precision.value, runtime.id, runtime.device, state, because))
+    return rows

@@ -1,0 +1,88 @@
+"""Baselines: accepted measurements, one file a case and machine, reviewed like code."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exporters.errors import BadRequest
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """An accepted measurement: raw samples in milliseconds by process, and what must be equal to compare with it."""
+
+    case: str
+    path: Path
+    date: str
+    reason: str
+    comparable: Mapping[str, Any]
+    processes: Sequence[Sequence[float]]
+
+    @property
+    def p50(self) -> float:
+        """Median of the per-process medians, in milliseconds."""
+        return float(np.median([np.median(p) for p in self.processes]))
+
+    def differs(self, here: Mapping[str, Any]) -> list[str]:
+        """What is not equal, as lines "version of torch: 2.12 there, 2.13 here"."""
+        keys = sorted({*self.comparable, *here})
+        return [f"{k}: {self.comparable.get(k)} in the baseline, {here.get(k)} here" for k in keys if self.comparable.get(k) != here.get(k)]
+
+
+def baseline_path(folder: Path, machine: str, case: str) -> Path:
+    return folder / machine / f"{case}.json"
+
+
+def read_baseline(path: Path) -> Baseline | None:
+    """The baseline in a file; None where there is no file.
+
+    Raises:
+        BadRequest: the file cannot be read.
+    """
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return Baseline(str(data["case"]), path, str(data["date"]), str(data["reason"]), dict(data["comparable"]),
+                        [[float(x) for x in p] for p in data["milliseconds"]])
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadRequest(f"baseline {path} cannot be read ({type(error).__name__}: {error})", "restore it from version control, or accept a new one") from None
+
+
+def accept(folder: Path, machine: str, case: str, claim: Mapping[str, Any], reason: str) -> tuple[Path, float | None, float]:
+    """Writes the measurement of a run record's latency claim as the baseline; returns (path, p50 before, p50 now).
+
+    Raises:
+        BadRequest: no reason, or the measurement does not stand (not settled, throttled, too noisy to detect anything).
+    """
+    if not reason.strip():
+        raise BadRequest("a baseline is accepted without a reason", "say why with --reason")
+    measurement = claim["measurement"]
+    processes: list[list[float]] = measurement["processes"]
+    medians = [float(np.median(p)) for p in processes]
+    if measurement.get("throttled"):
+        raise BadRequest(f"case {case}: the measurement was throttled", "measure again on a cool machine")
+    cv = float(np.std(medians, ddof=1) / np.mean(medians))
+    if cv > 0.15:
+        raise BadRequest(f"case {case}: its processes differ by {cv * 100:.0f} % (coefficient of variation)", "measure again on a quiet machine (limit: 15 %)")
+    path = baseline_path(folder, machine, case)
+    before = read_baseline(path)
+    data = {
+        "case": case, "machine": machine, "date": datetime.now(UTC).date().isoformat(), "reason": reason.strip(),
+        "p50_before": before.p50 if before else None, "p50": float(np.median(medians)), "comparable": measurement["comparable"],
+        "conditions": {k: measurement.get(k) for k in ("timer", "threads", "warm_up", "notes")},
+        "milliseconds": [[round(x, 4) for x in p] for p in processes],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False).replace(",\n   ", ", ") + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    return path, before.p50 if before else None, float(np.median(medians))

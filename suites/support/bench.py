@@ -1,0 +1,213 @@
+"""Bench: what a claim works with. A run's shared state (Run) and one case on it (Bench), each made when first asked for."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+
+from exporters import formats
+from exporters.artifact import Artifact
+from exporters.errors import ExportgateError, NotSupported, ToolchainMissing, WorkerCrash, WorkerTimeout
+from exporters.models.spec import ModelSpec
+from exporters.pool import Description, Pool, RemoteSession
+from exporters.session import Array
+from exporters.spec import ExportSpec
+from suites.support.cases import Case
+from suites.support.config import Project
+from suites.support.feeds import FeedSet, make_feeds
+
+T = TypeVar("T")
+Outputs = dict[str, Array]
+KEPT = 64  # outputs held at a time, so that memory does not grow with the number of cases
+
+
+class Run:
+    """A run's workers, references, feeds and outputs, shared by its cases.
+
+    `damage(artifact, spec)` may change a finished artifact before it is judged: the hook that selftests use.
+    """
+
+    def __init__(self, project: Project, pool: Pool, damage: Callable[[Artifact, ExportSpec], Artifact | None] = lambda artifact, spec: None) -> None:
+        self.project, self.pool, self.damage = project, pool, damage
+        self.outputs: OrderedDict[Any, Outputs] = OrderedDict()
+        self.feed_sets: OrderedDict[Any, list[FeedSet]] = OrderedDict()
+        self.layer_names: dict[str, list[str]] = {}
+        self.open_reference: tuple[Any, RemoteSession] | None = None
+
+    def reference(self, model: ModelSpec) -> RemoteSession:
+        """The eager FP32 session of a model; the one of the model before it is closed."""
+        key = repr(model)
+        if self.open_reference is not None:
+            if self.open_reference[0] == key and self.open_reference[1].caller.alive:
+                return self.open_reference[1]
+            self.open_reference[1].close()
+            self.open_reference = None
+        spec = ExportSpec(model, "pytorch", imgsz=model.imgsz)
+        session = self.pool.open(self.pool.export(spec), spec, "eager", "cpu")
+        self.open_reference = (key, session)
+        return session
+
+    def kept(self, key: Any, make: Callable[[], Outputs]) -> Outputs:
+        """Outputs from memory, or made now; the least recently used are dropped."""
+        if key in self.outputs:
+            self.outputs.move_to_end(key)
+            return self.outputs[key]
+        # Copies: the worker's files are removed when its session is closed.
+        self.outputs[key] = {k: np.array(v) for k, v in make().items()}
+        while len(self.outputs) > KEPT:
+            self.outputs.popitem(last=False)
+        return self.outputs[key]
+
+    def feeds(self, spec: ExportSpec, batch: int, imgsz: tuple[int, int]) -> list[FeedSet]:
+        """Sets of feeds of one shape."""
+        key = (repr(spec.model), batch, imgsz)
+        if key not in self.feed_sets:
+            self.feed_sets[key] = make_feeds(spec, self.reference(spec.model), batch, imgsz)
+            while len(self.feed_sets) > 4:
+                self.feed_sets.popitem(last=False)
+        return self.feed_sets[key]
+
+    def expected(self, model: ModelSpec, feeds: FeedSet) -> Outputs:
+        """The reference's outputs."""
+        return self.kept(("reference", repr(model), _key(feeds)), lambda: self.reference(model).run(feeds.arrays))
+
+    def damaged(self, model: ModelSpec, feeds: FeedSet, layer: str, size: float) -> Outputs:
+        """The reference's outputs with noise on one layer's weights; kept once per model and feeds."""
+        damage = {"layer": layer, "size": size}
+        return self.kept(("damaged", repr(model), _key(feeds), layer, size), lambda: self.reference(model).run_damaged(feeds.arrays, damage))
+
+    def layers(self, model: ModelSpec) -> list[str]:
+        """Layers of the reference that can be damaged, in order."""
+        key = repr(model)
+        if key not in self.layer_names:
+            self.layer_names[key] = self.reference(model).layers()
+        return self.layer_names[key]
+
+    def close(self) -> None:
+        if self.open_reference is not None:
+            self.open_reference[1].close()
+        self.pool.close()
+
+
+def _key(feeds: FeedSet) -> Any:
+    return feeds.name, tuple((k, v.shape, hash(v.tobytes())) for k, v in feeds.arrays.items())
+
+
+class Bench:
+    """One case being judged: its artifact, its open session and what the current claim observed.
+
+    A worker that died or hung costs this case: its error is raised again by every later claim, without another try.
+    """
+
+    def __init__(self, run: Run, case: Case, brought: Artifact | None = None) -> None:
+        self.run, self.case, self.brought = run, case, brought
+        self.spec, self.model = case.spec, case.spec.model
+        self.evidence: dict[str, Any] = {}
+        self.opened: dict[str, RemoteSession] = {}
+        self.made: Artifact | None = None
+        self.described: Description | None = None
+        self.failure: Exception | None = None
+        self.announced = False
+
+    def guard(self, work: Callable[[], T]) -> T:
+        """Does the work unless the case is lost already; remembers what loses it."""
+        if self.case.missing:
+            raise ToolchainMissing(self.case.missing)
+        if self.case.because:
+            raise NotSupported(self.case.because)
+        if self.failure is not None:
+            raise self.failure
+        try:
+            return work()
+        except (WorkerCrash, WorkerTimeout) as error:
+            self.failure = error
+            raise
+
+    def artifact(self) -> Artifact:
+        """The case's artifact; an export that failed fails every claim with the same words."""
+        if self.made is None:
+            try:
+                self.made = self.guard(self._export)
+            except ExportgateError as error:
+                self.failure = self.failure or error
+                raise
+        return self.made
+
+    def _export(self) -> Artifact:
+        if self.brought is not None:
+            return self.brought
+        artifact = self.run.pool.export(self.spec)
+        return self.run.damage(artifact, self.spec) or artifact
+
+    def session(self) -> RemoteSession:
+        """The open session of the artifact in the case's runtime."""
+        return self._open("", self.artifact(), self.spec)
+
+    def _open(self, name: str, artifact: Artifact, spec: ExportSpec) -> RemoteSession:
+        current = self.opened.get(name)
+        if current is None or not current.caller.alive:
+            runtime, device = (self.case.runtime.id, self.case.device) if not name else self._parent_runtime(spec)
+            current = self.opened[name] = self.guard(lambda: self.run.pool.open(artifact, spec, runtime, device))
+        return current
+
+    def _parent_runtime(self, spec: ExportSpec) -> tuple[str, str]:
+        """A runtime for a parent's artifact, on the case's device if it has one there."""
+        entry = formats.get(spec.format)
+        chosen = next((r for r in entry.runtimes if r.device == self.case.runtime.device), entry.runtimes[0])
+        return chosen.id, self.case.device if chosen.device == self.case.runtime.device else "cpu"
+
+    def describe(self) -> Description:
+        """What the session says of itself."""
+        session = self.session()
+        if self.described is None:
+            self.described = self.guard(session.describe)
+        return self.described
+
+    def feeds(self) -> list[FeedSet]:
+        """The case's feeds, of its batch and image size."""
+        return self.guard(lambda: self.run.feeds(self.spec, self.spec.batch, self.spec.imgsz))
+
+    def expected(self, feeds: FeedSet) -> Outputs:
+        return self.guard(lambda: self.run.expected(self.model, feeds))
+
+    def outputs(self, feeds: FeedSet) -> Outputs:
+        """The artifact's outputs; feeds are cast to the floating type that its inputs have."""
+        session = self.session()
+        return self.run.kept(("case", self.case.id, session.artifact.root, _key(feeds)), lambda: self.guard(lambda: session.run(cast(session, feeds.arrays))))
+
+    def hops(self) -> list[tuple[str, ExportSpec, Artifact]]:
+        """The chain from the first artifact to the case's own, as (name, request, artifact)."""
+        chain: list[ExportSpec] = [self.spec]
+        while self.brought is None and (parents := formats.get(chain[0].format).parents(chain[0])):
+            chain.insert(0, parents[0])
+        own = self.artifact()
+        return [(f"{s.format} {s.precision.value}", s, own if s is self.spec else self.guard(lambda s=s: self.run.pool.export(s))) for s in chain]
+
+    def hop_outputs(self, name: str, spec: ExportSpec, artifact: Artifact, feeds: FeedSet) -> Outputs:
+        """Outputs of one artifact of the chain."""
+        if spec is self.spec:
+            return self.outputs(feeds)
+        session = self._open(name, artifact, spec)
+        return self.run.kept(("hop", artifact.key, _key(feeds)), lambda: self.guard(lambda: session.run(cast(session, feeds.arrays))))
+
+    def close(self) -> None:
+        for session in self.opened.values():
+            session.close()
+        self.opened.clear()
+        self.outputs_dropped()
+
+    def outputs_dropped(self) -> None:
+        """Forgets the case's own outputs; those of parents and references serve the next case."""
+        for key in [k for k in self.run.outputs if k[0] == "case" and k[1] == self.case.id]:
+            del self.run.outputs[key]
+
+
+def cast(session: RemoteSession, feeds: Mapping[str, Array]) -> Outputs:
+    """Feeds in the floating type that a session's inputs have (the peer's FP16 files take FP16)."""
+    types = {i.name: np.dtype(i.dtype) for i in session.inputs}
+    return {k: v.astype(types[k]) if k in types and v.dtype.kind == "f" and types[k].kind == "f" else v for k, v in feeds.items()}
+
+

@@ -1,0 +1,107 @@
+"""Feeds: what the outputs are compared on. Real photographs that make the model respond, plain ones, and noise."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from exporters import calibration, toolchain
+from exporters.artifact import digest
+from exporters.calibration.images import list_images, prepare_image, read_image
+from exporters.errors import ToolchainMissing
+from exporters.keys import sources_digest
+from exporters.models.spec import ModelSpec
+from exporters.pool import RemoteSession
+from exporters.session import Array
+from exporters.spec import ExportSpec
+from suites.support.compare import SCORE_FLOOR
+
+EXCITE_STEPS = 60
+
+
+@dataclass(frozen=True)
+class FeedSet:
+    """Feeds with a name for the report. `fires`: the model is known to respond, so that power can be proven on them."""
+
+    name: str
+    arrays: dict[str, Array]
+    fires: bool
+
+
+def photographs(model: ModelSpec) -> list[Path]:
+    """The model's own images, or the two photographs that scikit-learn ships (found without importing it).
+
+    Raises:
+        ToolchainMissing: scikit-learn is not installed and the model brings no feeds.
+    """
+    if model.feeds:
+        return list_images(Path(model.feeds), "val")
+    found = importlib.util.find_spec("sklearn")
+    if found is None or not found.submodule_search_locations:
+        raise ToolchainMissing("the photographs of scikit-learn are not installed", "install scikit-learn, or give the model feeds")
+    folder = Path(next(iter(found.submodule_search_locations))) / "datasets" / "images"
+    return [folder / "china.jpg", folder / "flower.jpg"]
+
+
+def make_feeds(spec: ExportSpec, reference: RemoteSession, batch: int, imgsz: tuple[int, int]) -> list[FeedSet]:
+    """Sets of feeds of one shape, whose rows differ. Deterministic; the excited photographs are kept in the cache."""
+    model = spec.model
+    if ":" in model.feeds and not Path(model.feeds).exists():
+        made = calibration.feeds_from(model.feeds, spec.but(batch=batch, imgsz=imgsz))
+        return [FeedSet(f"{model.feeds.partition(':')[2]} {n}", f, True) for n, f in zip(range(4), made, strict=False)]
+    sets = [FeedSet("noise", _noise(model, batch, imgsz), False)]
+    if not model.has_images or len(model.inputs) > 1:
+        return [FeedSet("noise", sets[0].arrays, True), FeedSet("other noise", _noise(model, batch, imgsz, 1), True)]
+    entry = model.inputs[0]
+    images = np.stack([prepare_image(read_image(p), imgsz, model.preprocess) for p in photographs(model)[:2]]).astype(entry.dtype)
+    scored = any(g.kind == "score" for o in model.outputs for g in o.groups)
+    if scored and not model.feeds:
+        excited = _excited(model, reference, images, entry.name, imgsz)
+        sets.insert(0, FeedSet("excited photographs", {entry.name: _rows(excited, batch, model.stride)}, True))
+        if batch == 1 and len(excited) > 1:
+            sets.insert(1, FeedSet("excited photograph 2", {entry.name: excited[1:2]}, True))
+    sets.insert(0 if not scored or model.feeds else len(sets) - 1,
+                FeedSet("photographs", {entry.name: _rows(images, batch, model.stride)}, not scored or bool(model.feeds)))
+    return sets
+
+
+def _rows(images: Array, batch: int, stride: int) -> Array:
+    """`batch` different images from a few: each again rolled by multiples of the stride, so that it still makes the model fire."""
+    rows = [np.roll(images[i % len(images)], (i // len(images)) * stride, axis=2) for i in range(batch)]
+    return np.ascontiguousarray(np.stack(rows))
+
+
+def _noise(model: ModelSpec, batch: int, imgsz: tuple[int, int], seed: int = 0) -> dict[str, Array]:
+    generator = np.random.default_rng(seed)
+    made: dict[str, Array] = {}
+    for entry in model.inputs:
+        shape = model.shape(entry, batch, imgsz)
+        if np.issubdtype(np.dtype(entry.dtype), np.integer):
+            made[entry.name] = generator.integers(int(entry.low), max(int(entry.high), int(entry.low) + 1), shape).astype(entry.dtype)
+        else:
+            made[entry.name] = generator.uniform(entry.low, entry.high, shape).astype(entry.dtype)
+    return made
+
+
+def _excited(model: ModelSpec, reference: RemoteSession, images: Array, name: str, imgsz: tuple[int, int]) -> Array:
+    """The images after some steps towards higher scores of the reference; kept by the weights' digest and the shape."""
+    weights = digest(model.weights) if model.weights else model.factory + str(dict(model.arguments))
+    key = hashlib.sha256(f"{weights} {sources_digest()} {imgsz} {EXCITE_STEPS}".encode() + images.tobytes()).hexdigest()
+    path = toolchain.cache_root() / "feeds" / f"{key[:32]}.npy"
+    if path.is_file():
+        try:
+            return np.load(path, allow_pickle=False)
+        except (ValueError, OSError, EOFError):
+            path.unlink(missing_ok=True)
+    made = reference.excite({name: images}, EXCITE_STEPS, SCORE_FLOOR)[name]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.npy")
+    np.save(temporary, made, allow_pickle=False)
+    os.replace(temporary, path)
+    return made

@@ -1,0 +1,86 @@
+"""The latency gate: candidate against baseline by per-process medians, with a bootstrap interval and a published power."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from exporters.errors import BadRequest, MeasurementError
+from suites.support.verdict import Verdict
+
+RESAMPLES = 4000
+# Inferences that a percentile needs, so that its 99 % confidence interval lies within the sample (order statistics).
+NEEDED = {50: 10, 90: 64, 95: 130, 99: 662}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Ratio candidate / baseline of medians with a 95 % interval; `mde` is the slow-down that the gate can detect."""
+
+    ratio: float
+    low: float
+    high: float
+    delta: float
+    mde: float
+    must_detect: float | None
+    verdict: Verdict
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: (v.value if isinstance(v, Verdict) else v) for k, v in asdict(self).items()}
+
+    def line(self) -> str:
+        return (f"ratio to the baseline {self.ratio:.3f} [{self.low:.3f}, {self.high:.3f}], allowed {1 + self.delta:.3f}; "
+                f"a slow-down of {self.mde * 100:.1f} % would be noticed")
+
+
+def judge(baseline: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]], delta: float, must_detect: float | None = None) -> Gate:
+    """FAIL where the interval's lower end exceeds 1 + delta, PASS where its upper end is below, else INCONCLUSIVE.
+
+    Args:
+        baseline, candidate: milliseconds of single inferences, one sequence a process (the unit of replication).
+        delta: slow-down that is let pass.
+        must_detect: slow-down that has to be noticed; refused where the minimum detectable effect is larger.
+
+    Source of the minimum detectable effect: delta + 2.8 CV sqrt(1/n_b + 1/n_c), 80 % power at 5 % error (1.96 + 0.84).
+    """
+    a = np.array([float(np.median(p)) for p in baseline if p])
+    b = np.array([float(np.median(p)) for p in candidate if p])
+    if len(a) < 2 or len(b) < 2:
+        raise MeasurementError(f"the gate has {len(a)} baseline and {len(b)} candidate processes", "each side needs at least two")
+    cv = math.sqrt((float(np.var(a, ddof=1)) / float(a.mean()) ** 2 + float(np.var(b, ddof=1)) / float(b.mean()) ** 2) / 2)
+    mde = delta + 2.8 * cv * math.sqrt(1 / len(a) + 1 / len(b))
+    if must_detect is not None and must_detect < mde:
+        raise BadRequest(f"[latency] must_detect = {must_detect:g} lies below what {len(a)} + {len(b)} processes can detect ({mde:.3f})",
+                         "measure more processes, on a quieter machine, or ask for less")
+    generator = np.random.default_rng(0)
+    ratios = np.median(b[generator.integers(0, len(b), (RESAMPLES, len(b)))], 1) / np.median(a[generator.integers(0, len(a), (RESAMPLES, len(a)))], 1)
+    low, high = (float(x) for x in np.percentile(ratios, [2.5, 97.5]))
+    limit = 1 + delta
+    verdict = Verdict.FAIL if low > limit else Verdict.PASS if high <= limit else Verdict.INCONCLUSIVE
+    return Gate(float(np.median(b) / np.median(a)), low, high, delta, mde, must_detect, verdict)
+
+
+def percentiles(processes: Sequence[Sequence[float]]) -> tuple[dict[str, dict[str, float] | None], list[str]]:
+    """Nearest-rank percentiles of all samples with 95 % intervals over resampled processes; None below the needed count."""
+    values = np.sort(np.concatenate([np.asarray(p, float) for p in processes]))
+    generator = np.random.default_rng(0)
+    found: dict[str, dict[str, float] | None] = {}
+    notes: list[str] = []
+    chosen = generator.integers(0, len(processes), (200, len(processes)))
+    for percent, needed in NEEDED.items():
+        if len(values) < needed:
+            found[f"p{percent}"] = None
+            notes.append(f"p{percent} needs {needed} inferences, got {len(values)}")
+            continue
+        spread = [_rank(np.sort(np.concatenate([processes[i] for i in row])), percent) for row in chosen]
+        low, high = (float(x) for x in np.percentile(spread, [2.5, 97.5]))
+        found[f"p{percent}"] = {"value": _rank(values, percent), "low": low, "high": high}
+    return found, notes
+
+
+def _rank(ordered: Any, percent: int) -> float:
+    return float(ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)])

@@ -1,0 +1,131 @@
+"""Power: a comparison proves on its own feeds that it could have failed, by rejecting known damage of the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from exporters.models.spec import ModelSpec
+from exporters.session import Array
+from exporters.spec import Precision
+from suites.support.compare import SCORE_FLOOR, compare
+from suites.support.detections import detector_output, match
+
+# Largest damage, as a share of the layer's standard deviation, that a comparison of this precision may miss.
+CAPS: Mapping[Precision, float] = {Precision.FP32: 0.01, Precision.TF32: 0.01, Precision.FP16: 0.05, Precision.BF16: 0.05,
+                                   Precision.FP8: 0.2, Precision.INT8: 0.2}
+SIZES = (0.00125, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2)
+
+Outputs = Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One known damage: its size, whether a claim rejected it, and by what."""
+
+    kind: str
+    layer: str
+    size: float
+    cap: float
+    rejected: bool
+    by: str
+
+
+@dataclass(frozen=True)
+class Power:
+    """Whether the comparison could have failed, and the statement for the report."""
+
+    sensitive: bool
+    statement: str
+    damages: tuple[Attempt, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"damages": [asdict(d) for d in self.damages]}
+
+
+def prove(reference: Outputs, damaged: Callable[[str, float], Outputs], layers: Sequence[str], model: ModelSpec, precision: Precision,
+          imgsz: tuple[int, int], overrides: Sequence[Mapping[str, Any]] = ()) -> Power:
+    """Tries damage that must be rejected at this precision's tolerances.
+
+    Args:
+        reference: the undamaged outputs.
+        damaged: outputs with noise of a size on the weights of a layer.
+        layers: names of layers, in the model's order.
+    """
+    cap = CAPS[precision]
+
+    def rejected(outputs: Outputs) -> str:
+        """What rejects these outputs, or ""."""
+        rows = compare(reference, outputs, model, precision, imgsz=imgsz, overrides=overrides)
+        bad = next((r for r in rows if not r.passed), None)
+        if bad:
+            return f"{bad.group} {bad.measure} {bad.observed:.3g}, allowed {bad.allowed:.3g}"
+        spec = detector_output(model)
+        if spec is not None:
+            matching = match(np.asarray(reference[spec.name]), np.asarray(outputs[spec.name]), spec, precision)
+            if not matching.passed:
+                return f"matching: {len(matching.lost)} lost, {len(matching.extra)} extra of {matching.reference}"
+        return ""
+
+    silent = _silent(reference, model)
+    if silent:
+        return Power(False, silent, ())
+    attempts: list[Attempt] = []
+    for layer in _chosen(layers):
+        for size in (s for s in SIZES if s <= cap):
+            by = rejected(damaged(layer, size))
+            if by or size == max(s for s in SIZES if s <= cap):
+                attempts.append(Attempt("noise", layer, size, cap, bool(by), by))
+                break
+    for kind, outputs in _rearranged(reference, model):
+        by = rejected(outputs)
+        attempts.append(Attempt(kind, "", 1.0, 1.0, bool(by), by))
+    missed = [a for a in attempts if not a.rejected]
+    if missed:
+        worst = missed[0]
+        what = f"noise of {worst.cap:.3g} of the standard deviation of {worst.layer}'s weights" if worst.kind == "noise" else worst.kind
+        return Power(False, f"does not notice {what}", tuple(attempts))
+    size = max((a.size for a in attempts if a.kind == "noise"), default=0.0)
+    others = ", ".join(a.kind for a in attempts if a.kind != "noise")
+    return Power(True, f"notices noise of {size * 100:.3g} % of a layer's standard deviation" + (f"; {others}" if others else ""), tuple(attempts))
+
+
+def _silent(reference: Outputs, model: ModelSpec) -> str:
+    """Why nothing can be seen in these outputs at all, or ""."""
+    spec = detector_output(model)
+    if spec is None:
+        return ""
+    score = next(g for g in spec.groups if g.kind == "score")
+    best = float(np.asarray(reference[spec.name])[:, score.start : score.stop].max())
+    return "" if best >= SCORE_FLOOR else f"no anchor has a score of {SCORE_FLOOR} (best {best:.3g}), so boxes say nothing"
+
+
+def _chosen(layers: Sequence[str]) -> list[str]:
+    """One layer in the middle of each third."""
+    count = len(layers)
+    return list(dict.fromkeys(layers[i] for i in (count // 6, count // 2, count * 5 // 6) if i < count))
+
+
+def _rearranged(reference: Outputs, model: ModelSpec) -> list[tuple[str, Outputs]]:
+    """Outputs with the two classes that fire most swapped, and with the first row of a batch repeated."""
+    made: list[tuple[str, Outputs]] = []
+    spec = detector_output(model) or model.outputs[0]
+    output = np.asarray(reference[spec.name])
+    group = next((g for g in spec.groups if g.kind == "score"), spec.groups[0])
+    if output.ndim > 1:
+        values = output[:, group.start : group.stop]
+        if values.shape[1] > 1:
+            counts = (values >= SCORE_FLOOR).sum(axis=(0, *range(2, values.ndim))) if group.kind == "score" else values.mean(axis=(0, *range(2, values.ndim)))
+            order = np.argsort(-counts, kind="stable")
+            a, b = int(order[0]) + group.start, int(order[1]) + group.start
+            swapped = output.copy()
+            swapped[:, [a, b]] = output[:, [b, a]]
+            made.append((f"channels {a} and {b} swapped", {**reference, spec.name: swapped}))
+    if output.ndim > 1 and output.shape[0] > 1:
+        repeated = output.copy()
+        repeated[1] = output[0]
+        made.append(("a batch row repeated", {**reference, spec.name: repeated}))
+    return made

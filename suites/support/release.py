@@ -1,0 +1,70 @@
+"""Release rules: waivers that hold, the must-pass list, and no option that deselects or repeats tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+
+import pytest
+
+from exporters.errors import BadRequest
+from suites.support.cases import Case
+from suites.support.config import Project
+
+
+def check_waivers(project: Project, cases: Sequence[Case] | None, items: Sequence[pytest.Item], case_of: Callable[[pytest.Item], Case | None]) -> None:
+    """A waiver that is expired, or names a case or claim that does not exist, is an error.
+
+    Raises:
+        BadRequest: names the waiver and why.
+    """
+    today = datetime.now(UTC).date()
+    ids = {c.id for c in cases} if cases is not None else None
+    claims = {str(getattr(i, "originalname", i.name)) for i in items if case_of(i)}
+    for waiver in project.waivers:
+        where = f"waiver of {waiver.case}::{waiver.claim}"
+        if waiver.expires < today:
+            raise BadRequest(f"{where} expired on {waiver.expires}", f"ask {waiver.owner}, see {waiver.issue}; extend it or remove it")
+        if ids is not None and waiver.case not in ids and _is_whole(project, ids):
+            raise BadRequest(f"{where}: no case has this id", "correct it, or remove the waiver")
+        if waiver.case in (ids or ()) and claims and waiver.claim not in claims and len(claims) > 1:
+            raise BadRequest(f"{where}: no claim has this name", "claims: " + ", ".join(sorted(claims)))
+
+
+def _is_whole(project: Project, ids: set[str]) -> bool:
+    """Whether these are all cases of the project's matrix, so that a missing one is a mistake and not a selection."""
+    from suites.support.cases import Selection, matrix
+
+    return {c.id for c in matrix(project, Selection())} <= ids
+
+
+def must_pass_of(project: Project, claims: set[tuple[str, str]]) -> list[str]:
+    """case::claim entries that a release needs; without a list, every selected one. An entry may be a whole case."""
+    if not project.must_pass:
+        return sorted(f"{case}::{claim}" for case, claim in claims)
+    entries: list[str] = []
+    for entry in project.must_pass:
+        if "::" in entry:
+            entries.append(entry)
+            continue
+        own = sorted(f"{case}::{claim}" for case, claim in claims if case == entry)
+        entries += own or [f"{entry}::test_outputs_match_reference"]
+    return entries
+
+
+def check_release(config: pytest.Config) -> None:
+    """A release run accepts nothing that deselects or repeats tests.
+
+    Raises:
+        BadRequest: names the option.
+    """
+    refused = (("-k", "keyword"), ("-m", "markexpr"), ("-x or --maxfail", "maxfail"), ("--lf", "lf"), ("--ff", "failedfirst"), ("--deselect", "deselect"),
+               ("--reruns", "reruns"), ("--claim", "claim"), ("--ignore", "ignore"), ("--sw", "stepwise"))
+    for name, option in refused:
+        if getattr(config.option, option, None):
+            raise BadRequest(f"a release run was given {name}, which leaves tests out or repeats them", "leave it out")
+    if os.environ.get("PYTEST_ADDOPTS"):
+        raise BadRequest(f"a release run was given PYTEST_ADDOPTS ({os.environ['PYTEST_ADDOPTS']})", "unset it")
+    if any("::" in str(a) for a in config.args):
+        raise BadRequest("a release run was given single tests", "name no test")
