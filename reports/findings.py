@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from reports.events import FAILING, Claim, Comparison, Damage
 from reports.record import Row, Summary, Unmet
-from reports.wording import ADVICE, MISSING, SLOWER, arrow, digits_apart, number, percent, with_unit
+from reports.wording import ADVICE, MISSING, SLOWER, arrow, change, digits_apart, number, percent, with_unit
 
 # Measures whose bound is a lower one, needed only where a figure is NaN and cannot show on which side it fell.
 _HIGHER_IS_BETTER = frozenset({"cosine", "snr_db"})
@@ -64,8 +64,8 @@ def evidence(claim: Claim) -> Evidence | None:
         # What fails is the interval's lower end: it has to be told from the limit.
         digits = digits_apart(gate.low, limit)
         span = f" ({number(gate.low, digits)} to {number(gate.high, digits)})" if gate.low is not None else ""
-        change = "" if gate.ratio is None else f"{gate.ratio - 1:+.1%} against its baseline"
-        return Evidence("median latency", f"{number(gate.ratio)} ×{span}", f"≤ {number(limit, digits)} ×", change)
+        moved = "" if gate.ratio is None else f"{change(gate.ratio)} against its baseline"
+        return Evidence("median latency", f"{number(gate.ratio)} ×{span}", f"≤ {number(limit, digits)} ×", moved)
     return _compared(decisive) if decisive else None
 
 
@@ -178,9 +178,9 @@ def _unmet(entry: Unmet) -> Finding:
 def _folded(found: Sequence[Finding]) -> Iterator[Finding]:
     """Claims of one case with the same verdict for the same reason become one finding, at the place of the first."""
     groups: dict[tuple[str, ...], Finding] = {}
-    for number_, entry in enumerate(found):
+    for index, entry in enumerate(found):
         # A figure of its own makes a failure one of its own; so does a missing reason.
-        apart = str(number_) if entry.because == "" or (entry.evidence and entry.verdict in FAILING) else ""
+        apart = str(index) if entry.because == "" or (entry.evidence and entry.verdict in FAILING) else ""
         key = (entry.case, entry.where, entry.verdict, entry.because, apart)
         first = groups.get(key)
         groups[key] = replace(first, claims=first.claims + entry.claims) if first else entry

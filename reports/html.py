@@ -90,6 +90,7 @@ def _environment() -> Environment:
         "ms": wording.milliseconds,
         "percent": wording.percent,
         "cosine": wording.cosine,
+        "change": wording.change,
         "size": wording.size,
         "duration": wording.duration,
         "moment": wording.moment,

@@ -9,7 +9,7 @@ from reports.events import FAILING, GOOD
 from reports.findings import Finding, findings
 from reports.latency import Board, boards
 from reports.record import Row, Summary
-from reports.wording import MISSING, milliseconds, moment, number, sentence
+from reports.wording import MISSING, change, milliseconds, moment, number, sentence
 
 # Bytes that each section may take; together with what a line may add they stay below LIMIT.
 LIMIT = 60_000
@@ -87,7 +87,7 @@ def _failure(entry: Finding) -> str:
     names = text(", ".join(sentence(name) for name in entry.claims), 200)
     must = " (must pass)" if entry.must_pass else ""
     where = f" on {code(entry.where)}" if entry.where else ""
-    lines = [f"- **{text(entry.verdict)}**{must} {code(entry.case)}{where}: {names}"]
+    lines = [f"- **{text(entry.verdict)}**{must} {code(entry.case)}{where}: {names}  "]
     figures = entry.evidence
     if figures:
         far = f" ({text(figures.excess)})" if figures.excess else ""
@@ -141,11 +141,11 @@ def _latency(found: Sequence[Board]) -> list[str]:
             low_high = timing.measurement.p50
             span = f"{milliseconds(low_high.low)} to {milliseconds(low_high.high)}" if low_high else MISSING
             faster = f"{number(timing.speed_up, 3)} ×" if timing.speed_up is not None else MISSING
-            change = f"{gate.ratio - 1:+.1%}" if gate and gate.ratio is not None else MISSING
+            moved = change(gate.ratio) if gate and gate.ratio is not None else MISSING
             note = f" ({timing.note})" if timing.note else ""
             lines.append(
                 f"| {code(timing.row.case.case, 120)}{note} | {milliseconds(timing.p50)} | {span} "
-                f"| {faster} | {change} | {text(timing.claim.verdict)} |"
+                f"| {faster} | {moved} | {text(timing.claim.verdict)} |"
             )
     if not lines:
         return []

@@ -61,15 +61,15 @@ def latency(claim: Claim) -> Markup:
     p50 = measurement.p50
     span = (p50.low, p50.high) if p50 and _drawable(p50.low) and _drawable(p50.high) else None
     value = p50.value if p50 and _drawable(p50.value) else None
-    lanes = [_Lane("this run", "now", samples, _medians(measurement.processes), value, span, 116, 86, -1)]
+    lanes = [_Lane("this run", "now", samples, _medians(measurement.processes), value, span, 119, 86, -1)]
     baseline = claim.baseline
     if baseline:
         name = f"baseline {baseline.date[:10]}".strip()
         below = thinned(baseline.processes)
         then = baseline.p50 if _drawable(baseline.p50) else None
-        lanes.append(_Lane(name, "then", below, _medians(baseline.processes), then, None, 118, 64, 1))
+        lanes.append(_Lane(name, "then", below, _medians(baseline.processes), then, None, 121, 64, 1))
     axis = _axis(lanes)
-    height = 234 if baseline else 158
+    height = 237 if baseline else 161
     parts = [
         _axis_marks(axis, height),
         *(_drawn(lane, axis) for lane in lanes),

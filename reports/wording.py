@@ -59,7 +59,7 @@ def number(value: float | int | None, digits: int = 4) -> str:
 
 
 def digits_apart(one: float | None, other: float | None) -> int:
-    """Significant digits that two different figures need to look different: 1.00004 against 1 must not read as 1 and 1."""
+    """Significant digits that two figures need to look different: 1.00004 against 1 must not read as 1 and 1."""
     if one is None or other is None or one == other or not (math.isfinite(one) and math.isfinite(other)):
         return 4
     return next((digits for digits in range(4, 17) if number(one, digits) != number(other, digits)), 17)
@@ -89,6 +89,11 @@ def cosine(value: float | None) -> str:
 def percent(value: float | None) -> str:
     """A fraction as a percentage: 0.005 → 0.5 %."""
     return number(value) if value is None or not math.isfinite(value) else f"{number(value * 100, 3)} %"
+
+
+def change(ratio: float) -> str:
+    """A ratio as a signed percentage: 1.094 → +9.4 %."""
+    return f"{(ratio - 1) * 100:+.1f} %"
 
 
 def size(value: int | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -252,7 +253,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def _command() -> list[str]:
     """The command line as the user typed it."""
-    return [os.path.basename(sys.argv[0]), *sys.argv[1:]] if not os.environ.get("EXPORTGATE_COMMAND") else os.environ["EXPORTGATE_COMMAND"].split("\0")
+    given = os.environ.get("EXPORTGATE_COMMAND")
+    return json.loads(given) if given else [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
 @pytest.hookimpl(trylast=True)

@@ -30,7 +30,7 @@ from exporters.models.unpickle import (
     MAX_PICKLE,
     NUMPY,
     Array,
-    Refusal,
+    RefusalError,
     Storage,
     Stub,
     Tensor,
@@ -50,7 +50,8 @@ _WEIGHTS = ("ema", "model", "state_dict", "model_state_dict")
 _MAX_ENTRIES = 2**17
 _MAX_MODULES = 2**16
 _MAX_DEPTH = 64
-# Distinct views of one storage may overlap. More than this many times the file's size is no honest checkpoint.
+# Views may overlap or, expanded, repeat an element: a few bytes of a file could claim any amount of memory. More than this
+# many times the file's size is no honest checkpoint.
 _MAX_OVERLAP = 4
 _MAX_LITERAL = 2**20
 
@@ -125,7 +126,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             state, layers, family, facts = _read(file, before.st_size)
             after = os.fstat(file.fileno())
-    except Refusal as refusal:
+    except RefusalError as refusal:
         raise refusal.of(path.name) from None
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist", "give the path of a checkpoint") from None
@@ -147,7 +148,7 @@ def _read(file: BinaryIO, size: int) -> _Found:
     if len(head) > 8 and head[8:9] == b"{":
         return _read_safetensors(file, int.from_bytes(head[:8], "little"), size)
     what, fix = _other_kind(head)
-    raise Refusal(what, fix)
+    raise RefusalError(what, fix)
 
 
 def _other_kind(head: bytes) -> tuple[str, str]:
@@ -192,48 +193,48 @@ class _Archive:
             self._zip = zipfile.ZipFile(file)
         except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, OSError, struct.error) as error:
             what = f"is damaged: a zip archive of {size} bytes whose table of contents is missing or broken"
-            raise Refusal(f"{what} ({shown(str(error))})", _AGAIN) from error
+            raise RefusalError(f"{what} ({shown(str(error))})", _AGAIN) from error
         entries = self._zip.infolist()
         if len(entries) > _MAX_ENTRIES:
-            raise Refusal(f"has {len(entries)} entries, the limit is {_MAX_ENTRIES}", _RESAVE)
+            raise RefusalError(f"has {len(entries)} entries, the limit is {_MAX_ENTRIES}", _RESAVE)
         for entry in entries:
             _check_entry(entry)
         self._entries = {entry.filename: entry for entry in entries}
         if len(self._entries) != len(entries):
             twice = Counter(entry.filename for entry in entries).most_common(1)[0][0]
-            raise Refusal(f"has two entries named {shown(twice)}", _RESAVE)
+            raise RefusalError(f"has two entries named {shown(twice)}", _RESAVE)
         # Overlapping entries, a kind of zip bomb, add up to more than the file.
         if sum(entry.file_size for entry in entries) > size:
-            raise Refusal(f"has entries of more than its own {size} bytes", _RESAVE)
+            raise RefusalError(f"has entries of more than its own {size} bytes", _RESAVE)
         self._prefix = self._root()
         order = self._entries.get(f"{self._prefix}/byteorder")
         if order is not None and self._bytes(order) != b"little":
-            raise Refusal("was saved in big-endian byte order", _RESAVE)
+            raise RefusalError("was saved in big-endian byte order", _RESAVE)
 
     def _root(self) -> str:
         pickles = [name for name in self._entries if name.count("/") == 1 and name.endswith("/data.pkl")]
         if any("/code/" in name or name.endswith("/constants.pkl") for name in self._entries):
-            raise Refusal("is a TorchScript archive, whose weights cannot be taken apart from its code", _CHECK)
+            raise RefusalError("is a TorchScript archive, whose weights cannot be taken apart from its code", _CHECK)
         if any(name.endswith("archive_format") for name in self._entries):
-            raise Refusal("is a torch.export archive (.pt2)", _CHECK)
+            raise RefusalError("is a torch.export archive (.pt2)", _CHECK)
         if len(pickles) != 1:
             listed = ", ".join(shown(name) for name in list(self._entries)[:3]) or "nothing"
             what = f"is a zip with {len(pickles) or 'no'} data.pkl (it holds {listed}), not an archive of torch.save"
-            raise Refusal(what, "give a .pt checkpoint or a .safetensors file")
+            raise RefusalError(what, "give a .pt checkpoint or a .safetensors file")
         return pickles[0].removesuffix("/data.pkl")
 
     def _bytes(self, entry: zipfile.ZipInfo) -> bytes:
         try:
             return self._zip.read(entry)
         except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, OSError, struct.error) as error:
-            raise Refusal(f"is damaged: {shown(str(error)) or 'an entry cannot be read'}", _AGAIN) from error
+            raise RefusalError(f"is damaged: {shown(str(error)) or 'an entry cannot be read'}", _AGAIN) from error
 
     def pickle(self) -> bytes:
         """The pickle; refused unread when it is larger than any checkpoint's."""
         entry = self._entries[f"{self._prefix}/data.pkl"]
         if entry.file_size > MAX_PICKLE:
             limit = f"{entry.file_size / 2**20:.0f} MiB, the limit is {MAX_PICKLE // 2**20}"
-            raise Refusal(f"has a data.pkl of {limit}", _RESAVE)
+            raise RefusalError(f"has a data.pkl of {limit}", _RESAVE)
         return self._bytes(entry)
 
     def storage(self, storage: Storage) -> bytes:
@@ -241,11 +242,11 @@ class _Archive:
         name = f"{self._prefix}/data/{storage.key}"
         entry = self._entries.get(name)
         if entry is None:
-            raise Refusal(f"is damaged: the entry {shown(name)} is missing", _AGAIN)
+            raise RefusalError(f"is damaged: the entry {shown(name)} is missing", _AGAIN)
         itemsize = np.dtype(NUMPY.get(storage.dtype, "u1")).itemsize
         if entry.file_size != storage.size * itemsize:
             expected = f"{storage.size} elements of {storage.dtype}"
-            raise Refusal(f"is damaged: {shown(name)} has {entry.file_size} bytes, not {expected}", _AGAIN)
+            raise RefusalError(f"is damaged: {shown(name)} has {entry.file_size} bytes, not {expected}", _AGAIN)
         return self._bytes(entry)
 
 
@@ -253,14 +254,14 @@ def _check_entry(entry: zipfile.ZipInfo) -> None:
     name = entry.orig_filename
     if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
         what = f"has a compressed entry, {shown(name)}, which torch.save never writes and which may unpack to any size"
-        raise Refusal(what, "unpack it and zip it again without compression (zip -0), or save it again")
+        raise RefusalError(what, "unpack it and zip it again without compression (zip -0), or save it again")
     if entry.flag_bits & 1:
-        raise Refusal(f"has an encrypted entry, {shown(name)}", "unpack it, or save it again")
+        raise RefusalError(f"has an encrypted entry, {shown(name)}", "unpack it, or save it again")
     odd = "\0" in name or "\\" in name or name[1:3] == ":/"
     if odd or not {"", ".", ".."}.isdisjoint(name.removesuffix("/").split("/")):
-        raise Refusal(f"has an entry with an unsafe path, {shown(name)}", _RESAVE)
+        raise RefusalError(f"has an entry with an unsafe path, {shown(name)}", _RESAVE)
     if stat.S_ISLNK(entry.external_attr >> 16):
-        raise Refusal(f"has a symbolic link in it, {shown(name)}", _RESAVE)
+        raise RefusalError(f"has a symbolic link in it, {shown(name)}", _RESAVE)
 
 
 def _read_torch(archive: _Archive) -> _Found:
@@ -303,7 +304,7 @@ def _weights(root: Any, top: dict[Any, Any]) -> Stub | dict[str, Tensor]:
     what = (
         f"holds no weights: no module and no dict of tensors, at the top or under {', '.join(_WEIGHTS)} (it has {has})"
     )
-    raise Refusal(what, _RESAVE)
+    raise RefusalError(what, _RESAVE)
 
 
 def _attributes(value: Any) -> dict[Any, Any]:
@@ -325,7 +326,7 @@ def _state_dict(model: Stub) -> dict[str, Tensor]:
         visited += 1
         # A module may be its own child, and one may be shared so often that the names never end.
         if visited > _MAX_MODULES or depth > _MAX_DEPTH:
-            raise Refusal(f"has more than {_MAX_MODULES} modules, or nests them deeper than {_MAX_DEPTH}", _RESAVE)
+            raise RefusalError(f"has more than {_MAX_MODULES} modules, or nests them deeper than {_MAX_DEPTH}", _RESAVE)
         hidden: Any = module.attrs.get("_non_persistent_buffers_set")
         hidden = cast("set[Any]", hidden) if isinstance(hidden, set) else set[Any]()
         own = {**_attributes(module.attrs.get("_parameters"))}
@@ -334,11 +335,11 @@ def _state_dict(model: Stub) -> dict[str, Tensor]:
             if isinstance(value, Tensor):
                 state[f"{prefix}{key}"] = value
             elif value is not None:
-                raise Refusal(f"is damaged: {shown(f'{prefix}{key}')} is no tensor", _AGAIN)
+                raise RefusalError(f"is damaged: {shown(f'{prefix}{key}')} is no tensor", _AGAIN)
         children = [(key, child) for key, child in _children(module).items() if isinstance(child, Stub)]
         waiting += [(f"{prefix}{key}.", child, depth + 1) for key, child in reversed(children)]
     if not state:
-        raise Refusal("holds a model without any weights", _RESAVE)
+        raise RefusalError("holds a model without any weights", _RESAVE)
     return state
 
 
@@ -346,7 +347,7 @@ def _arrays(tensors: Mapping[str, Tensor], archive: _Archive) -> dict[str, Array
     distinct = set(tensors.values())
     total = sum(math.prod(tensor.shape) * np.dtype(NUMPY[tensor.dtype]).itemsize for tensor in distinct)
     if total > _MAX_OVERLAP * archive.size:
-        raise Refusal(f"has {total} bytes of overlapping tensors in a file of {archive.size}", _RESAVE)
+        raise RefusalError(f"has tensors of {total} bytes in a file of {archive.size}, as views that overlap", _RESAVE)
     uses = Counter(tensor.storage for tensor in distinct)
     raw: dict[Storage, bytes] = {}
     made: dict[Tensor, Array] = {}
@@ -369,21 +370,23 @@ def _read_safetensors(file: BinaryIO, header: int, size: int) -> _Found:
     deserialize = cast("Callable[[bytes], list[tuple[str, dict[str, Any]]]]", untyped)
 
     if header > size - 8:
-        raise Refusal(f"is a truncated safetensors file: a header of {header} bytes in a file of {size}", _AGAIN)
+        raise RefusalError(f"is a truncated safetensors file: a header of {header} bytes in a file of {size}", _AGAIN)
     file.seek(0)
     content = file.read()
     try:
         entries = deserialize(content)
     except SafetensorError as error:
         what = f"is a damaged or truncated safetensors file of {size} bytes ({shown(str(error))})"
-        raise Refusal(what, _AGAIN) from error
+        raise RefusalError(what, _AGAIN) from error
     if not entries:
-        raise Refusal("holds no weights: a safetensors file without tensors", _RESAVE)
+        raise RefusalError("holds no weights: a safetensors file without tensors", _RESAVE)
     state: dict[str, Array] = {}
     for key, entry in sorted(entries):
         dtype = _SAFETENSORS.get(entry["dtype"])
         if dtype is None:
-            raise Refusal(f"holds a tensor of {shown(entry['dtype'])}, which numpy has not", "save it in FP16 or FP32")
+            raise RefusalError(
+                f"holds a tensor of {shown(entry['dtype'])}, which numpy has not", "save it in FP16 or FP32"
+            )
         state[key] = widened(entry["data"], dtype).reshape(entry["shape"])
     metadata: dict[str, str] = json.loads(content[8 : 8 + header]).get("__metadata__") or {}
     literals = ("names", "stride", "imgsz", "kpt_shape")
@@ -402,7 +405,7 @@ def _literal(key: str, text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         what = f"has the metadata {key} {shown(text)!r}, which is neither JSON nor a Python literal"
-        raise Refusal(what, "write it with json.dumps") from None
+        raise RefusalError(what, "write it with json.dumps") from None
 
 
 def _normalized(file: str, facts: Mapping[str, Any]) -> dict[str, Any]:

