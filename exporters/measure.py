@@ -76,7 +76,7 @@ def _warm_up(session: Session, feeds: Sequence[Feeds], plan: MeasurementPlan) ->
     while True:
         window: list[float] = []
         opened = time.perf_counter()
-        while time.perf_counter() - opened < plan.warm_up / 2 or len(window) < 3:
+        while time.perf_counter() - opened < plan.warm_up / 2 or len(window) < 2:
             start = time.perf_counter()
             session.run(feeds[count % len(feeds)])
             window.append(time.perf_counter() - start)

@@ -200,7 +200,11 @@ def request(model: ModelSpec, format_id: str, **options: Any) -> ExportSpec:
     spec = ExportSpec(model, chosen, precision, size, **values)
     formats.get(chosen).check(spec)
     if spec.data:
+        from exporters import calibration
+
         spec = spec.but(data=_absolute(spec.data))
+        if not calibration.is_factory(spec.data):
+            calibration.images_of(spec)  # a set without images is refused now, not after minutes
     return spec
 
 

@@ -109,12 +109,28 @@ def subject(entry: Comparison) -> str:
 
 def observed(entry: Comparison) -> str:
     """The gated figure with its unit, precise enough to be told from its bound."""
-    return with_unit(entry.observed, _unit(entry), digits_apart(entry.observed, entry.allowed))
+    return with_unit(entry.observed, _unit(entry), _digits(entry))
 
 
 def allowed(entry: Comparison) -> str:
     """The bound with its direction and unit."""
-    return f"{bound(entry)} {with_unit(entry.allowed, _unit(entry), digits_apart(entry.observed, entry.allowed))}"
+    return f"{bound(entry)} {with_unit(entry.allowed, _unit(entry), _digits(entry))}"
+
+
+def _digits(entry: Comparison) -> int:
+    # A cosine says something only in its distance from 1.
+    return max(6 if entry.measure == "cosine" else 4, digits_apart(entry.observed, entry.allowed))
+
+
+def damage(found: Damage) -> str:
+    """What was done to the reference: noise of 0.5 % on model.0.conv."""
+    size = "" if _whole(found.size) else f" of {percent(found.size)}"
+    return f"{found.kind}{size} on {found.layer}" if found.layer else f"{found.kind}{size}"
+
+
+def cap(found: Damage) -> str:
+    """The size up to which a damage may go unnoticed; empty where it has none."""
+    return "" if _whole(found.cap) else percent(found.cap)
 
 
 def _unit(entry: Comparison) -> str:
@@ -129,13 +145,16 @@ def _compared(entry: Comparison) -> Evidence:
 
 
 def _unnoticed(damages: Sequence[Damage]) -> Evidence | None:
-    missed = next((damage for damage in damages if not damage.rejected), None)
+    missed = next((entry for entry in damages if not entry.rejected), None)
     if missed is None:
         return None
-    size = f" of {percent(missed.size)}" if missed.size is not None else ""
-    layer = f" on {missed.layer}" if missed.layer else ""
-    limit = "noticed" if missed.cap is None else f"noticed at ≤ {percent(missed.cap)}"
-    return Evidence("damage done on purpose", f"{missed.kind}{size}{layer} went unnoticed", limit)
+    limit = "noticed" if _whole(missed.cap) else f"noticed at ≤ {percent(missed.cap)}"
+    return Evidence("damage done on purpose", f"{damage(missed)} went unnoticed", limit)
+
+
+def _whole(share: float | None) -> bool:
+    """Whether a damage is done or not done (classes swapped), so that no size tells anything about it."""
+    return share is None or share == 1
 
 
 def _severity(entry: Comparison) -> float:

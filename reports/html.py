@@ -111,6 +111,8 @@ def _environment() -> Environment:
         "observed": findings.observed,
         "allowed": findings.allowed,
         "excess": findings.excess,
+        "damage": findings.damage,
+        "cap": findings.cap,
         "distribution": picture.latency,
         "ratio_picture": picture.ratio,
     }

@@ -6,11 +6,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from reports.events import Claim, Measurement
+from reports.events import Claim, Measurement, Percentile
 from reports.record import Row, Summary
 
 # Lower in this order costs accuracy, so it should at least be faster than what stands before it.
 _PRECISIONS = ("fp32", "fp16", "int8")
+# Options that only a precision brings along: how INT8 is calibrated.
+_OF_THE_PRECISION = frozenset({"precision", "data", "split", "fraction", "trt_quant_algo"})
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,9 @@ def measured(row: Row) -> Claim | None:
 def _timings(rows: Sequence[Row]) -> Iterator[Timing]:
     ordered = sorted(rows, key=lambda row: row.case.format != "pytorch")
     eager = {_input(row): _p50(row) for row in ordered if row.case.format == "pytorch" and row.case.precision == "fp32"}
-    siblings: dict[tuple[str, ...], dict[str, float | None]] = {}
+    siblings: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in ordered:
-        siblings.setdefault(_kind(row), {})[row.case.precision] = _p50(row)
+        siblings.setdefault(_kind(row), {})[row.case.precision] = row
     slowest = max((value for row in ordered if (value := _p50(row)) is not None), default=0.0)
     for row in ordered:
         claim = measured(row)
@@ -67,13 +69,16 @@ def _timings(rows: Sequence[Row]) -> Iterator[Timing]:
         own, theirs = _p50(row), eager.get(_input(row))
         speed_up = theirs / own if theirs and own else None
         share = own / slowest if own and slowest else 0.0
-        note = _slower_for_less(row.case.precision, siblings[_kind(row)])
-        yield Timing(row, claim, claim.measurement, speed_up, note, share)
+        yield Timing(row, claim, claim.measurement, speed_up, _slower_for_less(row, siblings[_kind(row)]), share)
+
+
+def _point(row: Row) -> Percentile | None:
+    claim = measured(row)
+    return claim.measurement.p50 if claim and claim.measurement else None
 
 
 def _p50(row: Row) -> float | None:
-    claim = measured(row)
-    point = claim.measurement.p50 if claim and claim.measurement else None
+    point = _point(row)
     return point.value if point and point.value is not None and math.isfinite(point.value) else None
 
 
@@ -83,16 +88,18 @@ def _input(row: Row) -> tuple[str, ...]:
 
 
 def _kind(row: Row) -> tuple[str, ...]:
-    return (*_input(row), row.case.format, row.case.runtime)
+    """What two cases share that differ in their precision alone, and so may be compared for what it brings."""
+    options = {key: value for key, value in row.case.spec.items() if key not in _OF_THE_PRECISION}
+    return (row.case.model, row.case.format, row.case.runtime, repr(sorted(options.items())))
 
 
-def _slower_for_less(precision: str, siblings: Mapping[str, float | None]) -> str:
-    """Says when a lower precision is slower than a higher one of the same format and runtime."""
-    own = siblings.get(precision)
-    if precision not in _PRECISIONS or not own:
+def _slower_for_less(row: Row, siblings: Mapping[str, Row]) -> str:
+    """Says when a lower precision is slower than a higher one, beyond both confidence intervals."""
+    own, precision = _point(row), row.case.precision
+    if precision not in _PRECISIONS or own is None or own.low is None:
         return ""
     for higher in reversed(_PRECISIONS[: _PRECISIONS.index(precision)]):
-        theirs = siblings.get(higher)
-        if theirs and own > theirs:
+        theirs = _point(siblings[higher]) if higher in siblings else None
+        if theirs and theirs.high is not None and own.low > theirs.high:
             return f"slower than {higher}: accuracy paid for nothing"
     return ""

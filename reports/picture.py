@@ -100,8 +100,8 @@ def ratio(gate: Gate) -> Markup:
             limit_x, round(RIGHT - limit_x, 1)
         ),
         Markup('<line class="rule" x1="{0}" x2="{1}" y1="46" y2="46"/>').format(LEFT, RIGHT),
-        _mark(axis.x(1), 20, 46, "one", "as fast as before", 60),
-        _mark(limit_x, 20, 46, "limit", f"allowed {number(limit)}", 12),
+        _mark(axis.x(1), (20, 46), "one", "as fast as before", 60),
+        _mark(limit_x, (20, 46), "limit", f"allowed {number(limit)}", 12),
         Markup('<line class="interval {}" x1="{}" x2="{}" y1="33" y2="33"/>').format(
             verdict, axis.x(low), axis.x(high)
         ),
@@ -196,7 +196,7 @@ def _drawn(lane: _Lane, axis: _Axis) -> Markup:
         end = lane.base + lane.direction * lane.room
         text = end - 6 if lane.direction < 0 else end + 13
         label = f"{lane.name}: p50 {milliseconds(lane.p50)} ms"
-        parts.append(_mark(axis.x(lane.p50), lane.base, end, lane.style, label, text))
+        parts.append(_mark(axis.x(lane.p50), (lane.base, end), lane.style, label, text))
     return Markup("").join(parts)
 
 
@@ -222,13 +222,13 @@ def _limit(axis: _Axis, baseline: Baseline | None, gate: Gate | None, height: in
     if not baseline or not gate or not _drawable(baseline.p50) or not _drawable(gate.delta):
         return Markup("")
     limit = baseline.p50 * (1 + gate.delta)
-    return _mark(axis.x(limit), 14, height - 26, "limit", "allowed", 11) if axis.holds(limit) else Markup("")
+    return _mark(axis.x(limit), (14, height - 26), "limit", "allowed", 11) if axis.holds(limit) else Markup("")
 
 
-def _mark(x: float, top: float, bottom: float, style: str, label: str, text: float) -> Markup:
-    """A vertical line with a label that stays inside the picture."""
+def _mark(x: float, span: tuple[float, float], style: str, label: str, text: float) -> Markup:
+    """A vertical line from top to bottom (span), with a label at height `text` that stays inside the picture."""
     anchor = "middle" if 90 < x < WIDTH - 90 else "start" if x <= 90 else "end"
     return Markup(
         '<line class="mark {style}" x1="{x}" x2="{x}" y1="{top}" y2="{bottom}"/>'
         '<text class="label {style}" x="{x}" y="{text}" text-anchor="{anchor}">{label}</text>'
-    ).format(style=style, x=x, top=top, bottom=bottom, text=text, anchor=anchor, label=escape(label))
+    ).format(style=style, x=x, top=span[0], bottom=span[1], text=text, anchor=anchor, label=escape(label))

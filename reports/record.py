@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from exporters.errors import BadRequest
-from reports.events import FAILING, GOOD, BadField, Case, Claim, End, Start, Verdict, build
+from reports.decode import FieldError, build
+from reports.events import FAILING, GOOD, Case, Claim, End, Start, Verdict
 
 SCHEMA = 1
 NAME = "record.jsonl"
@@ -144,7 +145,7 @@ def merge(runs: Sequence[Run]) -> Summary:
         unmet=unmet,
         remarks=(*unfit, *remarks),
         verdict=verdict,
-        headline=_headline(verdict, runs, rows, counts, unmet, unfit),
+        headline=_headline(verdict, runs, rows, counts=counts, unmet=unmet, unfit=unfit),
     )
 
 
@@ -169,7 +170,7 @@ def _read_line(draft: _Draft, line: bytes, number: int, *, last: bool) -> None:
         raise BadRequest(f"{place}: not a JSON line ({error})", "only the last line may be torn; restore it") from None
     try:
         _take(draft, event)
-    except (BadField, RecursionError) as error:
+    except (FieldError, RecursionError) as error:
         raise BadRequest(f"{place}: {error}", "the record must follow reports/schema.json") from None
 
 
@@ -177,10 +178,10 @@ def _take(draft: _Draft, event: Any) -> None:
     line = cast("dict[str, Any]", event) if isinstance(event, dict) else {}
     kind = line.get("event")
     if (kind == "run") is (draft.start is not None):
-        raise BadField("the run event comes first, once")
+        raise FieldError("the run event comes first, once")
     if kind == "run":
         if line.get("schema") != SCHEMA:
-            raise BadField(f"the record has schema {line.get('schema')!r:.20}, this exportgate reads {SCHEMA}")
+            raise FieldError(f"the record has schema {line.get('schema')!r:.20}, this exportgate reads {SCHEMA}")
         draft.start = build(Start, event, "run")
         return
     draft.end = None  # whatever follows an end was added by a run that goes on
@@ -196,7 +197,7 @@ def _take(draft: _Draft, event: Any) -> None:
     elif kind == "end":
         draft.end = build(End, event, "end")
     else:
-        raise BadField(f"unknown event {str(kind)[:40]!r}")
+        raise FieldError(f"unknown event {str(kind)[:40]!r}")
 
 
 def _rank(verdict: str) -> int:
@@ -291,6 +292,7 @@ def _headline(
     verdict: Word,
     runs: Sequence[Run],
     rows: Sequence[Row],
+    *,
     counts: Mapping[Verdict, int],
     unmet: Sequence[Unmet],
     unfit: Sequence[str],

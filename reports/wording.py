@@ -112,6 +112,8 @@ def duration(value: float | None) -> str:
     """Seconds as a person says them: 0.8 s, 92 s, 4 min 10 s."""
     if value is None or not math.isfinite(value):
         return number(value)
+    if value < 0.05:
+        return "< 0.1 s"
     if value < 120:
         return f"{value:.0f} s" if value >= 10 else f"{value:.1f} s"
     minutes, seconds = divmod(round(value), 60)

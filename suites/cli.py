@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from exporters.errors import BadRequest, ExportgateError
+from exporters.errors import BadRequest, ExportgateError, NotSupported
 from exporters.version import __version__
 
 PACKAGE = Path(__file__).resolve().parent
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command(options, further)
     except ExportgateError as error:
         print(f"exportgate: error: {error}", file=sys.stderr)
-        return 4 if isinstance(error, BadRequest) else 1
+        return 4 if isinstance(error, (BadRequest, NotSupported)) else 1
     except KeyboardInterrupt:
         print("exportgate: interrupted; nothing half-made was left", file=sys.stderr)
         return 2

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import pytest
+from typing import TYPE_CHECKING, Any
 
 from exporters import formats
 from exporters.errors import BadRequest
 from suites.support.cases import Selection
 from suites.support.config import Project
+
+if TYPE_CHECKING:  # the command line reads the tables below without waiting for pytest
+    import pytest
 
 # (option, keyword arguments): those that become fields of a request carry their field's name as dest.
 REQUEST: tuple[tuple[str, dict[str, Any]], ...] = (

@@ -67,6 +67,8 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
+    # A latency claim that ends before its measurement has told why in its verdict.
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
     if config.getoption("help", False) or config.getoption("version", 0):
         return
     try:

@@ -50,8 +50,8 @@ _WEIGHTS = ("ema", "model", "state_dict", "model_state_dict")
 _MAX_ENTRIES = 2**17
 _MAX_MODULES = 2**16
 _MAX_DEPTH = 64
-# Views may overlap or, expanded, repeat an element: a few bytes of a file could claim any amount of memory. More than this
-# many times the file's size is no honest checkpoint.
+# Views may overlap or, expanded, repeat an element: a few bytes of a file could claim any amount of memory. More than
+# this many times the file's size is no honest checkpoint.
 _MAX_OVERLAP = 4
 _MAX_LITERAL = 2**20
 

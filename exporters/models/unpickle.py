@@ -150,8 +150,8 @@ def unpickle(data: bytes) -> Any:
         data: the whole pickle, of at most MAX_PICKLE bytes.
 
     Raises:
-        RefusalError: unsafe, when the pickle names or calls something that is not in the table; otherwise it is damaged, has
-            too many objects, or has layers that are not known (the family of the model is named).
+        RefusalError: unsafe, when the pickle names or calls something that is not in the table; otherwise it is
+            damaged, has too many objects, or has layers that are not known (the family of the model is named).
     """
     stack: list[Any] = []
     marks: list[int] = []
@@ -295,7 +295,7 @@ def unpickle(data: bytes) -> Any:
             if made > MAX_OBJECTS:
                 raise RefusalError(f"has a data.pkl of more than {MAX_OBJECTS} objects", _STATE_ONLY)
     except (IndexError, KeyError, TypeError, ValueError, OverflowError, struct.error) as error:
-        reason = shown(str(error)) or type(error).__name__
+        reason = "it refers to what it has not stored" if isinstance(error, KeyError) else shown(str(error))
         raise RefusalError(
             f"is damaged: its data.pkl cannot be read past byte {position} ({reason})", _AGAIN
         ) from error

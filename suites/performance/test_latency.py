@@ -12,7 +12,7 @@ from exporters.errors import ExportgateError
 from exporters.measure import MeasurementPlan, Samples
 from suites.support.baseline import baseline_path, read_baseline
 from suites.support.bench import Bench, cast
-from suites.support.gate import judge, percentiles
+from suites.support.gate import NEEDED, judge, percentiles
 from suites.support.machine import comparable, fingerprint
 from suites.support.verdict import Judged, Verdict
 
@@ -54,11 +54,11 @@ def test_p50_within_baseline(case: Bench, benchmark: Any) -> None:
 def _process(case: Bench, number: int, seconds: float) -> Samples:
     """One replicate: a fresh process that opens the artifact and measures."""
     pool, runtime, device = case.run.pool, case.case.runtime.id, case.case.device
-    artifact, feeds = case.artifact(), case.feeds()[:4]
+    artifact, feeds = case.artifact(), case.feeds()[:2]
     try:
         session = case.guard(lambda: pool.open(artifact, case.spec, runtime, device, number))
         try:
-            return case.guard(lambda: session.measure([cast(session, f.arrays) for f in feeds], MeasurementPlan(seconds=seconds)))
+            return case.guard(lambda: session.measure([cast(session, f.arrays) for f in feeds], MeasurementPlan(seconds=seconds, inferences=-(-NEEDED[50] // case.run.project.latency.processes))))
         finally:
             session.close()
     finally:

@@ -182,7 +182,7 @@ def detector(peer: types.SimpleNamespace, family: str = "DetectionModel") -> Any
     head.register_buffer("left_out", torch.ones(2), persistent=False)
     head.stride = torch.tensor([8.0, 16.0, 32.0])
     # Heads of 8.0.x and fused models keep methods as attributes; unpickled, they are calls of getattr.
-    head.detect, model.forward = type(head).forward, model.forward
+    head.detect, model.forward = peer.Detect.forward, model.forward
     model.model = torch.nn.Sequential(conv, head)
     model.names, model.stride, model.yaml = {0: "cat", 1: "dog"}, head.stride, {"nc": 2, "scale": "n"}
     model.args, model.criterion = peer.space(task="detect"), peer.loss()

@@ -130,7 +130,10 @@ def _asked(project: Project, selection: Selection, chosen: Sequence[str], precis
         raise BadRequest(f"precision {', '.join(wanted)} is not one of {', '.join(chosen)}",
                          "; ".join(f"{f} has {', '.join(formats.get(f).precisions)}" for f in chosen))
     cells = [(f, p) for f in dict.fromkeys(chosen) for p in dict.fromkeys(wanted)]
-    return [case for f, p in cells for case in _cases(model, f, p, selection.options, len(chosen) > 1)]
+    cases = [case for f, p in cells for case in _cases(model, f, p, selection.options, len(chosen) > 1)]
+    if cases and all(case.because for case in cases):
+        raise BadRequest(cases[0].because, "ask for another combination; 'exportgate formats' lists them")
+    return cases
 
 
 def _cases(model: ModelSpec, format_id: str, precision: Precision, options: Mapping[str, Any], several: bool) -> Iterable[Case]:
