@@ -207,12 +207,12 @@ def _baseline(options: argparse.Namespace, further: list[str]) -> int:
     from suites.support.baseline import accept
 
     run = reports.read_record(Path(options.run))
-    claims = [c for c in run.raw_claims() if c.get("measurement") and (not options.case or c["case"] in options.case)]
-    absent = next((c for c in options.case if c not in {x["case"] for x in claims}), None)
+    claims = [(c.case, c.measurement) for c in run.claims if c.measurement and (not options.case or c.case in options.case)]
+    absent = next((c for c in options.case if c not in {case for case, _ in claims}), None)
     if absent or not claims:
         raise BadRequest(f"run {options.run} measured " + (f"no case '{absent}'" if absent else "nothing"), "give a run whose latency claims were judged")
-    for claim in claims:
-        path, before, after = accept(project.baselines, str(run.start.machine["id"]), claim["case"], claim, options.reason)
+    for case, measurement in claims:
+        path, before, after = accept(project.baselines, run.machine, case, measurement, options.reason)
         print(f"{path}: p50 {after:.3f} ms" + (f", before {before:.3f} ms ({after / before - 1:+.1%})" if before else ", new"))
     return 0
 

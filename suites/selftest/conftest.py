@@ -1,11 +1,96 @@
-"""What the suite's own tests share."""
+"""What the suite's own tests share: the trained checkpoint, small models, and a workshop that breaks artifacts."""
 
 from __future__ import annotations
 
 import importlib.util
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from exporters import formats
+from exporters.artifact import Artifact, commit, list_files
+from exporters.models.catalog import detect_outputs, from_checkpoint
+from exporters.models.spec import ModelSpec, OutputSpec
+from exporters.pool import Pool
+from exporters.spec import ExportSpec, request
+from suites.support.bench import Bench, Run
+from suites.support.cases import Case
+from suites.support.config import Project
+from suites.support.verdict import Verdict, one_line, verdict_of
+
+Claim = Callable[[Bench], None]
+
+# Written to a temporary folder and imported by workers only, as a user's own module would be.
+SMALL = '''
+import numpy as np
+import torch
+from torch import nn
+
+
+class Blobs(nn.Module):
+    """A detector by hand: one anchor a cell of 8x8 pixels, whose colour decides class, score, place and size."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.box, self.score = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 3, 1)
+        colours = [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, -1, 0], [0, 1, -1], [-1, 0, 1], [.5, .5, 0], [0, .5, .5]]
+        self.stem.weight.data[:] = torch.tensor(colours).view(8, 3, 1, 1)
+        self.stem.bias.data.zero_()
+        self.box.weight.data.zero_()
+        for channel, (source, pixels) in enumerate(((3, 12), (4, 12), (6, 24), (7, 24))):
+            self.box.weight.data[channel, source] = pixels
+        self.box.bias.data[:] = torch.tensor([0, 0, 8, 8])
+        self.score.weight.data.zero_()
+        for number in range(3):
+            self.score.weight.data[number, 3 + number] = 30.0
+        self.score.bias.data[:] = -12.0
+
+    def forward(self, images):
+        x = self.stem(nn.functional.avg_pool2d(images, 8)).relu()
+        h, w = x.shape[2:]
+        across = (torch.arange(w, dtype=torch.float32) + 0.5).view(1, 1, 1, -1).expand(1, 1, h, w) * 8
+        down = (torch.arange(h, dtype=torch.float32) + 0.5).view(1, 1, -1, 1).expand(1, 1, h, w) * 8
+        box = self.box(x)
+        boxes = torch.cat((box[:, :1] + across, box[:, 1:2] + down, box[:, 2:]), 1)
+        return torch.cat((boxes, self.score(x).sigmoid()), 1).flatten(2)
+
+
+class Twins(nn.Module):
+    """Two outputs of one shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+
+    def forward(self, images):
+        return self.left(images), self.right(images)
+
+
+def blobs():
+    return Blobs()
+
+
+def twins():
+    return Twins()
+
+
+def scenes(spec):
+    """Images of coloured cells on black."""
+    generator = np.random.default_rng(0)
+    for _ in range(4):
+        image = np.zeros((spec.batch, 3, *spec.imgsz), np.float32)
+        for y in range(8, spec.imgsz[0] - 8, 16):
+            for x in range(8, spec.imgsz[1] - 8, 16):
+                strong, weak = generator.permutation(3)[:2]
+                image[:, strong, y : y + 8, x : x + 8] = generator.uniform(0.3, 0.8)
+                image[:, weak, y : y + 8, x : x + 8] = generator.uniform(0.0, 0.2)
+        yield {"images": image}
+'''
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +100,83 @@ def trained() -> Path:
     if found is None or not found.submodule_search_locations:
         pytest.skip("the package smartrail-obstacle-detector, which holds the trained checkpoint, is not installed")
     return Path(next(iter(found.submodule_search_locations))) / "best.pt"
+
+
+@pytest.fixture(scope="session")
+def small_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSpec]:
+    """Models that export in a moment: `blobs` (a detector that stands INT8) and `twins` (two outputs)."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "small_models.py").write_text(SMALL, encoding="utf-8")
+    blobs = ModelSpec("blobs", "small_models:blobs", search=(folder,), task="detect", outputs=detect_outputs(3), stride=8, imgsz=(160, 160),
+                      names={0: "red", 1: "green", 2: "blue"}, feeds="small_models:scenes")
+    twins = ModelSpec("twins", "small_models:twins", search=(folder,), outputs=(OutputSpec("left"), OutputSpec("right")), imgsz=(32, 32))
+    return {"blobs": blobs, "twins": twins}
+
+
+def judged(claim: Claim, bench: Bench) -> tuple[Verdict, str]:
+    """The verdict that a claim ends with, and its line."""
+    error: BaseException | None = None
+    try:
+        claim(bench)
+    except (Exception, pytest.fail.Exception) as caught:  # the plugin sees both
+        error = caught
+    return verdict_of(error), one_line(error) if error is not None else ""
+
+
+class Workshop:
+    """Good artifacts, copies of them that are broken as an exporter would break them, and how claims judge either.
+
+    Everything but the damage is real: workers export, open and run; the damage changes files on disk.
+    """
+
+    def __init__(self, trained: Path, small: dict[str, ModelSpec], folder: Path) -> None:
+        self.models = {"obstacles": from_checkpoint(trained), **small}
+        self.folder = folder
+        self.damage: Callable[[Path, Workshop], None] | None = None
+        self.rewrites_manifest = True
+        self.run = Run(Project(folder), Pool(), self._damaged)
+
+    def case(self, name: str) -> Case:
+        """A case from words: "onnx fp16 dynamic" of the trained checkpoint, "twins onnx fp32" of a small model."""
+        words = name.split()
+        model = self.models[words.pop(0) if words[0] in self.models else "obstacles"]
+        options: dict[str, Any] = {"imgsz": 320} if model.weights else {}
+        options |= {"dynamic": True} if "dynamic" in words else {}
+        options |= {"batch": 2} if "pair" in words else {}
+        options |= {"data": model.feeds} if "int8" in words else {}
+        spec = request(model, words[0], precision=words[1], **options)
+        return Case(spec, formats.get(spec.format).runtimes[0])
+
+    def good(self, name: str) -> Artifact:
+        """The undamaged artifact of a case."""
+        return self.run.pool.export(self.case(name).spec)
+
+    def judge(self, name: str, claim: Claim, damage: Callable[[Path, Workshop], None] | None = None, rewrites_manifest: bool = True) -> tuple[Verdict, str]:
+        """What a claim says of a case's artifact, damaged or good."""
+        self.damage, self.rewrites_manifest = damage, rewrites_manifest
+        bench = Bench(self.run, self.case(name))
+        try:
+            return judged(claim, bench)
+        finally:
+            bench.close()
+            self.damage = None
+            shutil.rmtree(self.folder / "broken", ignore_errors=True)
+
+    def _damaged(self, artifact: Artifact, spec: ExportSpec) -> Artifact | None:
+        """What a broken exporter would have made instead of the artifact: its manifest describes its own files."""
+        if self.damage is None:
+            return None
+        root = self.folder / "broken" / uuid.uuid4().hex
+        shutil.copytree(artifact.root, root)
+        self.damage(root / artifact.primary, self)
+        if not self.rewrites_manifest:
+            return replace(artifact, root=root)
+        return commit(replace(artifact, root=root, files=list_files(root)), root.with_name(f"{root.name}-finished"))
+
+
+@pytest.fixture(scope="session")
+def workshop(trained: Path, small_models: dict[str, ModelSpec], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
+    """One set of workers, references and feeds for all broken exporters."""
+    made = Workshop(trained, small_models, tmp_path_factory.mktemp("workshop"))
+    yield made
+    made.run.close()

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from exporters.errors import BadRequest
+from reports.events import Measurement
 
 
 @dataclass(frozen=True)
@@ -57,18 +58,16 @@ def read_baseline(path: Path) -> Baseline | None:
         raise BadRequest(f"baseline {path} cannot be read ({type(error).__name__}: {error})", "restore it from version control, or accept a new one") from None
 
 
-def accept(folder: Path, machine: str, case: str, claim: Mapping[str, Any], reason: str) -> tuple[Path, float | None, float]:
-    """Writes the measurement of a run record's latency claim as the baseline; returns (path, p50 before, p50 now).
+def accept(folder: Path, machine: str, case: str, measurement: Measurement, reason: str) -> tuple[Path, float | None, float]:
+    """Writes a measurement of a run record as the baseline of its case; returns (path, p50 before, p50 now).
 
     Raises:
         BadRequest: no reason, or the measurement does not stand (not settled, throttled, too noisy to detect anything).
     """
     if not reason.strip():
         raise BadRequest("a baseline is accepted without a reason", "say why with --reason")
-    measurement = claim["measurement"]
-    processes: list[list[float]] = measurement["processes"]
-    medians = [float(np.median(p)) for p in processes]
-    if measurement.get("throttled"):
+    medians = [float(np.median(p)) for p in measurement.processes]
+    if measurement.throttled:
         raise BadRequest(f"case {case}: the measurement was throttled", "measure again on a cool machine")
     cv = float(np.std(medians, ddof=1) / np.mean(medians))
     if cv > 0.15:
@@ -77,12 +76,19 @@ def accept(folder: Path, machine: str, case: str, claim: Mapping[str, Any], reas
     before = read_baseline(path)
     data = {
         "case": case, "machine": machine, "date": datetime.now(UTC).date().isoformat(), "reason": reason.strip(),
-        "p50_before": before.p50 if before else None, "p50": float(np.median(medians)), "comparable": measurement["comparable"],
-        "conditions": {k: measurement.get(k) for k in ("timer", "threads", "warm_up", "notes")},
-        "milliseconds": [[round(x, 4) for x in p] for p in processes],
+        "p50_before": before.p50 if before else None, "p50": float(np.median(medians)), "comparable": measurement.conditions["comparable"],
+        "conditions": {"timer": measurement.timer, "threads": measurement.threads, "warm_up": measurement.warm_up, "notes": list(measurement.notes)},
+        "milliseconds": [[round(x, 4) for x in p] for p in measurement.processes],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False).replace(",\n   ", ", ") + "\n", encoding="utf-8")
+    temporary.write_text(_compact(data), encoding="utf-8")
     os.replace(temporary, path)
     return path, before.p50 if before else None, float(np.median(medians))
+
+
+def _compact(data: Mapping[str, Any]) -> str:
+    """JSON that is read in a review: one line a key, one line a process."""
+    samples = ",\n  ".join(json.dumps(p) for p in data["milliseconds"])
+    head = json.dumps({k: v for k, v in data.items() if k != "milliseconds"}, indent=1, ensure_ascii=False)
+    return f'{head[:-2]},\n "milliseconds": [\n  {samples}\n ]\n}}\n'

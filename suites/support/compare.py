@@ -122,20 +122,27 @@ def compare(expected: Mapping[str, Array], observed: Mapping[str, Array], model:
 def _row(a: Array, b: Array, mask: Array | None, limit: Tolerance, extent: float, group: ChannelGroup, hop: str, feeds: str,
          output: str) -> Comparison:
     allowed = limit.allowed * (extent if limit.relative else 1.0)
+    # What is not finite is wrong without bound: no measure may call it close.
+    b = np.where(np.isfinite(b), b, 1e300)
     error = np.abs(b - a)
-    error = np.where(np.isnan(error), np.inf, error)
     masked = error if mask is None else np.where(mask, error, -1.0)
     worst = tuple(int(i) for i in np.unravel_index(int(masked.argmax()), error.shape))
     if mask is not None:
         a, b, error = a[mask], b[mask], error[mask]
     magnitude = np.maximum(np.abs(a), 1e-12)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _judged(a, b, error, magnitude, limit, allowed, group, worst, hop, feeds, output)
+
+
+def _judged(a: Array, b: Array, error: Array, magnitude: Array, limit: Tolerance, allowed: float, group: ChannelGroup, worst: tuple[int, ...],
+            hop: str, feeds: str, output: str) -> Comparison:
     signal, noise = float(np.sum(a * a)), float(np.sum(error * error))
     norm = math.sqrt(signal) * float(np.linalg.norm(b))
     numbers = {
         "max_abs": float(error.max()), "mean_abs": float(error.mean()), "p99_abs": float(np.percentile(error, 99)),
         "max_rel": float((error / magnitude).max()), "mean_rel": float((error / magnitude).mean()),
         "cosine": float(np.sum(a * b) / norm) if norm > 0 else (1.0 if noise == 0 else 0.0),
-        "snr_db": 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else (300.0 if noise == 0 else -300.0),
+        "snr_db": 10 * math.log10(signal / noise) if 0 < noise < math.inf and signal > 0 else (300.0 if noise == 0 else -300.0),
     }
     # JSON has no infinity or NaN; a number this large reads as what it is.
     numbers = {k: (v if math.isfinite(v) else (-1e300 if k in ("cosine", "snr_db") else 1e300)) for k, v in numbers.items()}

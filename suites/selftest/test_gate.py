@@ -1,0 +1,139 @@
+"""The latency gate, the percentiles and the comparison on numbers whose answer is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from exporters.errors import BadRequest, MeasurementError
+from exporters.models.catalog import detect_outputs
+from exporters.models.spec import ChannelGroup, ModelSpec, OutputSpec
+from exporters.spec import Precision
+from suites.support.compare import compare
+from suites.support.detections import iou, match
+from suites.support.gate import judge, percentiles
+from suites.support.power import prove
+from suites.support.verdict import Verdict
+
+DETECTOR = ModelSpec("detector", "", outputs=detect_outputs(3), imgsz=(640, 640))
+VALUES = ModelSpec("values", "", outputs=(OutputSpec("y", ((0, "batch"),), (ChannelGroup("values", "value"),)),))
+
+
+def processes(generator: np.random.Generator, count: int, center: float, cv: float) -> list[list[float]]:
+    """Processes whose medians vary by `cv`, with a little noise inside each."""
+    return [list(m * (1 + 0.002 * generator.standard_normal(50))) for m in center * (1 + cv * generator.standard_normal(count))]
+
+
+def test_a_slow_down_beyond_the_limit_fails() -> None:
+    generator = np.random.default_rng(1)
+    gate = judge(processes(generator, 10, 10.0, 0.01), processes(generator, 10, 10.7, 0.01), 0.02)
+    assert gate.verdict is Verdict.FAIL
+    assert 1.05 < gate.ratio < 1.09
+
+
+def test_the_same_speed_passes() -> None:
+    generator = np.random.default_rng(2)
+    assert judge(processes(generator, 10, 10.0, 0.005), processes(generator, 10, 10.0, 0.005), 0.02).verdict is Verdict.PASS
+
+
+def test_noise_that_hides_the_answer_is_inconclusive() -> None:
+    generator = np.random.default_rng(3)
+    assert judge(processes(generator, 4, 10.0, 0.2), processes(generator, 4, 10.2, 0.2), 0.02).verdict is Verdict.INCONCLUSIVE
+
+
+def test_a_slow_down_that_cannot_be_detected_may_not_be_asked_for() -> None:
+    generator = np.random.default_rng(4)
+    with pytest.raises(BadRequest, match=r"must_detect = 0.05 lies below what 3 \+ 3 processes can detect"):
+        judge(processes(generator, 3, 10.0, 0.1), processes(generator, 3, 10.0, 0.1), 0.02, 0.05)
+
+
+def test_one_process_is_no_measurement() -> None:
+    with pytest.raises(MeasurementError, match="at least two"):
+        judge([[1.0, 1.0]], [[1.0], [1.0]], 0.02)
+
+
+def test_percentiles_are_nearest_rank_and_refused_below_their_count() -> None:
+    found, notes = percentiles([[float(i) for i in range(1, 101)]])
+    assert found["p50"] is not None
+    assert found["p50"]["value"] == 50.0
+    assert found["p90"] is not None
+    assert found["p90"]["value"] == 90.0
+    assert found["p99"] is None
+    assert "p99 needs 662 inferences, got 100" in notes
+
+
+finite = st.floats(-100, 100, width=32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(hnp.arrays(np.float32, (2, 5), elements=finite), st.floats(1e-3, 10))
+def test_a_difference_beyond_the_tolerance_never_passes(values: np.ndarray, size: float) -> None:
+    extent = float(np.ptp(values.astype(np.float64))) or 1.0
+    damaged = values.copy().astype(np.float64)
+    damaged[1, 2] += 2e-4 * extent * (1 + size)
+    assert not compare({"y": values}, {"y": damaged}, VALUES, Precision.FP32)[0].passed
+    assert compare({"y": values}, {"y": values}, VALUES, Precision.FP32)[0].passed
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_never_pass(wrong: float) -> None:
+    values = np.linspace(0, 1, 10).reshape(2, 5)
+    damaged = values.copy()
+    damaged[0, 3] = wrong
+    for precision in (Precision.FP32, Precision.FP16, Precision.INT8):
+        assert not any(r.passed for r in compare({"y": values}, {"y": damaged}, VALUES, precision))
+
+
+def test_cosine_alone_would_let_a_scale_error_pass_and_the_gate_does_not() -> None:
+    values = np.linspace(1, 2, 100).reshape(2, 50)
+    rows = compare({"y": values}, {"y": values * 1.02}, VALUES, Precision.FP16)
+    assert {r.measure: r.passed for r in rows} == {"max_abs": False, "cosine": True}
+
+
+def _output(boxes: list[tuple[float, float, float, float, int, float]]) -> np.ndarray:
+    """A detector's raw output (1, 7, 20): cx, cy, w, h, class, score."""
+    made = np.full((1, 7, 20), 1e-4)
+    made[:, :4] = 5.0
+    for i, (cx, cy, w, h, label, score) in enumerate(boxes):
+        made[0, :4, i] = cx, cy, w, h
+        made[0, 4 + label, i] = score
+    return made
+
+
+GOOD = [(100.0, 100.0, 40.0, 60.0, 0, 0.9), (300.0, 200.0, 80.0, 80.0, 1, 0.8), (500.0, 400.0, 50.0, 30.0, 2, 0.6)]
+
+
+@pytest.mark.parametrize(("change", "lost", "extra"), [
+    (GOOD, 0, 0),
+    (GOOD[:2], 1, 0),
+    ([*GOOD, (50.0, 50.0, 20.0, 20.0, 1, 0.7)], 0, 1),
+    ([(100.0, 100.0, 40.0, 60.0, 1, 0.9), *GOOD[1:]], 1, 1),
+    ([(110.0, 100.0, 40.0, 60.0, 0, 0.9), *GOOD[1:]], 1, 1),
+    ([*GOOD[:2], (500.0, 400.0, 50.0, 30.0, 2, 0.2)], 1, 0),
+])
+def test_matching_is_one_to_one_by_class(change: list[tuple[float, float, float, float, int, float]], lost: int, extra: int) -> None:
+    found = match(_output(GOOD), _output(change), DETECTOR.outputs[0], Precision.FP16)
+    assert (len(found.lost), len(found.extra)) == (lost, extra)
+
+
+def test_boxes_that_overlap_by_half_have_an_iou_of_a_third() -> None:
+    a, b = np.array([[0.0, 0, 10, 10]]), np.array([[5.0, 0, 15, 10]])
+    assert iou(a, b)[0, 0] == pytest.approx(1 / 3)
+
+
+def test_a_model_that_never_fires_proves_nothing() -> None:
+    """The flat output of untrained weights: everything passes, so the verdict must be INSENSITIVE."""
+    silent = {"output0": _output([])}
+    power = prove(silent, lambda layer, size: silent, ["a", "b", "c"], DETECTOR, Precision.FP32, (640, 640))
+    assert not power.sensitive
+    assert "no anchor" in power.statement
+
+
+def test_a_model_that_ignores_its_weights_proves_nothing() -> None:
+    fires = {"output0": _output(GOOD)}
+    power = prove(fires, lambda layer, size: fires, ["a", "b", "c"], DETECTOR, Precision.FP32, (640, 640))
+    assert not power.sensitive
+    assert "does not notice noise" in power.statement
