@@ -52,6 +52,7 @@ class State:
         self.selftest = Counter[str]()
         self.started = time.monotonic()
         self.claims: set[tuple[str, str]] = set()
+        self.told: dict[tuple[str, str], str] = {}  # (case, because) -> the claim that said it first
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -197,7 +198,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     elif verdict not in (Verdict.PASS, Verdict.WAIVED):
         report.outcome = "failed"
         if isinstance(error, (ExportgateError, Judged, AssertionError)) and not item.config.getoption("tracebacks"):
-            report.longrepr = f"{verdict} {case.id} :: {_claim_of(item)}\n  {because}\n  reproduce: {case.command(_claim_of(item))}"
+            report.longrepr = _failure_lines(item, case, verdict, because)
     bench = getattr(item, "funcargs", {}).get("case")
     evidence: dict[str, Any] = {}
     event: dict[str, Any] | None = None
@@ -212,6 +213,16 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
             "reproduce": case.command(_claim_of(item)), **evidence}
     report.user_properties.append((PROPERTY, {"claim": data, "case": event}))
     return report
+
+
+def _failure_lines(item: pytest.Item, case: Case, verdict: Verdict, because: str) -> str:
+    """What failed, why, and the command; one line where an earlier claim of the case failed in the same words."""
+    told = item.config.stash[STATE].told
+    claim = _claim_of(item)
+    first = told.setdefault((case.id, because), claim)
+    if first != claim:
+        return f"{verdict} {case.id} :: {claim}: the same as {first}"
+    return f"{verdict} {case.id} :: {claim}\n  {because}\n  reproduce: {case.command(claim)}"
 
 
 def _case_event(bench: Bench) -> dict[str, Any]:

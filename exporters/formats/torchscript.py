@@ -53,16 +53,17 @@ def _half(module: torch.nn.Module, kept: tuple[str, ...]) -> torch.nn.Module:
     """The module in FP16 between FP32 inputs and outputs; `kept` modules stay FP32 and take their inputs as FP32."""
     import torch
 
+    from exporters.models.build import as_tuple
+
     class HalfBetweenFloats(torch.nn.Module):
         def __init__(self, inner: torch.nn.Module) -> None:
             super().__init__()
             self.inner = inner
 
         def forward(self, *inputs: torch.Tensor) -> Any:
-            outputs = self.inner(*(x.half() if x.is_floating_point() else x for x in inputs))
-            if isinstance(outputs, torch.Tensor):
-                return outputs.float()
-            return tuple(o.float() if o.is_floating_point() else o for o in outputs)
+            outputs = as_tuple(self.inner(*(x.half() if x.is_floating_point() else x for x in inputs)))
+            floats = tuple(o.float() if o.is_floating_point() else o for o in outputs)
+            return floats[0] if len(floats) == 1 else floats
 
     def to_float(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return tuple(x.float() for x in inputs)
