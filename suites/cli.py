@@ -122,7 +122,7 @@ def _pytest(options: argparse.Namespace, words: list[str], further: list[str]) -
             words += [f"{name}={value}"]
     claims = [str(p) for p in (PACKAGE / "conformance", PACKAGE / "accuracy", PACKAGE / "performance") if p.is_dir()]
     os.environ["EXPORTGATE_COMMAND"] = json.dumps(["exportgate", *sys.argv[1:]])
-    fixed = ["-p", "suites.plugin", "-c", os.devnull, f"--rootdir={PACKAGE.parent}", "-p", "no:cacheprovider", "--tb=short", "-q",
+    fixed = ["-p", "suites.plugin", "-p", "suites.progress", "-o", "console_output_style=classic", "-c", os.devnull, f"--rootdir={PACKAGE.parent}", "-p", "no:cacheprovider", "--tb=short", "-q",
              "--benchmark-columns=min,median,max,rounds", "--benchmark-quiet", "--no-header", "-rN"]
     return int(pytest.main([*fixed, *words, *further, *claims]))
 

@@ -135,18 +135,11 @@ def exportgate_run(request: pytest.FixtureRequest) -> Iterator[Run]:
     """The run's workers, ended with the session."""
     config = request.config
     state = config.stash[STATE]
-    reporter = config.pluginmanager.get_plugin("terminalreporter")
-
-    def progress(line: str) -> None:
-        if reporter is not None and sys.stderr.isatty():
-            reporter.write(f"  {line} ... ", flush=True)
-
     def damage(artifact: Artifact, spec: ExportSpec) -> Artifact | None:
         return config.hook.pytest_exportgate_export_end(artifact=artifact, spec=spec)
 
     def start(line: str) -> None:
         config.hook.pytest_exportgate_export_start(description=line)
-        progress(line)
 
     pool = Pool(state.project.limits, in_process=bool(config.getoption("in_process")), progress=start)
     run = state.run = Run(state.project, pool, damage)
