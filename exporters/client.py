@@ -18,9 +18,10 @@ from typing import Any
 
 import psutil
 
-from exporters.errors import WorkerCrash, WorkerTimeout
-from exporters.worker import Json, Server, error_from
+from exporters import errors
+from exporters.errors import ExportError, ExportgateError, WorkerCrash, WorkerTimeout
 
+Json = dict[str, Any]
 PACKAGE = Path(__file__).parent
 # Imports exportgate's package from its own folder without adding that folder's neighbours (another environment's
 # site-packages) to the import path. Not isolated (-I): PYTHONPATH may carry TensorRT. -P: no surprises from the folder.
@@ -71,6 +72,8 @@ class InProcess(Caller):
     """Calls answered in this process, for a debugger: a crash takes the run with it."""
 
     def __init__(self) -> None:
+        from exporters.worker import Server  # with numpy, which a process that only starts workers does not need
+
         self.server = Server()
 
     def call(self, operation: str, **arguments: Any) -> Json:
@@ -180,6 +183,14 @@ class Worker(Caller):
             with suppress(OSError, ValueError):
                 if pipe:
                     pipe.close()
+
+
+def error_from(data: Mapping[str, Any]) -> Exception:
+    """The exception that a worker's error object stands for."""
+    kind = getattr(errors, data["type"], None) if data["type"] else None
+    if isinstance(kind, type) and issubclass(kind, ExportgateError):
+        return kind(data["what"], data["fix"])
+    return ExportError(data["what"], "the traceback is in the worker's log")
 
 
 def environment_note(packages: Mapping[str, str]) -> str:

@@ -10,7 +10,6 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from exporters import calibration
 from exporters.artifact import digest
 from exporters.errors import BadRequest
 from exporters.models.spec import ModelSpec
@@ -29,11 +28,17 @@ def export_key(spec: ExportSpec, parents: Sequence[str], packages: Mapping[str, 
         "factory": factory_digest(spec.model),
         "exporters": sources_digest(),
         "spec": described,
-        "calibration": calibration.digest_of(spec) if spec.data else None,
+        "calibration": _calibration_digest(spec) if spec.data else None,
         "parents": list(parents),
         "packages": dict(packages),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _calibration_digest(spec: ExportSpec) -> str:
+    from exporters import calibration  # with numpy, which an FP32 export does not need here
+
+    return calibration.digest_of(spec)
 
 
 @cache

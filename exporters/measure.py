@@ -6,8 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from exporters.errors import MeasurementError
 from exporters.session import Feeds, Session
 
@@ -45,6 +43,8 @@ def measure(session: Session, feeds: Sequence[Feeds], plan: MeasurementPlan) -> 
     Raises:
         MeasurementError: outputs changed while measuring.
     """
+    import numpy as np
+
     if not feeds:
         raise MeasurementError("a measurement needs feeds, got none", "give at least one set")
     start = time.perf_counter_ns()
@@ -72,6 +72,8 @@ def measure(session: Session, feeds: Sequence[Feeds], plan: MeasurementPlan) -> 
 
 def _warm_up(session: Session, feeds: Sequence[Feeds], plan: MeasurementPlan) -> tuple[int, bool]:
     """Runs for `plan.warm_up` seconds and on until the medians of two windows agree; (inferences, whether they did)."""
+    import numpy as np
+
     count, previous, begin = 0, 0.0, time.perf_counter()
     while True:
         window: list[float] = []

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 
 from exporters import formats, toolchain
+from exporters.arrays import Array, Feeds, load, save
 from exporters.artifact import MANIFEST, Achieved, Artifact, TensorInfo, commit, digest, list_files, read_manifest
 from exporters.client import Caller, InProcess, Limits, Worker
 from exporters.errors import ArtifactError, BadRequest, ExportError, ExportgateError, NotSupported, ParentFailed, ToolchainMissing
@@ -24,9 +24,8 @@ from exporters.keys import export_key
 from exporters.measure import MeasurementPlan, Samples
 from exporters.models.spec import ModelSpec
 from exporters.metadata import Metadata, normalize
-from exporters.session import Array, Execution, Feeds
+from exporters.session import Execution
 from exporters.spec import ExportSpec
-from exporters.worker import load, save
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,8 @@ class RemoteSession:
     def excite(self, feeds: Feeds, steps: int, floor: float) -> dict[str, Array]:
         """Feeds changed until the model responds to them (sessions of the pytorch format only)."""
         place = self._place()
+        import numpy as np
+
         made = load(self._call("excite", feeds=save(feeds, place / "in"), folder=str(place / "out"), steps=steps, floor=floor))
         return {k: np.array(v) for k, v in made.items()}
 

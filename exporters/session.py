@@ -5,17 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from exporters.arrays import Array, Feeds
 from exporters.artifact import TensorInfo
 from exporters.errors import FeedError
 from exporters.metadata import Metadata
 
-Array = npt.NDArray[Any]
-Feeds = Mapping[str, Array]
+__all__ = ["Array", "Execution", "Feeds", "Session", "check_feeds"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +50,8 @@ class Session(ABC):
         Raises:
             FeedError: a missing or unknown name, another dtype or shape; the message says expected and got.
         """
+        import numpy as np
+
         check_feeds(self.inputs, feeds, self.stride)
         return self._run({i.name: np.ascontiguousarray(feeds[i.name]) for i in self.inputs})
 

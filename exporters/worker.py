@@ -13,20 +13,20 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
-from exporters import errors, formats
+from exporters import formats
 from exporters.artifact import Artifact
+from exporters.arrays import load, save
 from exporters.errors import ExportgateError
 from exporters.formats import Job
 from exporters.measure import MeasurementPlan, measure
 from exporters.metadata import Metadata
-from exporters.session import Array, Session
+from exporters.session import Session
 from exporters.spec import ExportSpec
 
 Json = dict[str, Any]
@@ -113,30 +113,6 @@ class Server:
             del session
             gc.collect()
         return {}
-
-
-def save(arrays: Mapping[str, Array], folder: Path) -> Json:
-    """Writes each array as folder/N.npy (the name may not be a legal file name) and returns name -> path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths: Json = {}
-    for number, (name, array) in enumerate(arrays.items()):
-        path = folder / f"{number}.npy"
-        np.save(path, array, allow_pickle=False)
-        paths[name] = str(path)
-    return paths
-
-
-def load(paths: Mapping[str, str]) -> dict[str, Array]:
-    """Memory-maps the arrays that `save` wrote."""
-    return {name: np.load(path, mmap_mode="r", allow_pickle=False) for name, path in paths.items()}
-
-
-def error_from(data: Json) -> Exception:
-    """The exception that an error object stands for."""
-    kind = getattr(errors, data["type"], None) if data["type"] else None
-    if isinstance(kind, type) and issubclass(kind, ExportgateError):
-        return kind(data["what"], data["fix"])
-    return errors.ExportError(data["what"], "the traceback is in the worker's log")
 
 
 def main() -> int:

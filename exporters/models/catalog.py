@@ -6,13 +6,15 @@ import importlib.util
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exporters.errors import BadRequest, CheckpointError, ToolchainMissing
-from exporters.models.checkpoint import Checkpoint, read_checkpoint
 from exporters.models.spec import ChannelGroup, InputSpec, ModelSpec, OutputSpec, Preprocess, class_names
 from exporters.models.yolov8_scales import SCALES, STRIDES
 from exporters.spec import parse_imgsz
+
+if TYPE_CHECKING:
+    from exporters.models.checkpoint import Checkpoint
 
 DECODE_REASON = "coordinates reach the image size, where FP16 resolves half a pixel (IEEE 754: 10 bits of fraction)"
 
@@ -45,6 +47,8 @@ def from_checkpoint(path: Path, name: str = "", task: str = "") -> ModelSpec:
     Raises:
         CheckpointError: the file cannot be read, or holds another architecture or task.
     """
+    from exporters.models.checkpoint import read_checkpoint  # with numpy
+
     checkpoint = read_checkpoint(path)
     task = task or checkpoint.task or "detect"
     if task != "detect":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from exporters import formats
 from exporters.artifact import digest
+from exporters.errors import ArtifactError
 from exporters.pool import Pool
 from suites.support.bench import Bench
 
@@ -20,13 +21,19 @@ def test_export_makes_the_declared_file(case: Bench) -> None:
 def test_files_match_the_manifest(case: Bench) -> None:
     """Sizes and digests of all files are those that the export recorded."""
     artifact = case.artifact()
-    if artifact.has_manifest:
+    try:
         artifact.verify()
+    except ArtifactError as error:
+        raise AssertionError(error.what) from error
 
 
 def test_artifact_loads_from_its_files_alone(case: Bench) -> None:
     """Its runtime opens it, in a process of its own that did not make it."""
-    session = case.session()
+    case.artifact()
+    try:
+        session = case.session()
+    except ArtifactError as error:
+        raise AssertionError(error.what) from error
     assert session.inputs, "the loaded artifact has no inputs"
     assert session.outputs, "the loaded artifact has no outputs"
 

@@ -36,10 +36,12 @@ def test_outputs_match_reference(case: Bench) -> None:
     if failed:
         culprit = failed[0]
         raise AssertionError(f"{len(failed)} of {len(rows)} comparisons fail, first at the hop {culprit.hop}: {culprit.line()}")
-    _prove(case)
-    if not rows and case.spec.precision is Precision.INT8:
+    # Rows of its parents say nothing of the artifact itself.
+    own = [r for r in rows if r.hop.endswith(f"-> {hops[-1][0]}")]
+    if not own and case.spec.precision is Precision.INT8:
         raise NotSupported("an INT8 detector is judged by matching its detections, not element by element")
-    assert rows, "nothing was compared"
+    assert own, "nothing was compared"
+    _prove(case)
 
 
 def test_detections_match_reference(case: Bench) -> None:

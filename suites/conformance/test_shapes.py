@@ -8,12 +8,14 @@ from suites.support.bench import Bench
 
 
 def test_input_signature_is_the_requested(case: Bench) -> None:
-    """Inputs have the model's names, and sizes that are fixed or vary as asked."""
+    """Inputs have the model's names and types, and sizes that are fixed or vary as asked; a brought FP16 file may take FP16."""
     session = case.session()
     names = [i.name for i in session.inputs]
     expected = [i.name for i in case.model.inputs]
     assert names == expected, f"inputs are {names}, expected {expected}"
     for got, want in zip(session.inputs, case.model.inputs, strict=True):
+        kinds = {want.dtype} | ({"float16"} if case.brought is not None and want.dtype == "float32" else set())
+        assert got.dtype in kinds, f"input {got.name} is {got.dtype}, expected {' or '.join(sorted(kinds))}"
         fixed = case.model.shape(want, case.spec.batch, case.spec.imgsz)
         assert len(got.shape) == len(fixed), f"input {got.name} has {len(got.shape)} axes, expected {len(fixed)}"
         for axis, (size, name, number) in enumerate(zip(got.shape, want.shape, fixed, strict=True)):

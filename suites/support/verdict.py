@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from exporters.errors import NotSupported, ToolchainMissing, WorkerCrash, WorkerTimeout
+from exporters.errors import FallbackError, NotSupported, ToolchainMissing, WorkerCrash, WorkerTimeout
 
 
 class Verdict(StrEnum):
@@ -45,6 +45,7 @@ def verdict_of(error: BaseException | None) -> Verdict:
         return error.verdict
     table: tuple[tuple[type[BaseException], Verdict], ...] = (
         (AssertionError, Verdict.FAIL),
+        (FallbackError, Verdict.FAIL),  # another provider or device executes: the artifact does not do what was asked
         (NotSupported, Verdict.NOT_SUPPORTED),
         (ToolchainMissing, Verdict.SKIPPED),
         (WorkerTimeout, Verdict.TIMEOUT),
@@ -54,6 +55,6 @@ def verdict_of(error: BaseException | None) -> Verdict:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception as one line for the record."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """An exception as one line for the record, without what pytest's rewritten assert tells of its operands."""
+    text = " ".join(str(error).partition("\nassert ")[0].split()) or type(error).__name__
     return text if isinstance(error, (AssertionError, Judged)) or type(error).__module__.startswith("exporters") else f"{type(error).__name__}: {text}"
