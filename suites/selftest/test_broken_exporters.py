@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from conftest import Workshop  # pyright: ignore[reportMissingImports]
 
 onnx = pytest.importorskip("onnx", reason="the toolchain onnx is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:Converting a tensor to a Python integer")
 
 Damage = Callable[[Path, "Workshop"], None]
 ANCHORS, LAST_SCALE = 2100, 100  # of a 320x320 image: 40 x 40 + 20 x 20 + 10 x 10

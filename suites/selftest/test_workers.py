@@ -1,0 +1,385 @@
+"""Workers: what crashes, hangs, swells or babbles costs its own case and no other; artifacts are opened once; the cache is true."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import psutil
+import pytest
+
+import suites
+from exporters import formats
+from exporters.artifact import MANIFEST, Artifact, read_manifest
+from exporters.client import Limits, Worker
+from exporters.models.spec import ModelSpec
+from exporters.pool import Pool
+from exporters.spec import request
+from suites.conformance import test_export as export
+from suites.conformance import test_robustness as robustness
+from suites.conformance import test_shapes as shapes
+from suites.support.bench import Bench, Run
+from suites.support.cases import Case
+from suites.support.config import Project
+from suites.support.verdict import Verdict, one_line, verdict_of
+
+if TYPE_CHECKING:
+    from exporters.client import Caller
+
+ROOT = Path(suites.__file__).parent.parent
+
+MODULE = '''
+import os, signal, sys, time
+import torch
+
+
+class Model(torch.nn.Module):
+    def __init__(self, before):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3)
+        self.before = before
+
+    def forward(self, images):
+        self.before()
+        return self.conv(images)
+
+
+def nothing():
+    pass
+
+
+def aborts():
+    os.abort()
+
+
+def is_killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hangs():
+    time.sleep(60)
+
+
+def swells():
+    held = []
+    for _ in range(400):
+        held.append(bytearray(2**24))
+        time.sleep(0.02)
+
+
+def babbles():
+    """Writes to every pipe that is open for writing, as a library with the wrong file descriptor would."""
+    for number in range(3, 64):
+        try:
+            if os.readlink(f"/proc/self/fd/{number}").startswith("pipe:"):
+                os.write(number, b"no answer\\n")
+        except OSError:
+            continue
+
+
+def prints():
+    print("printed by Python")
+    print('{"id": 1, "result": {}}')
+    sys.__stdout__.flush()
+    os.write(1, b"printed by C\\n")
+    os.system("echo printed by a child")
+
+
+def plain(): return Model(nothing)
+def aborting(): return Model(aborts)
+def killed(): return Model(is_killed)
+def hanging(): return Model(hangs)
+def swelling(): return Model(swells)
+def babbling(): return Model(babbles)
+def printing(): return Model(prints)
+'''
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a user's module with the models lies."""
+    made = tmp_path_factory.mktemp("models")
+    (made / "misbehaving.py").write_text(MODULE, encoding="utf-8")
+    return made
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Iterator[Run]:
+    """One pool for all misbehaving models, which may run 3 s and hold 1 GiB."""
+    made = Run(Project(folder), Pool(Limits(run=3.0, memory=1.0)))
+    yield made
+    made.close()
+
+
+def bench_of(run: Run, folder: Path, factory: str, format_id: str = "pytorch") -> Bench:
+    """The case of one of the models."""
+    spec = request(ModelSpec(factory, f"misbehaving:{factory}", search=(folder,), imgsz=(32, 32)), format_id)
+    return Bench(run, Case(spec, formats.get(format_id).runtimes[0]))
+
+
+def verdict(claim: Callable[[Bench], None], bench: Bench) -> tuple[Verdict, str]:
+    """How a claim ends, and its line."""
+    try:
+        claim(bench)
+    except Exception as error:
+        return verdict_of(error), one_line(error)
+    return Verdict.PASS, ""
+
+
+# ---- workers that misbehave ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("factory", "expected", "words"), [
+    ("aborting", Verdict.CRASH, ("died during run", "SIGABRT")),
+    ("killed", Verdict.CRASH, ("died during run", "SIGKILL")),
+    ("hanging", Verdict.TIMEOUT, ("run took longer than 3 s",)),
+    ("swelling", Verdict.CRASH, ("more than its limit of 1 GiB",)),
+    ("babbling", Verdict.CRASH, ("no answer", "which is no answer")),
+])
+def test_a_worker_that_misbehaves_costs_its_case_and_no_other(run: Run, folder: Path, factory: str, expected: Verdict, words: Sequence[str]) -> None:
+    bad = bench_of(run, folder, factory)
+    seen, because = verdict(shapes.test_output_shapes_match_reference, bad)
+    assert seen is expected, f"{seen}: {because}"
+    assert all(word in because for word in words), because
+    # The case is lost: its later claims say the same without another try.
+    started = dict(run.pool.workers)
+    assert verdict(shapes.test_outputs_are_finite, bad) == (expected, because)
+    assert run.pool.workers == started
+    bad.close()
+    good = bench_of(run, folder, "plain")
+    for claim in (export.test_artifact_loads_from_its_files_alone, shapes.test_output_shapes_match_reference, robustness.test_missing_input_is_refused):
+        assert verdict(claim, good) == (Verdict.PASS, "")
+    good.close()
+
+
+def test_what_a_model_prints_does_not_disturb_the_answers(run: Run, folder: Path) -> None:
+    bench = bench_of(run, folder, "printing")
+    assert verdict(shapes.test_output_shapes_match_reference, bench) == (Verdict.PASS, "")
+    caller = bench.session().caller
+    bench.close()
+    assert isinstance(caller, Worker)
+    log = caller.log.read_text(encoding="utf-8")
+    for line in ("printed by Python", "printed by C", "printed by a child"):
+        assert line in log
+
+
+def test_no_worker_outlives_its_pool(folder: Path) -> None:
+    with Pool() as pool:
+        bench = bench_of(Run(Project(folder), pool), folder, "plain")
+        bench.session()
+        numbers = [w.process.pid for w in pool.workers.values() if isinstance(w, Worker)]
+    assert numbers
+    assert not [n for n in numbers if psutil.pid_exists(n)]
+
+
+# ---- interrupted ---------------------------------------------------------------------------------------------------
+
+SLOW = '''
+import os, time
+from pathlib import Path
+import torch
+
+def make():
+    marker = Path(os.environ["MARKER"])
+    if not marker.exists():
+        marker.write_text(str(os.getpid()))
+        time.sleep(120)
+    return torch.nn.Conv2d(3, 4, 3)
+'''
+
+
+def test_an_interrupted_export_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW, encoding="utf-8")
+    (tmp_path / "exportgate.toml").write_text('[models.slow]\nfactory = "slow:make"\nimgsz = 32\n', encoding="utf-8")
+    cache, target, marker = tmp_path / "cache", tmp_path / "target", tmp_path / "marker"
+    environment = {**os.environ, "EXPORTGATE_CACHE": str(cache), "MARKER": str(marker), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "suites.cli", "export", "slow", "--format", "torchscript", "--project", str(tmp_path), "--output", str(target)]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while not (marker.exists() and marker.read_text()) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert marker.exists(), process.communicate(timeout=30)
+    # In the middle: the export is running, and has written a part of its file.
+    unfinished = list((cache / "tmp").iterdir())
+    assert len(unfinished) == 1
+    (unfinished[0] / "slow.torchscript").write_bytes(b"half")
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=30)
+    assert process.returncode == pytest.ExitCode.INTERRUPTED, output + errors
+    assert "Traceback" not in errors, errors
+    assert "interrupted" in errors
+    assert not list((cache / "tmp").iterdir())
+    assert not list(cache.glob("artifacts/*"))
+    assert not list(target.glob("*"))
+    assert not psutil.pid_exists(int(marker.read_text())), "the worker goes on"
+    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert [p.name for p in target.iterdir()] == ["slow.torchscript"]
+
+
+# ---- opened once ---------------------------------------------------------------------------------------------------
+
+COUNTER = '''
+"""Notes every artifact that a pool opens."""
+import json, os
+from exporters.pool import Pool
+opened = Pool.open
+
+def open(pool, artifact, spec, runtime_id, device, replicate=0):
+    with __import__("builtins").open(os.environ["OPENED"], "a") as file:
+        file.write(json.dumps([str(artifact.root), spec.format, spec.precision.value, replicate]) + "\\n")
+    return opened(pool, artifact, spec, runtime_id, device, replicate)
+
+Pool.open = open
+'''
+
+
+def test_each_artifact_is_opened_once_a_case(tmp_path: Path) -> None:
+    """All claims of two cases, as pytest orders them. An FP16 case opens its FP32 parent too; latency has processes of its own."""
+    pytest.importorskip("onnx", reason="the toolchain onnx is not installed")
+    (tmp_path / "counter.py").write_text(COUNTER, encoding="utf-8")
+    (tmp_path / "misbehaving.py").write_text(MODULE, encoding="utf-8")
+    (tmp_path / "exportgate.toml").write_text('[models.plain]\nfactory = "misbehaving:plain"\nimgsz = 32\n', encoding="utf-8")
+    opened, report = tmp_path / "opened", tmp_path / "report"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "OPENED": str(opened)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "suites.plugin", "-p", "counter", "-p", "no:cacheprovider", "-m", "not latency",
+               "--model", "plain", "--format", "onnx", "--precision", "fp32,fp16", "--project", str(tmp_path), "--report", str(report), str(ROOT / "suites")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    calls = Counter((f, p) for _, f, p, _ in map(json.loads, opened.read_text(encoding="utf-8").splitlines()))
+    # The FP32 file is opened as a case, and once more as the parent of the FP16 case; the reference serves both.
+    assert calls == {("pytorch", "fp32"): 1, ("onnx", "fp32"): 2, ("onnx", "fp16"): 1}
+    lines = (report / "record.jsonl").read_text(encoding="utf-8").splitlines()
+    judged = Counter(e["case"] for e in map(json.loads, lines) if e["event"] == "claim")
+    assert len(judged) == 2 and min(judged.values()) > 15, judged
+
+
+# ---- the cache -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cached(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Pool, ModelSpec]]:
+    """A pool with an empty cache, and a model with weights and a module of its own."""
+    from safetensors.numpy import save_file
+
+    monkeypatch.setenv("EXPORTGATE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "own.py").write_text(MODULE, encoding="utf-8")
+    generator = np.random.default_rng(0)
+    state = {"conv.weight": generator.normal(size=(4, 3, 3, 3)).astype(np.float32), "conv.bias": np.zeros(4, np.float32)}
+    save_file(state, tmp_path / "weights.safetensors")
+    with Pool() as pool:
+        yield pool, ModelSpec("own", "own:plain", weights=tmp_path / "weights.safetensors", search=(tmp_path,), imgsz=(32, 32))
+
+
+def made(pool: Pool, model: ModelSpec, **options: object) -> tuple[Artifact, bool]:
+    """The artifact as its manifest in the cache tells, and whether it was made now."""
+    before = len(pool.fresh)
+    return read_manifest(pool.export(request(model, "torchscript", **options)).root), len(pool.fresh) > before
+
+
+def test_what_changes_the_artifact_misses_the_cache_and_nothing_else_does(cached: tuple[Pool, ModelSpec]) -> None:
+    pool, model = cached
+    assert model.weights is not None
+    first, fresh = made(pool, model)
+    assert fresh
+    started: dict[tuple[str, str, str], Caller] = dict(pool.workers)
+    assert made(pool, model) == (first, False)
+    assert pool.workers == started
+    with Pool() as another:
+        assert made(another, model) == (first, False)
+        assert not another.workers, "a hit started a worker"
+
+    other, fresh = made(pool, model, batch=2)
+    assert fresh and other.key != first.key, "an option"
+
+    content = bytearray(model.weights.read_bytes())
+    content[-1] ^= 1  # the sign of nothing: a byte of the last number
+    model.weights.write_bytes(content)
+    other, fresh = made(pool, model)
+    assert fresh and other.key != first.key, "a byte of the weights"
+    content[-1] ^= 1
+    model.weights.write_bytes(content)
+    assert made(pool, model) == (first, False), "the weights as they were"
+
+    source = model.search[0] / "own.py"
+    source.write_text(MODULE.replace("return self.conv(images)", "return self.conv(images) + 1"), encoding="utf-8")
+    with Pool() as another:
+        other, fresh = made(another, model)
+        assert fresh and other.key != first.key, "the factory's source"
+        assert other.files[0].sha256 != first.files[0].sha256
+    source.write_text(MODULE, encoding="utf-8")
+    assert made(pool, model) == (first, False), "the source as it was"
+
+
+def _byte_changed(artifact: Artifact) -> None:
+    content = bytearray(artifact.path.read_bytes())
+    content[len(content) // 2] ^= 1
+    artifact.path.write_bytes(content)
+
+
+def _file_gone(artifact: Artifact) -> None:
+    artifact.path.unlink()
+
+
+def _manifest_cut(artifact: Artifact) -> None:
+    manifest = artifact.root / MANIFEST
+    manifest.write_text(manifest.read_text(encoding="utf-8")[:100], encoding="utf-8")
+
+
+def _manifest_gone(artifact: Artifact) -> None:
+    (artifact.root / MANIFEST).unlink()
+
+
+@pytest.mark.parametrize("damage", [
+    _byte_changed, _file_gone, _manifest_cut,
+    pytest.param(_manifest_gone, marks=pytest.mark.xfail(raises=OSError, reason="exporters.artifact.commit: a folder without a manifest is in the way")),
+], ids=lambda d: d.__name__.strip("_"))
+def test_a_damaged_artifact_in_the_cache_is_made_again(cached: tuple[Pool, ModelSpec], damage: Callable[[Artifact], None]) -> None:
+    pool, model = cached
+    first, _ = made(pool, model)
+    damage(first)
+    second, fresh = made(pool, model)
+    assert fresh
+    assert second.key == first.key
+    second.verify()
+    assert made(pool, model) == (second, False)
+
+
+@pytest.mark.xfail(raises=AssertionError, reason="a warm worker keeps the module that it imported first, and the cache takes what it makes")
+def test_a_module_that_changes_while_its_worker_is_warm_is_built_anew(cached: tuple[Pool, ModelSpec]) -> None:
+    """The cache key tells the new source; what the worker builds must be of that source too."""
+    pool, model = cached
+    feeds = {"images": np.zeros((1, 3, 32, 32), np.float32)}
+    results: list[np.ndarray[tuple[int, ...], np.dtype[np.float32]]] = []
+    for source in (MODULE, MODULE.replace("return self.conv(images)", "return self.conv(images) + 1")):
+        (model.search[0] / "own.py").write_text(source, encoding="utf-8")
+        artifact, fresh = made(pool, model)
+        assert fresh
+        session = pool.open(artifact, request(model, "torchscript"), "libtorch", "cpu")
+        results.append(np.array(session.run(feeds)["output0"]))
+        session.close()
+    np.testing.assert_allclose(results[1], results[0] + 1)
+
+
+def test_an_export_that_changes_the_weights_is_caught(cached: tuple[Pool, ModelSpec]) -> None:
+    pool, model = cached
+    assert model.weights is not None
+
+    def damage(artifact: Artifact, spec: object) -> None:
+        with model.weights.open("ab") as file:
+            file.write(b"\0")
+
+    case = Case(request(model, "torchscript"), formats.get("torchscript").runtimes[0])
+    assert verdict(export.test_export_leaves_the_weights_unchanged, Bench(Run(Project(model.search[0]), pool), case)) == (Verdict.PASS, "")
+    seen, because = verdict(export.test_export_leaves_the_weights_unchanged, Bench(Run(Project(model.search[0]), pool, damage), case))
+    assert seen is Verdict.FAIL
+    assert "weights.safetensors changed while it was exported" in because
