@@ -118,9 +118,15 @@ def judged(claim: Claim, bench: Bench) -> tuple[Verdict, str]:
     error: BaseException | None = None
     try:
         claim(bench)
-    except (Exception, pytest.fail.Exception) as caught:  # the plugin sees both
+    except (Exception, pytest.fail.Exception) as caught:  # noqa: BLE001 as the plugin does: every exception is a verdict
         error = caught
     return verdict_of(error), one_line(error) if error is not None else ""
+
+
+@pytest.fixture(scope="session")
+def judge() -> Callable[[Claim, Bench], tuple[Verdict, str]]:
+    """How a claim about a bench ends: its verdict, and its line."""
+    return judged
 
 
 class Workshop:
@@ -151,7 +157,8 @@ class Workshop:
         """The undamaged artifact of a case."""
         return self.run.pool.export(self.case(name).spec)
 
-    def judge(self, name: str, claim: Claim, damage: Callable[[Path, Workshop], None] | None = None, rewrites_manifest: bool = True) -> tuple[Verdict, str]:
+    def judge(self, name: str, claim: Claim, damage: Callable[[Path, Workshop], None] | None = None,
+              rewrites_manifest: bool = True) -> tuple[Verdict, str]:
         """What a claim says of a case's artifact, damaged or good."""
         self.damage, self.rewrites_manifest = damage, rewrites_manifest
         bench = Bench(self.run, self.case(name))

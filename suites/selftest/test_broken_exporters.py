@@ -495,7 +495,8 @@ def script_layer_left_in_fp32(path: Path, workshop: Workshop) -> None:
 
 COCO = str({i: f"coco {i}" for i in range(80)})
 values, detections = outputs.test_outputs_match_reference, outputs.test_detections_match_reference
-names, request, owner = metadata.test_class_names_survive_the_round_trip, metadata.test_metadata_describes_the_request, metadata.test_metadata_names_the_owner
+names, owner = metadata.test_class_names_survive_the_round_trip, metadata.test_metadata_names_the_owner
+request = metadata.test_metadata_describes_the_request
 achieved, executed = precision.test_achieved_precision_is_the_requested, precision.test_executed_precision_is_the_requested
 rows, sizes = dynamic.test_batch_rows_equal_single_images, dynamic.test_random_shapes_match_reference
 signature, output_names = shapes.test_input_signature_is_the_requested, shapes.test_output_names_match_reference
@@ -571,7 +572,8 @@ BROKEN = (
     Broken("author is the exporter's", "onnx fp32", property_changed("author", "The Exporter"), owner, "author is 'The Exporter'"),
     Broken("license is the exporter's", "onnx fp32", property_changed("license", "MIT"), owner, "license is 'MIT'"),
     Broken("metadata lost, TorchScript", "torchscript fp32", config_lost(), names, "holds no metadata (config.txt)"),
-    Broken("class names shuffled, TorchScript", "torchscript fp32", config_changed(names=["Car", "Animal", "Person", "Rock", "Trash", "Tree"]), names, "index 0"),
+    Broken("class names shuffled, TorchScript", "torchscript fp32", config_changed(names=["Car", "Animal", "Person", "Rock", "Trash", "Tree"]), names,
+           "index 0"),
     Broken("metadata of another batch, TorchScript", "torchscript fp32", config_changed(batch=8), request, "batch is 8"),
     # Files
     Broken("truncated after the manifest", "onnx fp32", truncated, export.test_files_match_the_manifest, "best.onnx", rewrites_manifest=False),
@@ -635,7 +637,7 @@ def test_a_fall_back_to_another_provider_fails(workshop: Workshop, runtime: str,
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
     with Pool() as pool:
         bench = Bench(Run(workshop.run.project, pool), workshop.case("onnx fp32"))
-        with pytest.raises(Exception) as caught:  # noqa: PT011 which exception it is decides the verdict
+        with pytest.raises(Exception) as caught:
             precision.test_every_node_runs_on_the_requested_provider(bench)
         bench.close()
     assert verdict_of(caught.value) is Verdict.FAIL, caught.value

@@ -30,12 +30,13 @@ from suites.conformance import test_shapes as shapes
 from suites.support.bench import Bench, Run
 from suites.support.cases import Case
 from suites.support.config import Project
-from suites.support.verdict import Verdict, one_line, verdict_of
+from suites.support.verdict import Verdict
 
 if TYPE_CHECKING:
     from exporters.client import Caller
 
 ROOT = Path(suites.__file__).parent.parent
+Judge = Callable[[Callable[[Bench], None], Bench], tuple[Verdict, str]]
 
 MODULE = '''
 import os, signal, sys, time
@@ -126,44 +127,37 @@ def bench_of(run: Run, folder: Path, factory: str, format_id: str = "pytorch") -
     return Bench(run, Case(spec, formats.get(format_id).runtimes[0]))
 
 
-def verdict(claim: Callable[[Bench], None], bench: Bench) -> tuple[Verdict, str]:
-    """How a claim ends, and its line."""
-    try:
-        claim(bench)
-    except Exception as error:
-        return verdict_of(error), one_line(error)
-    return Verdict.PASS, ""
-
-
 # ---- workers that misbehave ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("factory", "expected", "words"), [
-    ("aborting", Verdict.CRASH, ("died during run", "SIGABRT")),
-    ("killed", Verdict.CRASH, ("died during run", "SIGKILL")),
-    ("hanging", Verdict.TIMEOUT, ("run took longer than 3 s",)),
-    ("swelling", Verdict.CRASH, ("more than its limit of 1 GiB",)),
-    ("babbling", Verdict.CRASH, ("no answer", "which is no answer")),
-])
-def test_a_worker_that_misbehaves_costs_its_case_and_no_other(run: Run, folder: Path, factory: str, expected: Verdict, words: Sequence[str]) -> None:
+@pytest.mark.parametrize(("factory", "ending"), [
+    ("aborting", (Verdict.CRASH, "died during run", "SIGABRT")),
+    ("killed", (Verdict.CRASH, "died during run", "SIGKILL")),
+    ("hanging", (Verdict.TIMEOUT, "run took longer than 3 s")),
+    ("swelling", (Verdict.CRASH, "more than its limit of 1 GiB")),
+    ("babbling", (Verdict.CRASH, "answered run with 'no answer", "which is no answer")),
+], ids=lambda x: x if isinstance(x, str) else x[0].value)
+def test_a_worker_that_misbehaves_costs_its_case_and_no_other(run: Run, folder: Path, judge: Judge, factory: str, ending: Sequence[str]) -> None:
+    expected, *words = ending
     bad = bench_of(run, folder, factory)
-    seen, because = verdict(shapes.test_output_shapes_match_reference, bad)
+    seen, because = judge(shapes.test_output_shapes_match_reference, bad)
     assert seen is expected, f"{seen}: {because}"
     assert all(word in because for word in words), because
     # The case is lost: its later claims say the same without another try.
     started = dict(run.pool.workers)
-    assert verdict(shapes.test_outputs_are_finite, bad) == (expected, because)
+    assert judge(shapes.test_outputs_are_finite, bad) == (expected, because)
     assert run.pool.workers == started
     bad.close()
     good = bench_of(run, folder, "plain")
-    for claim in (export.test_artifact_loads_from_its_files_alone, shapes.test_output_shapes_match_reference, robustness.test_missing_input_is_refused):
-        assert verdict(claim, good) == (Verdict.PASS, "")
+    claims = (export.test_artifact_loads_from_its_files_alone, shapes.test_output_shapes_match_reference, robustness.test_missing_input_is_refused)
+    for claim in claims:
+        assert judge(claim, good) == (Verdict.PASS, "")
     good.close()
 
 
-def test_what_a_model_prints_does_not_disturb_the_answers(run: Run, folder: Path) -> None:
+def test_what_a_model_prints_does_not_disturb_the_answers(run: Run, folder: Path, judge: Judge) -> None:
     bench = bench_of(run, folder, "printing")
-    assert verdict(shapes.test_output_shapes_match_reference, bench) == (Verdict.PASS, "")
+    assert judge(shapes.test_output_shapes_match_reference, bench) == (Verdict.PASS, "")
     caller = bench.session().caller
     bench.close()
     assert isinstance(caller, Worker)
@@ -252,7 +246,8 @@ def test_each_artifact_is_opened_once_a_case(tmp_path: Path) -> None:
     opened, report = tmp_path / "opened", tmp_path / "report"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "OPENED": str(opened)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "suites.plugin", "-p", "counter", "-p", "no:cacheprovider", "-m", "not latency",
-               "--model", "plain", "--format", "onnx", "--precision", "fp32,fp16", "--project", str(tmp_path), "--report", str(report), str(ROOT / "suites")]
+               "--model", "plain", "--format", "onnx", "--precision", "fp32,fp16", "--project", str(tmp_path), "--report", str(report),
+               str(ROOT / "suites")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     calls = Counter((f, p) for _, f, p, _ in map(json.loads, opened.read_text(encoding="utf-8").splitlines()))
@@ -341,7 +336,7 @@ def _manifest_gone(artifact: Artifact) -> None:
 
 @pytest.mark.parametrize("damage", [
     _byte_changed, _file_gone, _manifest_cut,
-    pytest.param(_manifest_gone, marks=pytest.mark.xfail(raises=OSError, reason="exporters.artifact.commit: a folder without a manifest is in the way")),
+    pytest.param(_manifest_gone, marks=pytest.mark.xfail(raises=OSError, reason="commit() cannot replace a folder without a manifest")),
 ], ids=lambda d: d.__name__.strip("_"))
 def test_a_damaged_artifact_in_the_cache_is_made_again(cached: tuple[Pool, ModelSpec], damage: Callable[[Artifact], None]) -> None:
     pool, model = cached
@@ -370,7 +365,7 @@ def test_a_module_that_changes_while_its_worker_is_warm_is_built_anew(cached: tu
     np.testing.assert_allclose(results[1], results[0] + 1)
 
 
-def test_an_export_that_changes_the_weights_is_caught(cached: tuple[Pool, ModelSpec]) -> None:
+def test_an_export_that_changes_the_weights_is_caught(cached: tuple[Pool, ModelSpec], judge: Judge) -> None:
     pool, model = cached
     assert model.weights is not None
 
@@ -379,7 +374,7 @@ def test_an_export_that_changes_the_weights_is_caught(cached: tuple[Pool, ModelS
             file.write(b"\0")
 
     case = Case(request(model, "torchscript"), formats.get("torchscript").runtimes[0])
-    assert verdict(export.test_export_leaves_the_weights_unchanged, Bench(Run(Project(model.search[0]), pool), case)) == (Verdict.PASS, "")
-    seen, because = verdict(export.test_export_leaves_the_weights_unchanged, Bench(Run(Project(model.search[0]), pool, damage), case))
+    assert judge(export.test_export_leaves_the_weights_unchanged, Bench(Run(Project(model.search[0]), pool), case)) == (Verdict.PASS, "")
+    seen, because = judge(export.test_export_leaves_the_weights_unchanged, Bench(Run(Project(model.search[0]), pool, damage), case))
     assert seen is Verdict.FAIL
     assert "weights.safetensors changed while it was exported" in because
