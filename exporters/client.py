@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from exporters import errors
 from exporters.errors import ExportError, ExportgateError, WorkerCrash, WorkerTimeout
 
@@ -63,6 +61,9 @@ class Caller(ABC):
     @property
     def alive(self) -> bool:
         return True
+
+    def kill(self) -> None:
+        """Begins to end the worker, without waiting."""
 
     def close(self) -> None:
         """Ends the worker."""
@@ -150,6 +151,8 @@ class Worker(Caller):
 
     def _check_memory(self, operation: str) -> None:
         """Sampled, since a limit on address space (RLIMIT_AS) breaks CUDA."""
+        import psutil
+
         with suppress(psutil.Error):
             used = psutil.Process(self.process.pid).memory_info().rss
             self.peak = max(self.peak, used)
@@ -170,14 +173,20 @@ class Worker(Caller):
                 cause += f", last line of its log: {last[-1][:200]}"
         return WorkerCrash(f"worker {self.name} died during {operation}: {cause}", f"its log is {self.log}")
 
-    def close(self) -> None:
+    def kill(self) -> None:
         """Kills the process and its children; a session that it held is gone."""
         if self.alive:
+            import psutil
+
             with suppress(psutil.Error):
                 for child in psutil.Process(self.process.pid).children(recursive=True):
                     with suppress(psutil.Error):
                         child.kill()
             self.process.kill()
+
+    def close(self) -> None:
+        """Kills the process and waits for its end."""
+        self.kill()
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             with suppress(OSError, ValueError):

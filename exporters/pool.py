@@ -13,14 +13,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 
 from exporters import formats, toolchain
 from exporters.arrays import Array, Feeds, load, save
 from exporters.artifact import MANIFEST, Achieved, Artifact, TensorInfo, commit, digest, list_files, read_manifest
 from exporters.client import Caller, InProcess, Limits, Worker
 from exporters.errors import ArtifactError, BadRequest, ExportError, ExportgateError, NotSupported, ParentFailed, ToolchainMissing
-from exporters.keys import export_key
+from exporters.keys import export_key, factory_digest
 from exporters.measure import MeasurementPlan, Samples
 from exporters.models.spec import ModelSpec
 from exporters.metadata import Metadata, normalize
@@ -35,6 +34,7 @@ class Description:
     execution: Execution
     metadata: Metadata | None
     achieved: Achieved
+    metadata_error: str = ""
 
 
 class RemoteSession:
@@ -77,6 +77,7 @@ class RemoteSession:
             Execution(**execution),
             normalize(data["metadata"], str(self.artifact.path)) if data["metadata"] is not None else None,
             Achieved(achieved["precision"], achieved["counts"], tuple(achieved["exceptions"]), tuple(achieved["kept"])),
+            data["metadata_error"],
         )
 
     def layers(self) -> list[str]:
@@ -119,12 +120,20 @@ class Pool:
     progress: Callable[[str], None] = lambda line: None
     workers: dict[tuple[str, str, str], Caller] = field(default_factory=dict[tuple[str, str, str], Caller])
     fresh: list[str] = field(default_factory=list[str])  # keys of artifacts that this pool made, not found
+    sources: dict[tuple[str, str, str], str] = field(default_factory=dict[tuple[str, str, str], str])
     weights: dict[str, str] = field(default_factory=dict[str, str])  # digest of each weights file when first seen
 
-    def worker(self, chain: str, format_id: str, role: str, imports: Sequence[str] = ()) -> Caller:
-        """The warm worker for this key; a new one where there is none or it died."""
+    def worker(self, chain: str, format_id: str, role: str, imports: Sequence[str] = (), source: str = "") -> Caller:
+        """The warm worker for this key; a new one where there is none or it died.
+
+        `source` identifies the code of a model's factory: a process that imported another one would keep using it.
+        """
         key = (chain, format_id, role)
         current = self.workers.get(key)
+        if source and self.sources.get(key) != source:
+            if current is not None and key in self.sources:
+                current.close()
+            self.sources[key] = source
         if current is None or not current.alive:
             self.workers[key] = self._start(chain, "-".join(key), imports)
         return self.workers[key]
@@ -177,7 +186,10 @@ class Pool:
               final: Path) -> Artifact:
         entry = formats.get(spec.format)
         self.progress(f"exporting {spec.model.name} to {entry.title} {spec.precision.value}")
-        workers = [self.worker(entry.toolchain, entry.id, step.role, step.imports) for step in entry.steps(spec)]
+        source = _source(spec)
+        workers = [self.worker(entry.toolchain, entry.id, step.role, step.imports, source) for step in entry.steps(spec)]
+        if final.is_dir():  # without a manifest, or the cache would have been hit: somebody damaged it
+            shutil.rmtree(final)
         with temporary_folder(final.parent.parent / "tmp") as folder:
             seconds, notes, done = 0.0, (), dict[str, Any]()
             for number, worker in enumerate(workers):
@@ -207,7 +219,7 @@ class Pool:
         entry = formats.get(spec.format)
         runtime = entry.runtime(runtime_id, device)
         role = f"{runtime.id}-{runtime.device}" + (f"-{replicate}" if replicate else "")
-        caller = self.worker(entry.toolchain, entry.id, role, runtime.imports)
+        caller = self.worker(entry.toolchain, entry.id, role, runtime.imports, _source(spec))
         opened = caller.call("open", spec=spec.to_dict(), artifact=artifact.to_dict(), runtime=runtime_id, device=device)
         return RemoteSession(caller, opened, artifact, self.folder / "arrays" / uuid.uuid4().hex)
 
@@ -226,6 +238,8 @@ class Pool:
     def close(self) -> None:
         """Ends the workers and removes arrays; logs stay where the folder is the run's own."""
         for worker in self.workers.values():
+            worker.kill()
+        for worker in self.workers.values():
             worker.close()
         self.workers.clear()
         shutil.rmtree(self.folder / "arrays", ignore_errors=True)
@@ -237,9 +251,17 @@ class Pool:
         self.close()
 
 
+def _source(spec: ExportSpec) -> str:
+    """Which code builds the model: "" for our own, which does not change during a run."""
+    found = factory_digest(spec.model)
+    return f"{found} {[str(p) for p in spec.model.search]}" if found else ""
+
+
 @contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
     """An empty folder that is removed afterwards if it is still there (a finished artifact was renamed away)."""
+    import psutil
+
     try:
         parent.mkdir(parents=True, exist_ok=True)
         for stale in parent.iterdir():  # of runs that were killed

@@ -27,7 +27,7 @@ def steps(spec: ExportSpec) -> tuple[Step, ...]:
     """
     if spec.precision is Precision.FP32:
         simplifier = ("onnxslim",) if spec.simplify else ()
-        return (Step("trace", trace, ("torch",)), Step("convert", finish, ("onnx", *simplifier)))
+        return (Step("trace", trace, ("onnx", "torch")), Step("convert", finish, ("onnx", *simplifier)))
     return (Step("convert", convert, ("onnx", "onnxruntime")),)
 
 
@@ -65,7 +65,7 @@ def finish(job: Job) -> Made:
         from exporters.graph.simplify import simplify
 
         before = len(graph.graph.node)
-        graph = simplify(graph)
+        graph = simplify(graph, job.spec.dynamic)
         notes = (f"simplified from {before} to {len(graph.graph.node)} nodes",)
     return _save(graph, target, job, notes)
 

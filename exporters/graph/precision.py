@@ -42,6 +42,7 @@ def read_precision(path: Path) -> Achieved:
     weights = Counter(TYPES.get(i.data_type, "other") for i in graph.initializer if len(i.dims) >= 2)
     evidence = {f"operators {k or 'unknown'}": n for k, n in counts.items()} | {f"weights {k}": n for k, n in weights.items()}
     evidence |= {k: n for k, n in Counter(n.op_type for n in graph.node).items() if k in ("QuantizeLinear", "DequantizeLinear", "Cast")}
+    evidence["opset"] = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
     main = counts.most_common(1)[0][0] if counts else next(iter(weights), "")
     return Achieved(main, evidence, tuple(sorted(name for name, kind in kinds.items() if kind != main)))
 

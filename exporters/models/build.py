@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import sys
 from collections.abc import Mapping
@@ -75,8 +74,8 @@ def load_strictly(module: nn.Module, state: Mapping[str, np.ndarray[Any, Any]], 
 
 
 def for_export(module: nn.Module, dynamic: bool) -> nn.Module:
-    """A copy made ready: batch normalizations folded where the model knows how, shapes dynamic where it asks."""
-    module = copy.deepcopy(module)
+    """A module that `build` made, made ready in place: batch normalizations folded where the model knows how, shapes
+    dynamic where it asks. A caller's own module is never here: only its ModelSpec crosses to the worker."""
     fuse = getattr(module, "fuse", None)
     if callable(fuse):
         fuse()

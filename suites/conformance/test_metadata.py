@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from exporters import formats
-from exporters.errors import ArtifactError, NotSupported
+from exporters.errors import NotSupported
 from exporters.metadata import Metadata
 from suites.support.bench import Bench
 
@@ -11,12 +11,9 @@ from suites.support.bench import Bench
 def _metadata(case: Bench) -> Metadata:
     if not formats.get(case.spec.format).keeps_metadata:
         raise NotSupported(f"format {case.spec.format} holds no metadata")
-    try:
-        found = case.describe().metadata
-    except ArtifactError as error:
-        raise AssertionError(str(error)) from None
-    assert found is not None, "the artifact holds no metadata"
-    return found
+    described = case.describe()
+    assert described.metadata is not None, described.metadata_error or "the artifact holds no metadata"
+    return described.metadata
 
 
 def test_class_names_survive_the_round_trip(case: Bench) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from exporters import formats
 from exporters.errors import NotSupported
 from exporters.models.spec import belongs
 from suites.support.bench import Bench
@@ -34,3 +35,13 @@ def test_every_node_runs_on_the_requested_provider(case: Bench) -> None:
     counts = ", ".join(f"{n} on {p}" for p, n in execution.providers.items()) or execution.device
     assert not execution.fallback, f"{len(execution.fallback)} nodes run elsewhere ({counts}): {', '.join(execution.fallback[:5])}"
     assert execution.device == case.case.device, f"asked for {case.case.device}, the session runs on {execution.device}"
+
+
+def test_opset_is_the_requested(case: Bench) -> None:
+    """The graph is written in the operator set that was asked for."""
+    if "opset" not in formats.get(case.spec.format).options:
+        raise NotSupported(f"format {case.spec.format} has no operator set")
+    found = case.describe().achieved.counts.get("opset", 0)
+    if case.brought is not None and "opset" not in case.spec.changed():
+        raise NotSupported(f"no operator set was asked for (the file has {found})")
+    assert found == case.spec.opset, f"the file's opset is {found}, asked for {case.spec.opset}"

@@ -31,7 +31,8 @@ class Bench:
         self.count = 0
         self.checkpoint = locate(CHECKPOINT, root, REQUIRES)
         # A plain process: nothing of pytest's, of a coverage run or of the user's settings; the peer never installs or downloads.
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV_", "YOLO_", "EXPORTGATE_"))}
+        # Bytecode is written (by the run of each side that does not count): without it both sides mostly compile torch's source.
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV_", "YOLO_", "EXPORTGATE_", "PYTHONDONTWRITE", "PYTHONPYCACHE"))}
         self.environment = {**kept, "YOLO_OFFLINE": "1", "YOLO_AUTOINSTALL": "false", "YOLO_VERBOSE": "false",
                             "YOLO_CONFIG_DIR": str(self.folder("yolo")), "EXPORTGATE_CACHE": str(root / "cache")}
 

@@ -18,12 +18,14 @@ import numpy as np
 import onnx
 import pytest
 
+from exporters.artifact import foreign
 from exporters.models.catalog import from_checkpoint
 from exporters.pool import Pool
 from exporters.session import Array
 from exporters.spec import ExportSpec, request
 from suites.peer.bench import Bench, Side
 from suites.peer.figures import Figure, Figures, alternate, interval
+from suites.support.compare import SCORE_FLOOR
 from suites.support.feeds import FeedSet, make_feeds
 
 WIDTH, LONGEST = 0.06, 120.0  # of the interval of the latency's ratio, and seconds that may be spent to make it so narrow
@@ -198,10 +200,13 @@ def _pair(bench: Bench, paths: tuple[Path, Path], image: Path, threads: int, num
 
 
 def test_parity(bench: Bench, pool: Pool, specs: dict[str, ExportSpec], files: Files, feeds: list[FeedSet], figures: Figures) -> None:
-    """Our outputs are those of the peer's own PyTorch model: 1e-3 px on every box, 1e-5 on every score.
+    """Our outputs are those of the peer's own PyTorch model: 1e-3 px on the boxes, 1e-5 on the scores.
 
     Like is compared with like: our artifacts, whose batch normalizations are folded, with its folded model; our eager
-    reference, which keeps them, with its model as it was trained.
+    reference, which keeps them, with its model as it was trained. In PyTorch that holds for each of the 8400 boxes.
+    ONNX Runtime sums in another order than PyTorch, which moves boxes that nothing is in by up to 4e-3 px whoever made
+    the file (PyTorch's own folded model is as far from float64), so there the boxes that fire are judged, and that our
+    file is no farther off than the peer's.
     """
     folder = bench.folder("parity")
     paths = [folder / f"feeds{n}.npy" for n in range(len(feeds))]
@@ -209,28 +214,46 @@ def test_parity(bench: Bench, pool: Pool, specs: dict[str, ExportSpec], files: F
         np.save(path, entry.arrays["images"])
     with bench.side("forward-theirs") as side:
         wanted = side.call(checkpoint=bench.copy(folder), folder=folder, feeds=paths)
-    worst: dict[str, tuple[float, float]] = {}
-    for name, runtime, kind in (("pytorch", "eager", "unfused"), ("torchscript", "libtorch", "fused"), ("onnx", "ort", "fused")):
-        session = pool.open(pool.export(specs[name]), specs[name], runtime, "cpu")
-        for entry, path in zip(feeds, wanted[kind], strict=True):
-            boxes, scores = _differences(session.run(entry.arrays)["output0"], np.load(path))
-            figures.notes.append(f"parity of {name} on {entry.name}: boxes {boxes:.2g} px, scores {scores:.2g}")
-            before = worst.get(name, (0.0, 0.0))
-            worst[name] = (max(before[0], boxes), max(before[1], scores))
+    reference = foreign(files.theirs["onnx"], "onnx", specs["onnx"].to_dict(), trust=False, is_code=False)
+    rows = (("pytorch", pool.export(specs["pytorch"]), "eager", "unfused"), ("torchscript", pool.export(specs["torchscript"]), "libtorch", "fused"),
+            ("onnx", pool.export(specs["onnx"]), "ort", "fused"), ("the peer's onnx", reference, "ort", "fused"))
+    found: dict[str, list[Difference]] = {}
+    for name, artifact, runtime, kind in rows:
+        session = pool.open(artifact, specs[artifact.format], runtime, "cpu")
+        found[name] = [_difference(session.run(e.arrays)["output0"], np.load(p)) for e, p in zip(feeds, wanted[kind], strict=True)]
         session.close()
-    for index, figure in enumerate(("parity_boxes", "parity_scores")):
-        values = [w[index] for w in worst.values()]
-        figures.add(figure, max(values), min(values), max(values))  # low: of the artifact that is nearest
-    for name, (boxes, scores) in worst.items():
-        assert boxes <= 1e-3, f"{name}: a box differs by {boxes:.2g} px"
-        assert scores <= 1e-5, f"{name}: a score differs by {scores:.2g}"
+        figures.notes += [f"parity of {name} on {e.name}: {d.line()}" for e, d in zip(feeds, found[name], strict=True)]
+    assert sum(d.firing for d in found["onnx"]), "no box fires, so nothing is proven"
+    worst = {n: max(d.fired if n == "onnx" else d.boxes for d in found[n]) for n in ("pytorch", "torchscript", "onnx")}
+    scores = {n: max(d.scores for d in found[n]) for n in worst}
+    for name, values in (("parity_boxes", worst), ("parity_scores", scores)):
+        figures.add(name, max(values.values()), min(values.values()), max(values.values()))  # low: of the artifact that is nearest
+    for name in worst:
+        assert worst[name] <= 1e-3, f"{name}: a box differs by {worst[name]:.2g} px"
+        assert scores[name] <= 1e-5, f"{name}: a score differs by {scores[name]:.2g}"
+    for ours, theirs in zip(found["onnx"], found["the peer's onnx"], strict=True):
+        assert ours.boxes <= 1.1 * theirs.boxes + 1e-4, f"our file is farther from the peer's PyTorch ({ours.line()}) than the peer's own ({theirs.line()})"
 
 
-def _differences(ours: Array, theirs: Array) -> tuple[float, float]:
-    """Largest difference of the boxes, in pixels, and of the scores of (B, 4 + nc, A)."""
+@dataclass(frozen=True)
+class Difference:
+    """Largest differences of one output: boxes in pixels, boxes of the `firing` anchors alone, scores."""
+
+    boxes: float
+    fired: float
+    scores: float
+    firing: int
+
+    def line(self) -> str:
+        return f"boxes {self.boxes:.2g} px, {self.firing} that fire {self.fired:.2g} px, scores {self.scores:.2g}"
+
+
+def _difference(ours: Array, theirs: Array) -> Difference:
+    """Of (B, 4 + nc, A): an anchor fires where one of the peer's scores reaches the floor."""
     assert ours.shape == theirs.shape
     difference = np.abs(ours.astype(np.float64) - theirs)
-    return float(difference[:, :4].max()), float(difference[:, 4:].max())
+    boxes, fires = difference[:, :4].max(1), theirs[:, 4:].max(1) >= SCORE_FLOOR
+    return Difference(float(boxes.max()), float(boxes[fires].max(initial=0.0)), float(difference[:, 4:].max()), int(fires.sum()))
 
 
 @pytest.mark.parametrize("name", ["onnx", "torchscript"])
@@ -256,24 +279,12 @@ def test_we_check_the_peers_file(bench: Bench, files: Files, figures: Figures, n
     words = ["exportgate", "check", str(files.theirs[name]), "--model", str(bench.checkpoint), "--report", str(folder / "report")]
     _, done = bench.command(words + (["--trust"] if name == "torchscript" else []), folder)
     report = json.loads((folder / "report" / "report.json").read_text(encoding="utf-8"))
-    claims = {c["claim"]: c for c in _claims(report)}
+    claims = {c["claim"]: c for case in report["cases"] for c in case["claims"]}
     figures.notes.append(f"check of the peer's {name}: exit {done.returncode}, " + done.stdout.strip().splitlines()[-2])
     for claim in ("test_outputs_match_reference", "test_detections_match_reference", "test_class_names_survive_the_round_trip"):
         assert claims[claim]["verdict"] == "PASS", f"{claim}: {claims[claim]}"
     assert claims["test_metadata_names_the_owner"]["verdict"] == "NOT_SUPPORTED"
     assert done.returncode == 0, done.stdout
-
-
-def _claims(report: Any) -> Iterator[dict[str, Any]]:
-    """Every claim of a JSON report, wherever it lies."""
-    if isinstance(report, dict):
-        if "claim" in report and "verdict" in report:
-            yield report
-        for value in report.values():
-            yield from _claims(value)
-    elif isinstance(report, list):
-        for value in report:
-            yield from _claims(value)
 
 
 def test_code_is_not_loaded_without_trust(bench: Bench, files: Files) -> None:

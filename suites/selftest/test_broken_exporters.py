@@ -423,6 +423,11 @@ def property_changed(model: Any, key: str, value: str | None) -> None:
 
 
 @graph_damage
+def opset_of_another_version(model: Any) -> None:
+    model.opset_import[0].version = 18
+
+
+@graph_damage
 def metadata_lost(model: Any) -> None:
     del model.metadata_props[:]
 
@@ -562,6 +567,7 @@ BROKEN = (
     Broken("FP32 passed off as INT8", "blobs onnx int8", another("blobs onnx fp32"), achieved, "asked for int8, the file is fp32"),
     Broken("one layer not quantized", "blobs onnx int8", one_layer_not_quantized(), achieved, "/score/Conv"),
     Broken("a scale doubled", "blobs onnx int8", scale_doubled(), detections, "lost"),
+    Broken("another operator set", "onnx fp32", opset_of_another_version(), precision.test_opset_is_the_requested, "opset is 18, asked for 20"),
     # Metadata
     Broken("metadata lost", "onnx fp32", metadata_lost(), names, "holds no metadata"),
     Broken("class names lost", "onnx fp32", property_changed("names", None), names, "index 0: None, expected 'Animal'"),
