@@ -1,4 +1,4 @@
-"""exportgate's exporters: make artifacts, load them, time them. The Python way is `export(spec)` and `load(artifact)`."""
+"""exportgate's exporters: make artifacts, load them, time them. In Python: `export(spec)`, `load(artifact)`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from exporters.artifact import Artifact
-    from exporters.pool import RemoteSession
+    from exporters.pool import Pool, RemoteSession
     from exporters.spec import ExportSpec
 
 __all__ = ["export", "load"]
@@ -30,12 +30,12 @@ def load(artifact: Artifact, runtime: str = "", device: str = "cpu") -> RemoteSe
     from exporters.spec import ExportSpec
 
     spec = ExportSpec.from_dict(artifact.spec)
-    kind = device.split(":")[0]
+    kind = device.partition(":")[0]
     first = next((r.id for r in formats.get(spec.format).runtimes if r.device == kind), "")
     return _pool().open(artifact, spec, runtime or first, device)
 
 
-def _pool():  # noqa: ANN202 the import would be circular at load time
+def _pool() -> Pool:
     """The workers of this process, ended with it."""
     import atexit
 

@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,15 +79,26 @@ class Artifact:
         """Compares sizes and digests with the manifest.
 
         Raises:
-            ArtifactError: a file is missing or differs.
+            ArtifactError: a file is missing, cannot be read, or differs.
         """
         for entry in self.files:
             path = self.root / entry.path
             if not path.is_file():
-                raise ArtifactError(f"artifact {self.root}: '{entry.path}' is missing", "delete the folder and export again")
-            if path.stat().st_size != entry.bytes or digest(path) != entry.sha256:
-                raise ArtifactError(f"artifact {self.root}: '{entry.path}' is not the file that its manifest describes",
-                                    "delete the folder and export again")
+                raise ArtifactError(
+                    f"artifact {self.root}: '{entry.path}' is missing", "delete the folder and export again"
+                )
+            try:
+                same = path.stat().st_size == entry.bytes and digest(path) == entry.sha256
+            except OSError as error:
+                raise ArtifactError(
+                    f"artifact {self.root}: '{entry.path}' cannot be read ({error.strerror})",
+                    "check its permissions, or delete the folder and export again",
+                ) from None
+            if not same:
+                raise ArtifactError(
+                    f"artifact {self.root}: '{entry.path}' is not the file that its manifest describes",
+                    "delete the folder and export again",
+                )
 
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
@@ -98,7 +111,9 @@ class Artifact:
         values["root"] = Path(values["root"])
         values["files"] = tuple(FileInfo(**f) for f in values["files"])
         achieved = values["achieved"]
-        values["achieved"] = Achieved(achieved["precision"], achieved["counts"], tuple(achieved["exceptions"]), tuple(achieved["kept"]))
+        values["achieved"] = Achieved(
+            achieved["precision"], achieved["counts"], tuple(achieved["exceptions"]), tuple(achieved["kept"])
+        )
         values["parents"] = tuple(values["parents"])
         values["notes"] = tuple(values["notes"])
         return Artifact(**values)
@@ -126,28 +141,45 @@ def commit(artifact: Artifact, final: Path) -> Artifact:
     temporary.write_text(json.dumps(made.to_dict(), indent=1, ensure_ascii=False), encoding="utf-8")
     final.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.replace(artifact.root, final)
+        artifact.root.replace(final)
     except OSError:
-        if not (final / MANIFEST).is_file():
+        if (final / MANIFEST).is_file():
+            shutil.rmtree(artifact.root, ignore_errors=True)
+            return read_manifest(final)
+        if not final.exists():
             raise
-        shutil.rmtree(artifact.root, ignore_errors=True)
-        return read_manifest(final)
+        discard(final, artifact.root.parent)  # what somebody left behind: a finished artifact has a manifest
+        artifact.root.replace(final)
     return made
+
+
+def discard(folder: Path, scratch: Path) -> None:
+    """Removes an artifact's folder; it moves to `scratch` first, so that none is left in halves."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    aside = scratch / f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    with suppress(FileNotFoundError):  # another process did it
+        folder.replace(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def read_manifest(root: Path) -> Artifact:
     """The artifact in `root`, by its manifest; digests are checked by `verify`.
 
     Raises:
-        ArtifactError: no manifest, or one that cannot be read.
+        ArtifactError: no manifest, or one that cannot be read or that names no file.
     """
     path = root / MANIFEST
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return Artifact.from_dict({**values, "root": str(root)})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"artifact {root}: its manifest cannot be read ({type(error).__name__}: {error})",
-                            "delete the folder and export again") from None
+        found = Artifact.from_dict({**values, "root": str(root)})
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(
+            f"artifact {root}: its manifest cannot be read ({type(error).__name__}: {error})",
+            "delete the folder and export again",
+        ) from None
+    if not found.files:
+        raise ArtifactError(f"artifact {root}: its manifest names no file", "delete the folder and export again")
+    return found
 
 
 def foreign(path: Path, format_id: str, spec: Mapping[str, Any], trust: bool, is_code: bool) -> Artifact:
@@ -160,6 +192,8 @@ def foreign(path: Path, format_id: str, spec: Mapping[str, Any], trust: bool, is
     if not path.exists():
         raise BadRequest(f"artifact '{path}' does not exist", "give the path of a file or folder that an exporter made")
     if is_code and not trust:
-        raise UnsafeFile(f"'{path}' is a {format_id} file: loading one runs code that is in it",
-                         "add --trust if you know who made it")
+        raise UnsafeFile(
+            f"'{path}' is a {format_id} file: loading one runs code that is in it",
+            "add --trust if you know who made it",
+        )
     return Artifact(path.parent.resolve(), "", format_id, path.name, spec)

@@ -90,13 +90,17 @@ class Worker(Caller):
 
     def __init__(self, name: str, python: Path, imports: Sequence[str], log: Path, limits: Limits) -> None:
         self.name, self.log, self.limits = name, log, limits
-        self.peak = 0
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as sink:
             self.process = subprocess.Popen(
                 [str(python), "-P", "-c", BOOTSTRAP, str(PACKAGE), *imports],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sink, text=True, encoding="utf-8",
-                cwd=log.parent, start_new_session=os.name != "nt",
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=sink,
+                text=True,
+                encoding="utf-8",
+                cwd=log.parent,
+                start_new_session=os.name != "nt",
             )
         self.answers: queue.Queue[str] = queue.Queue()
         self.count = 0
@@ -136,18 +140,22 @@ class Worker(Caller):
                     number = answer["id"]
                 except (ValueError, KeyError, TypeError):
                     self.close()
-                    raise WorkerCrash(f"worker {self.name} answered {operation} with {line[:80]!r}, which is no answer",
-                                      f"its log is {self.log}") from None
+                    raise WorkerCrash(
+                        f"worker {self.name} answered {operation} with {line[:80]!r}, which is no answer",
+                        f"its log is {self.log}",
+                    ) from None
                 if number != self.count:
                     continue
                 if "error" in answer:
-                    raise error_from(answer["error"])
+                    raise error_from(answer["error"], self.log)
                 return answer["result"]
             self._check_memory(operation)
             if time.monotonic() > deadline:
                 self.close()
-                raise WorkerTimeout(f"worker {self.name}: {operation} took longer than {seconds:g} s and was stopped",
-                                    f"its log is {self.log}; raise the limit in [limits] of exportgate.toml if that is too short")
+                raise WorkerTimeout(
+                    f"worker {self.name}: {operation} took longer than {seconds:g} s and was stopped",
+                    f"its log is {self.log}; raise the limit in [limits] of exportgate.toml if that is too short",
+                )
 
     def _check_memory(self, operation: str) -> None:
         """Sampled, since a limit on address space (RLIMIT_AS) breaks CUDA."""
@@ -155,11 +163,13 @@ class Worker(Caller):
 
         with suppress(psutil.Error):
             used = psutil.Process(self.process.pid).memory_info().rss
-            self.peak = max(self.peak, used)
             if used > self.limits.memory * 2**30:
                 self.close()
-                raise WorkerCrash(f"worker {self.name}: {operation} held {used / 2**30:.1f} GiB, more than its limit of "
-                                  f"{self.limits.memory:g} GiB, and was stopped", "raise [limits] memory in exportgate.toml")
+                raise WorkerCrash(
+                    f"worker {self.name}: {operation} held {used / 2**30:.1f} GiB, more than its limit of "
+                    f"{self.limits.memory:g} GiB, and was stopped",
+                    "raise [limits] memory in exportgate.toml",
+                )
 
     def _crashed(self, operation: str) -> WorkerCrash:
         code = self.process.wait()
@@ -194,12 +204,15 @@ class Worker(Caller):
                     pipe.close()
 
 
-def error_from(data: Mapping[str, Any]) -> Exception:
-    """The exception that a worker's error object stands for."""
+def error_from(data: Mapping[str, Any], log: Path | None = None) -> ExportgateError:
+    """The exception that a worker's error object stands for; an error that is not ours becomes an ExportError."""
     kind = getattr(errors, data["type"], None) if data["type"] else None
+    fix = data["fix"]
+    if "trace" in data and log is not None:
+        fix += ("; " if fix else "") + f"the traceback is in {log}"
     if isinstance(kind, type) and issubclass(kind, ExportgateError):
-        return kind(data["what"], data["fix"])
-    return ExportError(data["what"], "the traceback is in the worker's log")
+        return kind(data["what"], fix)
+    return ExportError(data["what"], fix)
 
 
 def environment_note(packages: Mapping[str, str]) -> str:

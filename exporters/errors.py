@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's own words, at most 300 characters; its type's name where it has none."""
+    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 class ExportgateError(Exception):
     """Base of every error that exportgate raises on purpose; `str(error)` is one line for a person.
 
@@ -29,11 +34,11 @@ class CheckpointError(BadRequest):
 
 
 class UnsafeFile(BadRequest):
-    """Raised when a file names something that would run code, or code that is not in our cache is loaded without trust."""
+    """Raised when a file names something that would run code, or is code, not in our cache and not trusted."""
 
 
 class NotSupported(ExportgateError):
-    """Raised when a format cannot do what is asked for, by its nature; becomes the verdict NOT_SUPPORTED (with because)."""
+    """Raised when a format cannot do what is asked, by its nature; becomes the verdict NOT_SUPPORTED (with because)."""
 
 
 class ToolchainMissing(ExportgateError):

@@ -6,12 +6,13 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 from exporters.artifact import digest
-from exporters.errors import BadRequest
+from exporters.errors import BadRequest, CheckpointError
 from exporters.models.spec import ModelSpec
 from exporters.spec import ExportSpec
 
@@ -24,7 +25,7 @@ def export_key(spec: ExportSpec, parents: Sequence[str], packages: Mapping[str, 
     described["model"]["weights"] = spec.model.weights.name if spec.model.weights else None
     described.pop("verbose")
     parts = {
-        "weights": digest(spec.model.weights) if spec.model.weights else None,
+        "weights": weights_digest(spec.model),
         "factory": factory_digest(spec.model),
         "exporters": sources_digest(),
         "spec": described,
@@ -33,6 +34,22 @@ def export_key(spec: ExportSpec, parents: Sequence[str], packages: Mapping[str, 
         "packages": dict(packages),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def weights_digest(model: ModelSpec) -> str | None:
+    """Digest of the model's weights file; None where the factory makes the weights.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    if model.weights is None:
+        return None
+    try:
+        return digest(model.weights)
+    except OSError as error:
+        raise CheckpointError(
+            f"weights '{model.weights}' cannot be read ({error.strerror})", "give a weights file"
+        ) from None
 
 
 def _calibration_digest(spec: ExportSpec) -> str:
@@ -50,24 +67,23 @@ def sources_digest() -> str:
 def factory_digest(model: ModelSpec) -> str:
     """Digest of the code that builds the model: its own top package's source, or an installed package's version."""
     module = model.factory.partition(":")[0]
-    top = module.split(".")[0]
+    top = module.partition(".")[0]
     if top == "exporters":
         return ""
     source = find_source(module, model.search)
     if source is None:
-        raise BadRequest(f"model '{model.name}': module '{module}' is not found", "give an importable package.module:factory")
-    try:
-        version = metadata.version(metadata.packages_distributions()[top][0])
-    except (KeyError, metadata.PackageNotFoundError):
-        version = ""
-    if version and "site-packages" in source.parts:
-        return f"{top} {version}"
+        raise BadRequest(
+            f"model '{model.name}': module '{module}' is not found", "give an importable package.module:factory"
+        )
+    if "site-packages" in source.parts:
+        with suppress(KeyError, metadata.PackageNotFoundError):
+            return f"{top} {metadata.version(metadata.packages_distributions()[top][0])}"
     return _digest_files(sorted(source.rglob("*.py")) if source.is_dir() else [source])
 
 
 def find_source(module: str, search: Iterable[Path]) -> Path | None:
     """The file of a top-level module, or the folder of a top-level package; nothing is imported."""
-    top = module.split(".")[0]
+    top = module.partition(".")[0]
     for folder in search:
         for candidate in (folder / top, folder / f"{top}.py"):
             if (candidate / "__init__.py").is_file() or candidate.is_file():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from exporters.errors import MeasurementError
 from exporters.session import Feeds, Session
@@ -31,7 +32,7 @@ class Samples:
     first_call: float = 0.0
     settled: bool = True
     peak_rss: int = 0
-    notes: tuple[str, ...] = field(default_factory=tuple[str, ...])
+    notes: tuple[str, ...] = ()
 
 
 def measure(session: Session, feeds: Sequence[Feeds], plan: MeasurementPlan) -> Samples:
@@ -65,8 +66,10 @@ def measure(session: Session, feeds: Sequence[Feeds], plan: MeasurementPlan) -> 
                     largest = float(np.max(np.abs(outputs[name].astype(np.float64) - value)))
                     # Runtimes may sum in another order from one call to the next; anything larger is another result.
                     if not largest <= 1e-3 * float(np.max(np.abs(value)) or 1.0):
-                        raise MeasurementError(f"output '{name}' changed by {largest:.3g} during the measurement",
-                                               "the session is not deterministic or stopped computing; check the artifact")
+                        raise MeasurementError(
+                            f"output '{name}' changed by {largest:.3g} during the measurement",
+                            "the session is not deterministic or stopped computing; check the artifact",
+                        )
     return Samples(tuple(samples), warm, first_call=first_call, settled=settled, peak_rss=_peak_rss())
 
 
@@ -98,4 +101,5 @@ def _peak_rss() -> int:
         import resource
     except ImportError:  # Windows
         return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

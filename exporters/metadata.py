@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 from exporters.errors import ArtifactError, BadRequest
 from exporters.models.spec import class_names
@@ -41,23 +41,45 @@ class Metadata:
         """The metadata that an artifact of this request has to carry; the owner's fields come from the model."""
         owner = spec.model.owner
         args: dict[str, Any] = {
-            "batch": spec.batch, "precision": spec.precision.value, "half": spec.precision is Precision.FP16,
-            "int8": spec.precision is Precision.INT8, "dynamic": spec.dynamic, "simplify": spec.simplify,
-            "opset": spec.opset, "optimize": spec.optimize,
+            "batch": spec.batch,
+            "precision": spec.precision.value,
+            "half": spec.precision is Precision.FP16,
+            "int8": spec.precision is Precision.INT8,
+            "dynamic": spec.dynamic,
+            "simplify": spec.simplify,
+            "opset": spec.opset,
+            "optimize": spec.optimize,
         }
         return Metadata(
-            description=owner.get("description", spec.model.name), author=owner.get("author", ""),
-            date=datetime.now(UTC).isoformat(timespec="seconds"), version=__version__,
-            license=owner.get("license", ""), docs=owner.get("docs", ""), stride=spec.model.stride,
-            task=spec.model.task, batch=spec.batch, imgsz=spec.imgsz, names=dict(spec.model.names), args=args,
+            description=owner.get("description", spec.model.name),
+            author=owner.get("author", ""),
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+            version=__version__,
+            license=owner.get("license", ""),
+            docs=owner.get("docs", ""),
+            stride=spec.model.stride,
+            task=spec.model.task,
+            batch=spec.batch,
+            imgsz=spec.imgsz,
+            names=dict(spec.model.names),
+            args=args,
         )
 
     def values(self) -> dict[str, Any]:
         """Fields in their order as plain values: names dict[int, str], imgsz [height, width]."""
         return {
-            "description": self.description, "author": self.author, "date": self.date, "version": self.version,
-            "license": self.license, "docs": self.docs, "stride": self.stride, "task": self.task, "batch": self.batch,
-            "imgsz": list(self.imgsz), "names": dict(self.names), "args": dict(self.args),
+            "description": self.description,
+            "author": self.author,
+            "date": self.date,
+            "version": self.version,
+            "license": self.license,
+            "docs": self.docs,
+            "stride": self.stride,
+            "task": self.task,
+            "batch": self.batch,
+            "imgsz": list(self.imgsz),
+            "names": dict(self.names),
+            "args": dict(self.args),
         }
 
     def as_json(self) -> str:
@@ -85,7 +107,10 @@ def normalize(values: Any, where: str) -> Metadata:
         ArtifactError: the metadata is no mapping, or a field cannot be read.
     """
     if not isinstance(values, Mapping):
-        raise ArtifactError(f"{where}: the metadata is {type(values).__name__}, expected a mapping", "export the artifact again")
+        raise ArtifactError(
+            f"{where}: the metadata is {type(values).__name__}, expected a mapping", "export the artifact again"
+        )
+    values = cast("Mapping[Any, Any]", values)
     read: dict[str, Any] = {}
     for key in ("description", "author", "date", "version", "license", "docs", "task"):
         read[key] = str(values.get(key, ""))
@@ -95,15 +120,16 @@ def normalize(values: Any, where: str) -> Metadata:
                 read[key] = int(_literal(values[key]))
         if "imgsz" in values:
             size = _literal(values["imgsz"])
-            pair = [size, size] if isinstance(size, int) else list(size)
+            pair: list[Any] = [size, size] if isinstance(size, int) else list(size)
             read["imgsz"] = (int(pair[0]), int(pair[1]))
         if "names" in values:
             read["names"] = class_names(_literal(values["names"]), where)
         if "args" in values:  # older artifacts of the peer lack it
             read["args"] = dict(_literal(values["args"]))
-    except (ValueError, SyntaxError, TypeError, IndexError, KeyError, RecursionError, MemoryError) as error:
-        raise ArtifactError(f"{where}: the metadata cannot be read ({type(error).__name__}: {error})",
-                            "export the artifact again") from None
+    except (ValueError, SyntaxError, TypeError, LookupError, OverflowError, RecursionError, MemoryError) as error:
+        raise ArtifactError(
+            f"{where}: the metadata cannot be read ({type(error).__name__}: {error})", "export the artifact again"
+        ) from None
     except BadRequest as error:
         raise ArtifactError(f"{where}: {error.what}", "export the artifact again") from None
     return Metadata(**read)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from contextlib import suppress
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from exporters import toolchain
 from exporters.artifact import Artifact, digest
+from exporters.cache import writing
 from exporters.errors import BadRequest
 
 
@@ -22,34 +22,60 @@ def place(artifact: Artifact, folder: Path, overwrite: bool = False) -> Path:
         BadRequest: the folder cannot be written, or a file of that name is there that exportgate did not make.
     """
     target = folder / artifact.path.name
-    if target.exists() and not overwrite and not _is_ours(target):
-        raise BadRequest(f"'{target}' exists and was not made by exportgate", "add --overwrite, or name another folder with --output")
-    temporary = folder / f".{artifact.path.name}.{uuid.uuid4().hex[:8]}"
+    unique = uuid.uuid4().hex[:8]
+    temporary, aside = folder / f".{target.name}.{unique}", folder / f".{target.name}.{unique}.old"
     try:
+        if target.exists() and not overwrite and not _is_ours(target):
+            raise BadRequest(
+                f"'{target}' exists and was not made by exportgate",
+                "add --overwrite, or name another folder with --output",
+            )
         folder.mkdir(parents=True, exist_ok=True)
         if artifact.path.is_dir():
             shutil.copytree(artifact.path, temporary)
-            if target.exists():
-                shutil.rmtree(target)
+            if (
+                target.exists()
+            ):  # a folder cannot be replaced by a rename, so that the old one moves out of the way whole
+                target.replace(aside)
         else:
             shutil.copyfile(artifact.path, temporary)
-        os.replace(temporary, target)
+        temporary.replace(target)
     except OSError as error:
-        raise BadRequest(f"'{target}' cannot be written ({error.strerror or error})", "name another folder with --output, or make room") from None
+        raise BadRequest(
+            f"'{target}' cannot be written ({error.strerror or error})",
+            "name another folder with --output, or make room",
+        ) from None
     finally:
         with suppress(OSError):
-            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
-    mark = _mark(target)
-    mark.parent.mkdir(parents=True, exist_ok=True)
-    mark.write_text(json.dumps({"path": str(target.resolve()), "content": _content(target)}), encoding="utf-8")
+            if aside.exists() and not target.exists():
+                aside.replace(target)
+        _remove(temporary)
+        _remove(aside)
+    _remember(target)
     return target
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _remember(target: Path) -> None:
+    """Notes in the cache what exportgate put there, so that it may replace it the next time."""
+    mark = _mark(target)
+    with writing():
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text(json.dumps({"path": str(target.resolve()), "content": _content(target)}), encoding="utf-8")
 
 
 def _is_ours(target: Path) -> bool:
     """Whether the file is, unchanged, what exportgate put there before."""
     try:
         return json.loads(_mark(target).read_text(encoding="utf-8"))["content"] == _content(target)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-
-from exporters import formats, toolchain
+from exporters import cache, formats, toolchain
 from exporters.arrays import Array, Feeds, load, save
-from exporters.artifact import MANIFEST, Achieved, Artifact, TensorInfo, commit, digest, list_files, read_manifest
+from exporters.artifact import Achieved, Artifact, TensorInfo, commit, discard, list_files, read_manifest
 from exporters.client import Caller, InProcess, Limits, Worker
-from exporters.errors import ArtifactError, BadRequest, ExportError, ExportgateError, NotSupported, ParentFailed, ToolchainMissing
-from exporters.keys import export_key, factory_digest
+from exporters.errors import (
+    ArtifactError,
+    ExportError,
+    ExportgateError,
+    NotSupported,
+    ParentFailed,
+    ToolchainMissing,
+)
+from exporters.keys import export_key, factory_digest, weights_digest
 from exporters.measure import MeasurementPlan, Samples
-from exporters.models.spec import ModelSpec
 from exporters.metadata import Metadata, normalize
+from exporters.models.spec import ModelSpec
 from exporters.session import Execution
 from exporters.spec import ExportSpec
 
@@ -66,7 +71,8 @@ class RemoteSession:
         place = self._place()
         paths = [save(f, place / str(i)) for i, f in enumerate(feeds)]
         data = self._call("measure", feeds=paths, plan=asdict(plan))
-        return Samples(**{**data, "milliseconds": tuple(data["milliseconds"]), "notes": tuple(data["notes"])})
+        data.update(milliseconds=tuple(data["milliseconds"]), notes=tuple(data["notes"]))
+        return Samples(**data)
 
     def describe(self) -> Description:
         data = self._call("describe", format=self.artifact.format, path=str(self.artifact.path))
@@ -87,14 +93,18 @@ class RemoteSession:
     def run_damaged(self, feeds: Feeds, damage: Mapping[str, Any]) -> dict[str, Array]:
         """Outputs of the reference with known damage (sessions of the pytorch format only)."""
         place = self._place()
-        return load(self._call("damaged", feeds=save(feeds, place / "in"), folder=str(place / "out"), damage=dict(damage)))
+        return load(
+            self._call("damaged", feeds=save(feeds, place / "in"), folder=str(place / "out"), damage=dict(damage))
+        )
 
     def excite(self, feeds: Feeds, steps: int, floor: float) -> dict[str, Array]:
         """Feeds changed until the model responds to them (sessions of the pytorch format only)."""
-        place = self._place()
         import numpy as np
 
-        made = load(self._call("excite", feeds=save(feeds, place / "in"), folder=str(place / "out"), steps=steps, floor=floor))
+        place = self._place()
+        made = load(
+            self._call("excite", feeds=save(feeds, place / "in"), folder=str(place / "out"), steps=steps, floor=floor)
+        )
         return {k: np.array(v) for k, v in made.items()}
 
     def close(self) -> None:
@@ -167,48 +177,78 @@ class Pool:
             except (NotSupported, ToolchainMissing):
                 raise
             except ExportgateError as error:
-                raise ParentFailed(f"parent {parent.format} {parent.precision.value} failed: {error.what}", error.fix) from error
-        if spec.model.weights is not None:
-            self.weights.setdefault(str(spec.model.weights), digest(spec.model.weights))
+                raise ParentFailed(
+                    f"parent {parent.format} {parent.precision.value} failed: {error.what}", error.fix
+                ) from error
+        if spec.model.weights is not None and str(spec.model.weights) not in self.weights:
+            self.weights[str(spec.model.weights)] = weights_digest(spec.model) or ""
         environment = toolchain.resolve(entry.toolchain)
         key = export_key(spec, [p.key for p in parents], environment.packages)
-        final = toolchain.cache_root() / "artifacts" / f"{spec.model.name[:40]}-{entry.id}-{spec.precision.value}-{key[:16]}"
-        if (final / MANIFEST).is_file():
+        final = (
+            toolchain.cache_root()
+            / "artifacts"
+            / f"{spec.model.name[:40]}-{entry.id}-{spec.precision.value}-{key[:16]}"
+        )
+        if final.exists():
             try:
                 found = read_manifest(final)
                 found.verify()
                 return found
             except ArtifactError:
-                shutil.rmtree(final, ignore_errors=True)
+                with cache.writing():
+                    discard(final, cache.scratch())
         return self._make(spec, key, parents, environment, final)
 
-    def _make(self, spec: ExportSpec, key: str, parents: Sequence[Artifact], environment: toolchain.Environment,
-              final: Path) -> Artifact:
+    def _make(
+        self, spec: ExportSpec, key: str, parents: Sequence[Artifact], environment: toolchain.Environment, final: Path
+    ) -> Artifact:
         entry = formats.get(spec.format)
         self.progress(f"exporting {spec.model.name} to {entry.title} {spec.precision.value}")
         source = _source(spec)
-        workers = [self.worker(entry.toolchain, entry.id, step.role, step.imports, source) for step in entry.steps(spec)]
-        if final.is_dir():  # without a manifest, or the cache would have been hit: somebody damaged it
-            shutil.rmtree(final)
-        with temporary_folder(final.parent.parent / "tmp") as folder:
+        workers = [
+            self.worker(entry.toolchain, entry.id, step.role, step.imports, source) for step in entry.steps(spec)
+        ]
+        with cache.temporary_folder() as folder:
             seconds, notes, done = 0.0, (), dict[str, Any]()
             for number, worker in enumerate(workers):
-                done = worker.call("export", spec=spec.to_dict(), folder=str(folder), step=number, parents=[p.to_dict() for p in parents])
+                done = worker.call(
+                    "export",
+                    spec=spec.to_dict(),
+                    folder=str(folder),
+                    step=number,
+                    parents=[p.to_dict() for p in parents],
+                )
                 seconds, notes = seconds + done["seconds"], (*notes, *done["notes"])
-            files = list_files(folder)
+            with cache.writing():
+                files = list_files(folder)
             if not any(f.path == done["primary"] or f.path.startswith(done["primary"] + "/") for f in files):
-                raise ExportError(f"format {entry.id} said it made '{done['primary']}' and it is not there", "see the worker's log")
+                raise ExportError(
+                    f"format {entry.id} said it made '{done['primary']}' and it is not there", "see the worker's log"
+                )
             achieved = done["achieved"]
             artifact = Artifact(
-                folder, key, entry.id, done["primary"], spec.to_dict(), files,
+                folder,
+                key,
+                entry.id,
+                done["primary"],
+                spec.to_dict(),
+                files,
                 {"name": entry.toolchain, "python": sys.version.split()[0], "packages": dict(environment.packages)},
-                Achieved(achieved["precision"], achieved["counts"], tuple(achieved["exceptions"]), tuple(achieved["kept"])),
-                tuple(p.key for p in parents), seconds, notes,
+                Achieved(
+                    achieved["precision"], achieved["counts"], tuple(achieved["exceptions"]), tuple(achieved["kept"])
+                ),
+                tuple(p.key for p in parents),
+                seconds,
+                notes,
             )
+            with cache.writing():
+                finished = commit(artifact, final)
             self.fresh.append(key)
-            return commit(artifact, final)
+            return finished
 
-    def open(self, artifact: Artifact, spec: ExportSpec, runtime_id: str, device: str, replicate: int = 0) -> RemoteSession:
+    def open(
+        self, artifact: Artifact, spec: ExportSpec, runtime_id: str, device: str, replicate: int = 0
+    ) -> RemoteSession:
         """Loads an artifact in its runtime's worker; `replicate` > 0 asks for a worker of its own (a fresh process).
 
         Raises:
@@ -220,29 +260,32 @@ class Pool:
         runtime = entry.runtime(runtime_id, device)
         role = f"{runtime.id}-{runtime.device}" + (f"-{replicate}" if replicate else "")
         caller = self.worker(entry.toolchain, entry.id, role, runtime.imports, _source(spec))
-        opened = caller.call("open", spec=spec.to_dict(), artifact=artifact.to_dict(), runtime=runtime_id, device=device)
+        opened = caller.call(
+            "open", spec=spec.to_dict(), artifact=artifact.to_dict(), runtime=runtime_id, device=device
+        )
         return RemoteSession(caller, opened, artifact, self.folder / "arrays" / uuid.uuid4().hex)
 
     def retire(self, spec: ExportSpec, runtime_id: str, device: str, replicate: int) -> None:
         """Ends the worker of one replicate."""
         entry = formats.get(spec.format)
-        role = f"{runtime_id}-{device.split(':')[0]}-{replicate}"
+        role = f"{runtime_id}-{device.partition(':')[0]}-{replicate}"
         worker = self.workers.pop((entry.toolchain, entry.id, role), None)
         if worker is not None:
             worker.close()
 
-    def peak_rss(self) -> int:
-        """Largest sampled resident memory of a worker, in bytes."""
-        return max((w.peak for w in self.workers.values() if isinstance(w, Worker)), default=0)
-
     def close(self) -> None:
-        """Ends the workers and removes arrays; logs stay where the folder is the run's own."""
+        """Ends the workers and removes arrays and empty logs; the folder stays where something was logged."""
         for worker in self.workers.values():
             worker.kill()
         for worker in self.workers.values():
             worker.close()
         self.workers.clear()
         shutil.rmtree(self.folder / "arrays", ignore_errors=True)
+        with suppress(OSError):
+            for log in self.folder.glob("*.log"):
+                if not log.stat().st_size:
+                    log.unlink()
+            self.folder.rmdir()
 
     def __enter__(self) -> Pool:
         return self
@@ -255,28 +298,6 @@ def _source(spec: ExportSpec) -> str:
     """Which code builds the model: "" for our own, which does not change during a run."""
     found = factory_digest(spec.model)
     return f"{found} {[str(p) for p in spec.model.search]}" if found else ""
-
-
-@contextmanager
-def temporary_folder(parent: Path) -> Iterator[Path]:
-    """An empty folder that is removed afterwards if it is still there (a finished artifact was renamed away)."""
-    import psutil
-
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        for stale in parent.iterdir():  # of runs that were killed
-            owner = stale.name.partition("-")[0]
-            if owner.isdecimal() and not psutil.pid_exists(int(owner)):
-                shutil.rmtree(stale, ignore_errors=True)
-    except OSError as error:
-        raise BadRequest(f"the cache {parent.parent} cannot be written ({error.strerror})", "set EXPORTGATE_CACHE to a folder of yours") from None
-    folder = parent / f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
 
 
 shared: Pool | None = None  # of exporters.export and exporters.load

@@ -86,17 +86,28 @@ def check_feeds(inputs: tuple[TensorInfo, ...], feeds: Feeds, stride: int) -> No
     bound: dict[str, int] = {}
     for name, info in expected.items():
         if name not in feeds:
-            raise FeedError(f"missing input '{name}': expected {wanted}, got {sorted(feeds) or 'nothing'}", "feed every input")
+            raise FeedError(
+                f"missing input '{name}': expected {wanted}, got {sorted(feeds) or 'nothing'}", "feed every input"
+            )
         array = feeds[name]
         if str(array.dtype) != info.dtype:
-            raise FeedError(f"input '{name}' has dtype {array.dtype}: expected {info.dtype}", f"convert it to {info.dtype}")
+            raise FeedError(
+                f"input '{name}' has dtype {array.dtype}: expected {info.dtype}", f"convert it to {info.dtype}"
+            )
         fits = len(array.shape) == len(info.shape) and all(
-            got == want if isinstance(want, int) else got >= 1 for got, want in zip(array.shape, info.shape, strict=False)
+            got == want if isinstance(want, int) else got >= 1
+            for got, want in zip(array.shape, info.shape, strict=False)
         )
         if not fits:
-            raise FeedError(f"input '{name}' has shape {list(array.shape)}: expected {list(info.shape)}", "feed that shape")
+            raise FeedError(
+                f"input '{name}' has shape {list(array.shape)}: expected {list(info.shape)}", "feed that shape"
+            )
         for got, axis in zip(array.shape, info.shape, strict=True):
             if isinstance(axis, str) and bound.setdefault(axis, got) != got:
-                raise FeedError(f"input '{name}': axis {axis} is {got}, and {bound[axis]} in another input", "make them equal")
+                raise FeedError(
+                    f"input '{name}': axis {axis} is {got}, and {bound[axis]} in another input", "make them equal"
+                )
             if axis in ("height", "width") and got % stride:
-                raise FeedError(f"input '{name}': {axis} {got} is not a multiple of the stride {stride}", "pad the image")
+                raise FeedError(
+                    f"input '{name}': {axis} {got} is not a multiple of the stride {stride}", "pad the image"
+                )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from exporters.errors import BadRequest
 from exporters.models.spec import ModelSpec
@@ -28,8 +29,10 @@ class Precision(StrEnum):
         try:
             return Precision(str(text).strip().lower())
         except ValueError:
-            raise BadRequest(f"precision '{text}' is not known{near(text, [p.value for p in Precision])}",
-                             "precisions: " + ", ".join(p.value for p in Precision)) from None
+            raise BadRequest(
+                f"precision '{text}' is not known{near(text, [p.value for p in Precision])}",
+                "precisions: " + ", ".join(p.value for p in Precision),
+            ) from None
 
 
 OPSETS = (17, 20)  # oldest and newest that were verified with torch 2.13 and ONNX Runtime 1.31
@@ -88,19 +91,30 @@ def near(text: str, known: list[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+def user_path(text: str) -> Path:
+    """A path as a user types it, where ~ is a home folder if there is one of that name."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
 def parse_imgsz(value: Any, stride: int) -> tuple[int, int]:
     """(height, width) from 640, "640", "640,480" or a pair; each a positive multiple of `stride`.
 
     Raises:
         BadRequest: not one or two whole numbers, not positive, or no multiple of the stride (names the two nearest).
     """
-    parts: list[Any] = list(value) if isinstance(value, (list, tuple)) else str(value).strip().strip("[]()").split(",")
+    pair = isinstance(value, (list, tuple))
+    parts = list(cast("list[Any]", value)) if pair else str(value).strip().strip("[]()").split(",")
     try:
         sizes = [int(str(p).strip()) for p in parts]
     except ValueError:
         sizes = []
     if len(sizes) not in (1, 2):
-        raise BadRequest(f"imgsz '{value}' is not a size in pixels", "give one whole number, or height,width, as in 640 or 480,640")
+        raise BadRequest(
+            f"imgsz '{value}' is not a size in pixels", "give one whole number, or height,width, as in 640 or 480,640"
+        )
     for size in sizes:
         if size <= 0 or size % stride:
             below = max(size // stride, 1) * stride
@@ -128,7 +142,11 @@ def parse_opset(value: Any) -> int:
     except ValueError:
         opset = 0
     if not low <= opset <= high:
-        why = f"older ones lack operators that quantization needs (below {low})" if opset < low else "newer ones were not verified"
+        why = (
+            f"older ones lack operators that quantization needs (below {low})"
+            if opset < low
+            else "newer ones were not verified"
+        )
         raise BadRequest(f"opset '{value}' is not supported: {why}", f"use {low} to {high}")
     return opset
 
@@ -137,7 +155,7 @@ def parse_fraction(value: Any) -> float:
     """A share of the calibration set, in (0, 1]."""
     try:
         fraction = float(value)
-    except ValueError:
+    except (TypeError, ValueError):
         fraction = 0.0
     if not 0.0 < fraction <= 1.0:
         raise BadRequest(f"fraction '{value}' is not a share of the data", "give a number above 0, up to 1")
@@ -145,13 +163,29 @@ def parse_fraction(value: Any) -> float:
 
 
 def parse_precision(precision: Any = None, half: bool = False, int8: bool = False) -> Precision:
-    """The one precision asked for; half means fp16. Two that disagree are refused, where the peer drops one silently."""
+    """The one precision asked for; half means fp16. Two that disagree are refused: the peer drops one silently."""
     asked = [("precision", Precision.parse(precision))] if precision else []
     asked += [("half", Precision.FP16)] if half else []
     asked += [("int8", Precision.INT8)] if int8 else []
     if len({p for _, p in asked}) > 1:
-        raise BadRequest("two precisions are asked for: " + ", ".join(f"{n} ({p.value})" for n, p in asked), "ask for one of them")
+        raise BadRequest(
+            "two precisions are asked for: " + ", ".join(f"{n} ({p.value})" for n, p in asked), "ask for one of them"
+        )
     return asked[0][1] if asked else Precision.FP32
+
+
+def parse_switch(value: Any, name: str) -> bool:
+    """An option that is on or off."""
+    if not isinstance(value, bool):
+        raise BadRequest(f"option '{name}' is {value!r}", "give true or false")
+    return value
+
+
+def parse_text(value: Any, name: str) -> str:
+    """An option that is a name or a path."""
+    if not isinstance(value, (str, Path)):
+        raise BadRequest(f"option '{name}' is {value!r}", "give text")
+    return str(value)
 
 
 def parse_device(value: Any) -> str:
@@ -183,19 +217,22 @@ def request(model: ModelSpec, format_id: str, **options: Any) -> ExportSpec:
     known = {f.name for f in fields(ExportSpec)} - {"model", "format"} | {"half", "int8"}
     unknown = next((k for k in given if k not in known), None)
     if unknown:
-        raise BadRequest(f"option '{unknown}' is not known{near(unknown, sorted(known))}", "options: " + ", ".join(sorted(known)))
-    precision = parse_precision(given.pop("precision", None), bool(given.pop("half", False)), bool(given.pop("int8", False)))
+        raise BadRequest(
+            f"option '{unknown}' is not known{near(unknown, sorted(known))}", "options: " + ", ".join(sorted(known))
+        )
+    half, int8 = (parse_switch(given.pop(name, False), name) for name in ("half", "int8"))
+    precision = parse_precision(given.pop("precision", None), half, int8)
     imgsz = given.pop("imgsz", None)
     if imgsz is not None and not model.has_images:
         raise BadRequest(f"imgsz {imgsz}: model '{model.name}' takes no image size", "leave imgsz out")
     size = parse_imgsz(imgsz, model.stride) if imgsz is not None else model.imgsz
-    parsers = {"batch": parse_batch, "opset": parse_opset, "fraction": parse_fraction, "device": parse_device}
-    values = {k: parsers[k](v) if k in parsers else v for k, v in given.items()}
+    if model.has_images and 0 in size:
+        raise BadRequest(f"model '{model.name}' has no image size of its own and none is given", "give imgsz")
+    values = {name: _PARSERS[name](value) for name, value in given.items()}
     if values.get("batch", 1) != 1 and not model.has_batch:
-        raise BadRequest(f"batch {values['batch']}: model '{model.name}' has no batch axis", "name an axis of its input 'batch'")
-    for name in ("dynamic", "simplify", "optimize", "verbose"):
-        if not isinstance(values.get(name, False), bool):
-            raise BadRequest(f"option '{name}' is {values[name]!r}", "give true or false")
+        raise BadRequest(
+            f"batch {values['batch']}: model '{model.name}' has no batch axis", "name an axis of its input 'batch'"
+        )
     chosen = formats.canonical(format_id)
     spec = ExportSpec(model, chosen, precision, size, **values)
     formats.get(chosen).check(spec)
@@ -203,14 +240,24 @@ def request(model: ModelSpec, format_id: str, **options: Any) -> ExportSpec:
         from exporters import calibration
 
         spec = spec.but(data=_absolute(spec.data))
-        if not calibration.is_factory(spec.data):
-            calibration.images_of(spec)  # a set without images is refused now, not after minutes
+        calibration.check(spec)
     return spec
+
+
+# What makes an option's value of what a user typed; precision and imgsz need the model too, and stand in `request`.
+_PARSERS: Mapping[str, Callable[[Any], Any]] = {
+    "batch": parse_batch,
+    "opset": parse_opset,
+    "fraction": parse_fraction,
+    "device": parse_device,
+    **{name: partial(parse_text, name=name) for name in ("data", "split")},
+    **{name: partial(parse_switch, name=name) for name in ("dynamic", "simplify", "optimize", "verbose")},
+}
 
 
 def _absolute(data: str) -> str:
     """A calibration set's path made absolute, since workers run elsewhere; `module:factory` stays."""
-    path = Path(data).expanduser()
+    path = user_path(data)
     if not path.exists() and ":" in data:
         return data
     return str(path.resolve())

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -60,13 +62,15 @@ class Environment:
 def cache_root() -> Path:
     """Where artifacts and toolchains are kept: $EXPORTGATE_CACHE, else the user's cache folder."""
     given = os.environ.get("EXPORTGATE_CACHE")
-    if given:
-        return Path(given).expanduser().resolve()
     base = os.environ.get("XDG_CACHE_HOME")
     try:
+        if given:
+            return Path(given).expanduser().resolve()
         return (Path(base) if base else Path.home() / ".cache") / "exportgate"
     except RuntimeError:
-        raise BadRequest("no home folder is known, so there is no place for the cache", "set EXPORTGATE_CACHE to a folder") from None
+        raise BadRequest(
+            "no home folder is known, so there is no place for the cache", "set EXPORTGATE_CACHE to a folder"
+        ) from None
 
 
 def known(name: str) -> Toolchain:
@@ -94,8 +98,10 @@ def resolve(name: str) -> Environment:
         if not absent:
             return Environment(toolchain, python, _versions(toolchain, installed.get))
         missing = absent
-    raise ToolchainMissing(f"toolchain {name}: package {missing[0]} is not installed",
-                           f"run 'exportgate toolchain sync {name}', or install exportgate[{name}]")
+    raise ToolchainMissing(
+        f"toolchain {name}: package {missing[0]} is not installed",
+        f"run 'exportgate toolchain sync {name}', or install exportgate[{name}]",
+    )
 
 
 def environment_python(name: str) -> Path:
@@ -129,22 +135,27 @@ def _versions_of(python: Path, packages: list[str]) -> dict[str, str]:
         "import json,sys\nfrom importlib import metadata as m\nfound={}\nfor p in sys.argv[1:]:\n"
         " try: found[p]=m.version(p)\n except m.PackageNotFoundError: pass\nprint(json.dumps(found))"
     )
-    done = subprocess.run([str(python), "-c", code, *packages], capture_output=True, text=True, timeout=60, check=False)
-    return json.loads(done.stdout) if done.returncode == 0 else {}
+    try:
+        done = subprocess.run(
+            [str(python), "-c", code, *packages], capture_output=True, text=True, timeout=60, check=True
+        )
+        return json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return {}  # an environment that does not run has no packages
 
 
 def sync(name: str) -> Path:
     """Makes (or repairs) a toolchain's environment with uv from its lock; returns its interpreter. Needs a network.
 
     Raises:
-        ExportgateError: uv is missing, or it failed; the message ends with uv's last line.
+        ExportgateError: uv is missing or failed (the message has its last line and the command), or the cache is full.
     """
     toolchain = known(name)
     uv = shutil.which("uv") or _uv_beside_python()
     if uv is None:
         raise ExportgateError("toolchain sync needs uv, which is not on the PATH", "pip install uv")
     folder = cache_root() / "toolchains" / name
-    temporary = folder.with_name(f".{name}-{os.getpid()}")
+    temporary, aside = folder.with_name(f".{name}-{os.getpid()}"), folder.with_name(f".{name}-{os.getpid()}.old")
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     root = Path(__file__).parent.parent
     steps = [
@@ -157,12 +168,23 @@ def sync(name: str) -> Path:
             done = subprocess.run(step, capture_output=True, text=True, check=False, cwd=root)
             if done.returncode:
                 line = (done.stderr.strip().splitlines() or ["no output"])[-1]
-                raise ExportgateError(f"toolchain {name} for Python {version}: uv failed: {line}", "see its output above")
+                raise ExportgateError(
+                    f"toolchain {name} for Python {version}: uv failed: {line}", f"to see more, run: {shlex.join(step)}"
+                )
         if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
+            folder.replace(aside)
+        temporary.replace(folder)
+    except OSError as error:
+        raise ExportgateError(
+            f"toolchain {name}: {folder} cannot be written ({error.strerror or error})",
+            "make room, or set EXPORTGATE_CACHE to a folder of yours",
+        ) from None
     finally:
+        with suppress(OSError):
+            if aside.exists() and not folder.exists():
+                aside.replace(folder)
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
     resolve.cache_clear()
     return environment_python(name)
 

@@ -24,8 +24,8 @@ from typing import Any, TextIO
 import numpy as np
 
 from exporters import formats
-from exporters.artifact import Artifact
 from exporters.arrays import load, save
+from exporters.artifact import Artifact
 from exporters.errors import ArtifactError, ExportgateError
 from exporters.formats import Job
 from exporters.measure import MeasurementPlan, measure
@@ -46,28 +46,42 @@ class Server:
     def answer(self, call: Json) -> Json:
         """The result of one call; every exception becomes an error object. The one place that catches them all."""
         try:
-            operation = {"export": self.export, "open": self.open, "run": self.run, "measure": self.measure,
-                         "describe": self.describe, "damaged": self.damaged, "excite": self.excite,
-                         "close": self.close}[call["op"]]
+            operation = {
+                "export": self.export,
+                "open": self.open,
+                "run": self.run,
+                "measure": self.measure,
+                "describe": self.describe,
+                "damaged": self.damaged,
+                "excite": self.excite,
+                "close": self.close,
+            }[call["op"]]
             return {"result": operation(call)}
         except ExportgateError as error:
-            return {"error": {"type": type(error).__name__, "what": error.what, "fix": error.fix}}
-        except Exception as error:
+            told = {"type": type(error).__name__, "what": error.what, "fix": error.fix}
+            # Where another error is behind it (a library's, the user's model's) its traceback is worth keeping.
+            return {"error": told | ({"trace": traceback.format_exc()} if error.__cause__ else {})}
+        except Exception as error:  # noqa: BLE001 (the worker's boundary)
             line = " ".join(str(error).split())[:600]
-            return {"error": {"type": "", "what": f"{type(error).__name__}: {line}", "trace": traceback.format_exc()}}
+            told = {"type": "", "what": f"{type(error).__name__}: {line}", "fix": ""}
+            return {"error": told | {"trace": traceback.format_exc()}}
 
     def export(self, call: Json) -> Json:
         spec = ExportSpec.from_dict(call["spec"])
         entry = formats.get(spec.format)
         parents = tuple(Artifact.from_dict(p) for p in call["parents"])
         folder = Path(call["folder"])
-        steps = entry.steps(spec)
+        steps, number = entry.steps(spec), int(call["step"])
         start = time.perf_counter()
-        made = steps[call["step"]].run(Job(spec, folder, parents, Metadata.of(spec)))
+        made = steps[number].run(Job(spec, folder, parents, Metadata.of(spec)))
         seconds = time.perf_counter() - start
-        last = call["step"] == len(steps) - 1
-        return {"primary": made.primary, "notes": list(made.notes), "seconds": seconds,
-                "achieved": asdict(entry.inspect(folder / made.primary)) if last else None}
+        last = number == len(steps) - 1
+        return {
+            "primary": made.primary,
+            "notes": list(made.notes),
+            "seconds": seconds,
+            "achieved": asdict(entry.inspect(folder / made.primary)) if last else None,
+        }
 
     def open(self, call: Json) -> Json:
         spec = ExportSpec.from_dict(call["spec"])
@@ -77,8 +91,13 @@ class Server:
         session = entry.load(artifact, spec, entry.runtime(call["runtime"], call["device"]), call["device"])
         self.count += 1
         self.sessions[self.count] = session
-        return {"session": self.count, "inputs": [asdict(i) for i in session.inputs], "stride": session.stride,
-                "outputs": [asdict(o) for o in session.outputs], "seconds": time.perf_counter() - start}
+        return {
+            "session": self.count,
+            "inputs": [asdict(i) for i in session.inputs],
+            "stride": session.stride,
+            "outputs": [asdict(o) for o in session.outputs],
+            "seconds": time.perf_counter() - start,
+        }
 
     def run(self, call: Json) -> Json:
         return save(self.sessions[call["session"]].run(load(call["feeds"])), Path(call["folder"]))
@@ -97,8 +116,12 @@ class Server:
                 metadata = session.metadata().values()
             except ArtifactError as error:  # told beside the rest, which can be judged all the same
                 wrong = str(error)
-        return {"execution": asdict(session.execution()), "metadata": metadata, "metadata_error": wrong,
-                "achieved": asdict(entry.inspect(Path(call["path"])))}
+        return {
+            "execution": asdict(session.execution()),
+            "metadata": metadata,
+            "metadata_error": wrong,
+            "achieved": asdict(entry.inspect(Path(call["path"]))),
+        }
 
     def damaged(self, call: Json) -> Json:
         from exporters.models.reference import Damage, Reference
@@ -126,7 +149,7 @@ class Server:
 
 
 def open_torch_libraries() -> None:
-    """Opens libtorch as `import torch` will, but without holding the interpreter, so that other imports go on meanwhile.
+    """Opens libtorch as `import torch` will, but without holding the interpreter, so that other imports go on.
 
     That is a tenth of a cold export. Where a library lies elsewhere nothing is lost: the import opens it.
     """

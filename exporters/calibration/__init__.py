@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from exporters.artifact import digest
 from exporters.calibration.images import list_images, prepare_image, read_image
 from exporters.errors import BadRequest
+from exporters.models.factory import import_function, telling
 from exporters.session import Array
 from exporters.spec import ExportSpec
 
@@ -29,6 +27,23 @@ def calibration_batch(batch: int) -> int:
 def is_factory(data: str) -> bool:
     """Whether `data` names a `module:factory` of feeds rather than a path."""
     return ":" in data and not Path(data).exists()
+
+
+def check(spec: ExportSpec) -> None:
+    """Refuses at once a calibration set that would fail after minutes: no images, or a model that does not take them.
+
+    Raises:
+        BadRequest: see `images_of`; or the model does not have one input that is an image.
+    """
+    if is_factory(spec.data):
+        return
+    images_of(spec)
+    if len(spec.model.inputs) > 1 or not spec.model.has_images:
+        wanted = ", ".join(f"{i.name} {list(i.shape)}" for i in spec.model.inputs)
+        raise BadRequest(
+            f"data '{spec.data}' is a set of images and model '{spec.model.name}' takes {wanted}",
+            "give module:factory, which yields arrays by input name",
+        )
 
 
 def images_of(spec: ExportSpec) -> list[Path]:
@@ -60,25 +75,27 @@ def samples(spec: ExportSpec) -> Iterator[dict[str, Array]]:
     entry = spec.model.inputs[0]
     if not is_factory(spec.data):
         for path in images_of(spec):
-            yield {entry.name: prepare_image(read_image(path), spec.imgsz, spec.model.preprocess)[None].astype(entry.dtype)}
+            yield {
+                entry.name: prepare_image(read_image(path), spec.imgsz, spec.model.preprocess)[None].astype(entry.dtype)
+            }
         return
     yield from feeds_from(spec.data, spec)
 
 
 def feeds_from(factory: str, spec: ExportSpec) -> Iterator[dict[str, Array]]:
-    """What `module:factory` yields when called with the request, as arrays by input name."""
-    module, _, name = factory.partition(":")
-    added = [str(p) for p in spec.model.search if str(p) not in sys.path]
-    sys.path[:0] = added
-    try:
-        made: Any = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise BadRequest(f"feeds '{factory}' cannot be imported ({error})", "give an importable module:factory") from None
-    finally:
-        for path in added:
-            sys.path.remove(path)
-    for feeds in made(spec):
-        yield {key: np.asarray(value) for key, value in feeds.items()}
+    """What `module:factory` yields when called with the request, as arrays by input name.
+
+    Raises:
+        BadRequest: it cannot be imported, raises, or yields nothing.
+    """
+    function = import_function(factory, spec.model.search, "feeds")
+    empty = True
+    with telling(factory, "feeds"):
+        for feeds in function(spec):
+            empty = False
+            yield {key: np.asarray(value) for key, value in feeds.items()}
+    if empty:
+        raise BadRequest(f"feeds '{factory}' yielded nothing", "yield mappings from input name to array")
 
 
 def batches(spec: ExportSpec, size: int) -> Iterator[dict[str, Array]]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from exporters.errors import BadRequest
+from exporters.errors import BadRequest, first_line
 from exporters.models.spec import Preprocess
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
@@ -26,18 +26,29 @@ def read_image(path: Path) -> npt.NDArray[np.uint8]:
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise BadRequest(f"image '{path}' cannot be read ({error})", "remove it from the data set, or repair it") from None
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        LookupError,
+        TypeError,
+        struct.error,
+        Image.DecompressionBombError,
+    ) as error:
+        # Pillow's readers raise these, too, for files that are damaged.
+        raise BadRequest(
+            f"image '{path}' cannot be read ({first_line(error)})", "remove it from the data set, or repair it"
+        ) from None
 
 
 def prepare_image(image: npt.NDArray[np.uint8], imgsz: tuple[int, int], how: Preprocess) -> npt.NDArray[np.float32]:
-    """(H, W, 3) uint8 -> (3, h, w) float32 of size `imgsz`: resized (letterboxed, stretched or cropped), scaled, normalized."""
+    """(H, W, 3) uint8 -> (3, h, w) float32 of size `imgsz`: letterboxed, stretched or cropped, scaled, normalized."""
     from PIL import Image
 
     h, w = imgsz
     if how.resize == "letterbox":
         ratio = min(h / image.shape[0], w / image.shape[1])
-        inner = (round(image.shape[0] * ratio), round(image.shape[1] * ratio))
+        inner = (max(1, round(image.shape[0] * ratio)), max(1, round(image.shape[1] * ratio)))
     elif how.resize == "crop":
         ratio = max(h / image.shape[0], w / image.shape[1])
         inner = (max(h, round(image.shape[0] * ratio)), max(w, round(image.shape[1] * ratio)))
@@ -65,16 +76,20 @@ def list_images(data: Path, split: str) -> list[Path]:
         raise BadRequest(f"data '{data}' does not exist", "give a data set YAML, a folder of images, or module:factory")
     if data.is_dir():
         roots = [data / split] if (data / split).is_dir() else [data]
+        if split != "val" and roots == [data]:  # the default means the whole folder where there are no splits
+            raise BadRequest(f"data '{data}' has no folder '{split}'", "name a split that it has with --split, or none")
     elif data.suffix.lower() in (".yaml", ".yml"):
         roots = _split_of(data, split)
     else:
-        raise BadRequest(f"data '{data}' is neither a folder nor a YAML file", "give a data set YAML or a folder of images")
+        raise BadRequest(
+            f"data '{data}' is neither a folder nor a YAML file", "give a data set YAML or a folder of images"
+        )
     found: list[Path] = []
     for root in roots:
         if root.is_dir():
             found += sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         elif root.suffix.lower() == ".txt" and root.is_file():
-            lines = root.read_text(encoding="utf-8").splitlines()
+            lines = _text(root, "a list of images").splitlines()
             found += [(root.parent / line.strip()).resolve() for line in lines if line.strip()]
         elif root.suffix.lower() in SUFFIXES:
             found.append(root)
@@ -82,8 +97,10 @@ def list_images(data: Path, split: str) -> list[Path]:
             raise BadRequest(f"data '{data}': '{root}' does not exist", "correct the path of this split")
     absent = next((p for p in found if not p.is_file()), None)
     if absent or not found:
-        raise BadRequest(f"data '{data}': " + (f"image '{absent}' does not exist" if absent else "no images found"),
-                         "images are " + ", ".join(sorted(SUFFIXES)))
+        raise BadRequest(
+            f"data '{data}': " + (f"image '{absent}' does not exist" if absent else "no images found"),
+            "images are " + ", ".join(sorted(SUFFIXES)),
+        )
     return found
 
 
@@ -92,12 +109,23 @@ def _split_of(path: Path, split: str) -> list[Path]:
     import yaml
 
     try:
-        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadRequest(f"data '{path}' is not YAML ({str(error).splitlines()[0]})", "see the YOLO data set format") from None
-    if not isinstance(values, Mapping) or not values.get(split):
-        keys = sorted(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
-        raise BadRequest(f"data '{path}' has no split '{split}' (it has {keys})", "name a split with --split")
-    root = (path.parent / str(values.get("path", "."))).resolve()
-    entries: Any = values[split]
-    return [(root / str(e)).resolve() for e in (entries if isinstance(entries, list) else [entries])]
+        read: Any = yaml.safe_load(_text(path, "YAML"))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise BadRequest(f"data '{path}' is not YAML ({first_line(error)})", "see the YOLO data set format") from None
+    values: dict[Any, Any] = cast("dict[Any, Any]", read) if isinstance(read, dict) else {}
+    entries: Any = values.get(split)
+    if not entries:
+        has = sorted(map(str, values)) if values else "no key"
+        raise BadRequest(f"data '{path}' has no split '{split}' (it has {has})", "name a split with --split")
+    root = (path.parent / str(values.get("path") or ".")).resolve()
+    listed = cast("list[Any]", entries) if isinstance(entries, list) else [entries]
+    return [(root / str(entry)).resolve() for entry in listed]
+
+
+def _text(path: Path, what: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadRequest(
+            f"data '{path}' cannot be read as {what} ({first_line(error)})", "correct it, or give a folder"
+        ) from None

@@ -121,8 +121,10 @@ class Format:
         """Raises BadRequest for an option that the format does not take, NotSupported for what it cannot do."""
         extra = next((name for name in spec.changed() if name not in self.options), None)
         if extra:
-            raise BadRequest(f"format {self.id} does not take option '{extra}' (given: {getattr(spec, extra)!r})",
-                             f"{self.id} takes: " + (", ".join(sorted(self.options)) or "no option"))
+            raise BadRequest(
+                f"format {self.id} does not take option '{extra}' (given: {getattr(spec, extra)!r})",
+                f"{self.id} takes: " + (", ".join(sorted(self.options)) or "no option"),
+            )
         because = self.because(spec)
         if because:
             raise NotSupported(because)
@@ -131,12 +133,14 @@ class Format:
         """Why the format cannot do this precision or combination, by its nature; "" where it can."""
         if spec.precision not in self.precisions:
             why = self.gone.get(spec.precision, f"{self.title} has no such form")
-            return f"format {self.id} has no precision {spec.precision.value}: {why}; it has " + ", ".join(self.precisions)
+            return f"format {self.id} has no precision {spec.precision.value}: {why}; it has " + ", ".join(
+                self.precisions
+            )
         return self.refusal(spec)
 
     def runtime(self, runtime_id: str, device: str) -> Runtime:
         """The declared runtime with this id on this kind of device."""
-        kind = device.split(":")[0]
+        kind = device.partition(":")[0]
         for entry in self.runtimes:
             if entry.id == runtime_id and entry.device == kind:
                 return entry

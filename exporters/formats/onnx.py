@@ -1,16 +1,21 @@
 """ONNX: FP32 from the module; FP16 and INT8 (Q/DQ) made from the FP32 file. Run by ONNX Runtime."""
+# pyright: reportUnknownMemberType=false
+# (torch.onnx.export, onnx.load and onnx.save leave the type of a path open)
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from exporters.artifact import Achieved, Artifact
 from exporters.errors import BadRequest
 from exporters.formats import Format, Job, Made, Runtime, Step
 from exporters.session import Session
 from exporters.spec import ExportSpec, Precision
+
+if TYPE_CHECKING:
+    import onnx
 
 
 def parents(spec: ExportSpec) -> tuple[ExportSpec, ...]:
@@ -47,9 +52,15 @@ def trace(job: Job) -> Made:
         warnings.simplefilter("ignore")  # deprecation of this exporter, and tracer warnings about shapes that we mean
         # The TorchScript-based exporter: it works at all opsets of the contract, where the newer one starts at 18.
         torch.onnx.export(
-            for_export(build(model), spec.dynamic), example(spec), str(target), input_names=[i.name for i in model.inputs],
-            output_names=[o.name for o in model.outputs], opset_version=spec.opset, dynamic_axes=axes,
-            dynamo=False, do_constant_folding=True,
+            for_export(build(model), spec.dynamic),
+            example(spec),
+            str(target),
+            input_names=[i.name for i in model.inputs],
+            output_names=[o.name for o in model.outputs],
+            opset_version=spec.opset,
+            dynamic_axes=axes,
+            dynamo=False,
+            do_constant_folding=True,
         )
     return Made(target.name)
 
@@ -87,7 +98,7 @@ def convert(job: Job) -> Made:
     return _save(graph, job.folder / f"{job.stem}.onnx", job, notes)
 
 
-def _save(graph: Any, target: Path, job: Job, notes: tuple[str, ...]) -> Made:
+def _save(graph: onnx.ModelProto, target: Path, job: Job, notes: tuple[str, ...]) -> Made:
     import onnx
 
     del graph.metadata_props[:]
@@ -114,19 +125,34 @@ def inspect(path: Path) -> Achieved:
 def refusal(spec: ExportSpec) -> str:
     """INT8 needs a calibration set: that is a bad request, not a limit of the format."""
     if spec.precision is Precision.INT8 and not spec.data:
-        raise BadRequest("INT8 needs images to calibrate on and none are given (data '')",
-                         "add --data: a data set YAML, a folder of images, or module:factory")
+        raise BadRequest(
+            "INT8 needs images to calibrate on and none are given (data '')",
+            "add --data: a data set YAML, a folder of images, or module:factory",
+        )
     return ""
 
 
 FORMAT = Format(
-    id="onnx", title="ONNX", suffix=".onnx", precisions=(Precision.FP32, Precision.FP16, Precision.INT8),
-    options=frozenset({"batch", "dynamic", "device", "simplify", "opset", "data", "split", "fraction"}), toolchain="onnx",
+    id="onnx",
+    title="ONNX",
+    suffix=".onnx",
+    precisions=(Precision.FP32, Precision.FP16, Precision.INT8),
+    options=frozenset({"batch", "dynamic", "device", "simplify", "opset", "data", "split", "fraction"}),
+    toolchain="onnx",
     runtimes=(
-        Runtime("ort", "cpu", (Precision.FP32,),
-                "ONNX Runtime's CPU provider casts FP16 convolutions to FP32, and joins Q/DQ to integer convolutions only where "
-                "the output is quantized too, which TensorRT's placement (Conv and SiLU unquantized between them) does not do",
-                imports=("onnxruntime",)),
+        Runtime(
+            "ort",
+            "cpu",
+            (Precision.FP32,),
+            "ONNX Runtime's CPU provider casts FP16 convolutions to FP32, and joins Q/DQ to integer convolutions only "
+            "where the output is quantized too, which TensorRT's placement (Conv, SiLU unquantized between them) does "
+            "not do",
+            imports=("onnxruntime",),
+        ),
     ),
-    steps=steps, load=load, inspect=inspect, parents=parents, refusal=refusal,
+    steps=steps,
+    load=load,
+    inspect=inspect,
+    parents=parents,
+    refusal=refusal,
 )

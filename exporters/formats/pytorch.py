@@ -1,4 +1,6 @@
 """PyTorch itself, eager: the reference, and the first row of every latency table. The artifact is the FP32 state."""
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# (safetensors' stubs have no types)
 
 from __future__ import annotations
 
@@ -42,7 +44,7 @@ def inspect(path: Path) -> Achieved:
     try:
         with safe_open(path, "np") as file:
             counts = Counter(str(file.get_slice(k).get_dtype()) for k in file.keys())  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ArtifactError(f"'{path}' is not a safetensors file ({error})", "export it again") from None
     others = tuple(k for k in counts if k not in ("F32", "I64"))
     return Achieved("fp32" if not others else "mixed", dict(counts), others)
@@ -54,10 +56,17 @@ def steps(spec: ExportSpec) -> tuple[Step, ...]:
 
 
 FORMAT = Format(
-    id="pytorch", title="PyTorch", suffix=".safetensors", precisions=(Precision.FP32,),
+    id="pytorch",
+    title="PyTorch",
+    suffix=".safetensors",
+    precisions=(Precision.FP32,),
     # The reference takes every shape: batch and dynamic are the cases', not the file's.
-    options=frozenset({"batch", "dynamic", "device"}), toolchain="pytorch",
+    options=frozenset({"batch", "dynamic", "device"}),
+    toolchain="pytorch",
     runtimes=(Runtime("eager", "cpu", (Precision.FP32,), imports=("torch",)),),
-    steps=steps, load=load, inspect=inspect, keeps_metadata=False,
+    steps=steps,
+    load=load,
+    inspect=inspect,
+    keeps_metadata=False,
     gone={Precision.FP16: "it is the FP32 reference", Precision.INT8: "it is the FP32 reference"},
 )

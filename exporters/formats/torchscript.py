@@ -1,14 +1,16 @@
 """TorchScript: a traced graph with its weights, run by libtorch. Input and output stay FP32 at every precision."""
+# pyright: reportUnknownMemberType=false
+# (torch.jit and torch.from_numpy have no types)
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from exporters.artifact import Achieved, Artifact, TensorInfo
-from exporters.errors import ArtifactError, NotSupported
+from exporters.errors import ArtifactError, BadRequest, NotSupported, first_line
 from exporters.formats import Format, Job, Made, Runtime, Step
 from exporters.metadata import Metadata, read_json
 from exporters.session import Array, Execution, Feeds, Session
@@ -33,17 +35,20 @@ def export(job: Job) -> Made:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecation of torch.jit, and tracer warnings about shapes that we mean
         # The trace is not checked here: comparing it with PyTorch is what the suite does.
-        graph: Any = torch.jit.trace(module, example(spec), strict=False, check_trace=False)
+        graph = cast("Any", torch.jit.trace(module, example(spec), strict=False, check_trace=False))
         name = f"{job.stem}.torchscript"
         extra = {CONFIG: job.metadata.as_json()}
         if spec.optimize:
             from torch.backends import xnnpack
             from torch.utils.mobile_optimizer import optimize_for_mobile
 
-            if not xnnpack.enabled:
-                raise NotSupported(f"optimize: this PyTorch ({torch.__version__}) was built without XNNPACK, which its mobile "
-                                   "optimizer packs weights for")
-            optimize_for_mobile(graph)._save_for_lite_interpreter(str(job.folder / name), _extra_files=extra)
+            if not cast("Any", xnnpack).enabled:
+                raise NotSupported(
+                    f"optimize: this PyTorch ({torch.__version__}) was built without XNNPACK, which its mobile "
+                    "optimizer packs weights for"
+                )
+            mobile = cast("Any", optimize_for_mobile(graph))
+            mobile._save_for_lite_interpreter(str(job.folder / name), _extra_files=extra)
         else:
             graph.save(str(job.folder / name), _extra_files=extra)
     return Made(name)
@@ -70,7 +75,10 @@ def _half(module: torch.nn.Module, kept: tuple[str, ...]) -> torch.nn.Module:
 
     module.half()
     for path in kept:
-        part = module.get_submodule(path)
+        try:
+            part = module.get_submodule(path)
+        except AttributeError:
+            raise BadRequest(f"fp32 names '{path}', which is no module of the model", "correct the path") from None
         part.float()
         part.register_forward_pre_hook(to_float)
     return HalfBetweenFloats(module)
@@ -92,12 +100,12 @@ def _open(path: Path, device: str) -> tuple[Any, str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            graph: Any = torch.jit.load(str(path), map_location=device, _extra_files=extra)
-    except (RuntimeError, ValueError) as error:
-        line = str(error).strip().splitlines()[0][:200]
-        raise ArtifactError(f"'{path}' cannot be loaded as TorchScript ({line})", "export it again") from None
-    text: str | bytes = extra[CONFIG]
-    return graph, text.decode() if isinstance(text, bytes) else text
+            graph = cast("Any", torch.jit.load(str(path), map_location=device, _extra_files=extra))
+        text = cast("str | bytes", extra[CONFIG])  # libtorch replaces the text by bytes
+        return graph, text.decode() if isinstance(text, bytes) else text
+    except (RuntimeError, ValueError, OSError) as error:
+        what = f"'{path}' cannot be loaded as TorchScript ({first_line(error)})"
+        raise ArtifactError(what, "export it again") from None
 
 
 class TorchScriptSession(Session):
@@ -115,14 +123,17 @@ class TorchScriptSession(Session):
         )
         self.names = tuple(o.name for o in spec.model.outputs)
         with torch.inference_mode():
-            zeros = [torch.zeros(spec.model.shape(i, spec.batch, spec.imgsz), dtype=getattr(torch, i.dtype), device=device)
-                     for i in spec.model.inputs]
+            zeros = [
+                torch.zeros(spec.model.shape(i, spec.batch, spec.imgsz), dtype=getattr(torch, i.dtype), device=device)
+                for i in spec.model.inputs
+            ]
             values = self._outputs(self.graph(*zeros))
         # A surplus output gets a name of its own, so that the claim on names sees it.
         names = [*self.names, *(f"unnamed{i}" for i in range(len(self.names), len(values)))][: len(values)]
         self.names = tuple(names)
         self.outputs = tuple(
-            TensorInfo(n, () if spec.dynamic else tuple(v.shape), str(v.dtype).removeprefix("torch.")) for n, v in zip(names, values, strict=True)
+            TensorInfo(n, () if spec.dynamic else tuple(v.shape), str(v.dtype).removeprefix("torch."))
+            for n, v in zip(names, values, strict=True)
         )
 
     @staticmethod
@@ -135,7 +146,9 @@ class TorchScriptSession(Session):
         import torch
 
         with torch.inference_mode():
-            tensors = [torch.from_numpy(feeds[i.name]).to(self.device) for i in self.inputs]
+            # Feeds from another process are mapped read-only, and a graph may change its inputs in place.
+            writable = [a if a.flags.writeable else a.copy() for a in (feeds[i.name] for i in self.inputs)]
+            tensors = [torch.from_numpy(array).to(self.device) for array in writable]
             values = self._outputs(self.graph(*tensors))
         return {n: v.cpu().numpy() for n, v in zip(self.names, values, strict=True)}
 
@@ -143,7 +156,9 @@ class TorchScriptSession(Session):
         import torch
 
         # libtorch runs the graph as it is written: the arithmetic has the precision of the weights.
-        return Execution("libtorch", torch.__version__, self.device, inspect(self.path).precision, threads=torch.get_num_threads())
+        return Execution(
+            "libtorch", torch.__version__, self.device, inspect(self.path).precision, threads=torch.get_num_threads()
+        )
 
     def metadata(self) -> Metadata:
         if not self.config:
@@ -161,7 +176,7 @@ def inspect(path: Path) -> Achieved:
     for name, tensor in graph.state_dict().items():
         if tensor.is_floating_point() and tensor.ndim >= 2:
             counts[_short(tensor.dtype)] += 1
-            if "fp32" == _short(tensor.dtype):
+            if _short(tensor.dtype) == "fp32":
                 counts[f"fp32 in {name.removeprefix('inner.').rpartition('.')[0]}"] += 1
     if not counts:  # a frozen graph keeps its weights as constants, or packed for mobile (FP32 only)
         for node in graph.inlined_graph.nodes():
@@ -199,9 +214,17 @@ def steps(spec: ExportSpec) -> tuple[Step, ...]:
 
 
 FORMAT = Format(
-    id="torchscript", title="TorchScript", suffix=".torchscript", precisions=(Precision.FP32, Precision.FP16),
-    options=frozenset({"batch", "dynamic", "device", "optimize"}), toolchain="pytorch",
+    id="torchscript",
+    title="TorchScript",
+    suffix=".torchscript",
+    precisions=(Precision.FP32, Precision.FP16),
+    options=frozenset({"batch", "dynamic", "device", "optimize"}),
+    toolchain="pytorch",
     runtimes=(Runtime("libtorch", "cpu", (Precision.FP32, Precision.FP16), imports=("torch",)),),
-    steps=steps, load=load, inspect=inspect, refusal=refusal, is_code=True,
+    steps=steps,
+    load=load,
+    inspect=inspect,
+    refusal=refusal,
+    is_code=True,
     gone={Precision.INT8: "PyTorch's eager quantization is gone from the exporter's contract; use onnx or engine"},
 )

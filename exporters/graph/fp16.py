@@ -1,12 +1,15 @@
 """FP32 -> FP16 by ONNX Runtime's converter, with FP32 inputs and outputs and the named parts left in FP32."""
+# pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false
+# (onnxruntime.transformers has no types)
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import onnx
 
-from exporters.errors import ExportError
+from exporters.errors import ExportError, first_line
 from exporters.models.spec import belongs
 
 
@@ -25,17 +28,20 @@ def to_fp16(graph: onnx.ModelProto, kept: Sequence[str]) -> onnx.ModelProto:
     graph = onnx.shape_inference.infer_shapes(graph)
     blocked = [node.name for node in graph.graph.node if belongs(node.name, kept)]
     try:
-        made = convert_float_to_float16(graph, keep_io_types=True, node_block_list=blocked, disable_shape_infer=True)
+        converted = convert_float_to_float16(
+            graph, keep_io_types=True, node_block_list=blocked, disable_shape_infer=True
+        )
     except Exception as error:
         # The converter raises ValueError, RuntimeError or KeyError, as the graph has it.
-        line = " ".join(str(error).split())[:300]
-        raise ExportError(f"the FP16 conversion failed: {type(error).__name__}: {line}", "report the graph") from error
+        what = f"the FP16 conversion failed: {type(error).__name__}: {first_line(error)}"
+        raise ExportError(what, "report the graph") from error
+    made = cast("onnx.ModelProto", converted)
     _merge_casts(made)
     return made
 
 
 def _merge_casts(graph: onnx.ModelProto) -> None:
-    """Drops repeated casts, in place: the converter adds one a consumer, all with one name, which makes the file invalid."""
+    """Drops repeated casts, in place: the converter adds one a consumer, all of one name, which is an invalid file."""
     seen: set[str] = set()
     nodes: list[onnx.NodeProto] = []
     for node in graph.graph.node:

@@ -1,4 +1,6 @@
 """Precision read back from an ONNX file: types of the weights, and which operators are surrounded by Q/DQ."""
+# pyright: reportUnknownMemberType=false
+# (onnx.load leaves the type of a path open)
 
 from __future__ import annotations
 
@@ -9,11 +11,17 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from exporters.artifact import Achieved
-from exporters.errors import ArtifactError
+from exporters.errors import ArtifactError, first_line
 
 HEAVY = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
-TYPES = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16",
-         onnx.TensorProto.DOUBLE: "fp64", onnx.TensorProto.INT8: "int8", onnx.TensorProto.UINT8: "int8"}
+TYPES: dict[int, str] = {
+    onnx.TensorProto.FLOAT: "fp32",
+    onnx.TensorProto.FLOAT16: "fp16",
+    onnx.TensorProto.BFLOAT16: "bf16",
+    onnx.TensorProto.DOUBLE: "fp64",
+    onnx.TensorProto.INT8: "int8",
+    onnx.TensorProto.UINT8: "int8",
+}
 
 
 def read_precision(path: Path) -> Achieved:
@@ -28,26 +36,36 @@ def read_precision(path: Path) -> Achieved:
         model = onnx.load(path)
         graph = model.graph
     except (DecodeError, OSError, ValueError) as error:
-        raise ArtifactError(f"'{path}' is not an ONNX model ({str(error).splitlines()[0][:200]})", "export it again") from None
+        raise ArtifactError(f"'{path}' is not an ONNX model ({first_line(error)})", "export it again") from None
     if not graph.node:
         raise ArtifactError(f"'{path}' holds no graph", "export it again")
     stored = {i.name: TYPES.get(i.data_type, "other") for i in graph.initializer}
     made_by = {output: node for node in graph.node for output in node.output}
-    types = {v.name: TYPES.get(v.type.tensor_type.elem_type, "") for v in (*graph.value_info, *graph.input, *graph.output)}
+    types = {
+        v.name: TYPES.get(v.type.tensor_type.elem_type, "") for v in (*graph.value_info, *graph.input, *graph.output)
+    }
     kinds: dict[str, str] = {}
     for node in graph.node:
         if node.op_type in HEAVY:
             kinds[node.name or node.output[0]] = _kind(node, stored, made_by, types)
     counts = Counter(kinds.values())
     weights = Counter(TYPES.get(i.data_type, "other") for i in graph.initializer if len(i.dims) >= 2)
-    evidence = {f"operators {k or 'unknown'}": n for k, n in counts.items()} | {f"weights {k}": n for k, n in weights.items()}
-    evidence |= {k: n for k, n in Counter(n.op_type for n in graph.node).items() if k in ("QuantizeLinear", "DequantizeLinear", "Cast")}
+    evidence = {f"operators {k or 'unknown'}": n for k, n in counts.items()} | {
+        f"weights {k}": n for k, n in weights.items()
+    }
+    evidence |= {
+        k: n
+        for k, n in Counter(n.op_type for n in graph.node).items()
+        if k in ("QuantizeLinear", "DequantizeLinear", "Cast")
+    }
     evidence["opset"] = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
     main = counts.most_common(1)[0][0] if counts else next(iter(weights), "")
     return Achieved(main, evidence, tuple(sorted(name for name, kind in kinds.items() if kind != main)))
 
 
-def _kind(node: onnx.NodeProto, stored: dict[str, str], made_by: dict[str, onnx.NodeProto], types: dict[str, str]) -> str:
+def _kind(
+    node: onnx.NodeProto, stored: dict[str, str], made_by: dict[str, onnx.NodeProto], types: dict[str, str]
+) -> str:
     """Type that a node computes in, from its first two inputs."""
     found: list[str] = []
     for name in node.input[:2]:

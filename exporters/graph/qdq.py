@@ -1,15 +1,17 @@
-"""INT8 as explicit Q/DQ: symmetric int8, activations per tensor, weights per channel, around convolutions and products."""
+"""INT8 as explicit Q/DQ around convolutions and products: symmetric, activations per tensor, weights per channel."""
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# (onnxruntime.quantization has no types, and onnx.load leaves the type of a path open)
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx
 
 from exporters import calibration
-from exporters.errors import ExportError
+from exporters.errors import ExportError, ExportgateError, first_line
 from exporters.models.spec import belongs
 from exporters.session import Array
 from exporters.spec import ExportSpec
@@ -60,17 +62,25 @@ def quantize(parent: Path, folder: Path, spec: ExportSpec) -> tuple[onnx.ModelPr
     options: dict[str, Any] = {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False}
     try:
         quantize_static(
-            str(parent), str(target), feeds, quant_format=QuantFormat.QDQ, op_types_to_quantize=HEAVY, per_channel=True,
-            activation_type=QuantType.QInt8, weight_type=QuantType.QInt8, nodes_to_exclude=excluded,
-            calibrate_method=CalibrationMethod.MinMax, extra_options=options,
+            str(parent),
+            str(target),
+            cast("CalibrationDataReader", feeds),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=HEAVY,
+            per_channel=True,
+            activation_type=QuantType.QInt8,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=excluded,
+            calibrate_method=CalibrationMethod.MinMax,
+            extra_options=options,
         )
         made = onnx.load(target)
+    except ExportgateError:
+        raise  # of the calibration set, which is read while the quantizer runs
     except Exception as error:
         # The quantizer raises ValueError or RuntimeError, or what ONNX Runtime raises while it calibrates.
-        if type(error).__module__.startswith("exporters"):
-            raise
-        line = " ".join(str(error).split())[:300]
-        raise ExportError(f"the INT8 quantizer failed: {type(error).__name__}: {line}", "check the calibration set") from error
+        what = f"the INT8 quantizer failed: {type(error).__name__}: {first_line(error)}"
+        raise ExportError(what, "check the calibration set") from error
     finally:
         target.unlink(missing_ok=True)
     notes = [f"calibrated on {feeds.images} images (MinMax)"]

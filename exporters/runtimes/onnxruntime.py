@@ -1,4 +1,6 @@
 """A session of ONNX Runtime. What really executes is read from a profile of one inference, node by node."""
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# (onnxruntime has no stubs)
 
 from __future__ import annotations
 
@@ -7,24 +9,47 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnxruntime as ort
 
 from exporters.artifact import TensorInfo
-from exporters.errors import ArtifactError, FallbackError
+from exporters.errors import ArtifactError, FallbackError, first_line
 from exporters.formats import Runtime
 from exporters.metadata import Metadata, normalize
 from exporters.session import Array, Execution, Feeds, Session
 from exporters.spec import ExportSpec
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-TYPES = {"float": "float32", "float16": "float16", "double": "float64", "int64": "int64", "int32": "int32", "int8": "int8",
-         "uint8": "uint8", "bool": "bool"}
+TYPES = {
+    "float": "float32",
+    "float16": "float16",
+    "double": "float64",
+    "int64": "int64",
+    "int32": "int32",
+    "int8": "int8",
+    "uint8": "uint8",
+    "bool": "bool",
+}
 # Operators whose arithmetic decides an inference's precision; ONNX Runtime's fused names included.
-HEAVY = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "MatMul", "FusedMatMul", "FusedGemm", "NhwcFusedConv",
-         "ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul", "MatMulIntegerToFloat")
+HEAVY = (
+    "Conv",
+    "FusedConv",
+    "ConvTranspose",
+    "Gemm",
+    "MatMul",
+    "FusedMatMul",
+    "FusedGemm",
+    "NhwcFusedConv",
+    "ConvInteger",
+    "MatMulInteger",
+    "QLinearConv",
+    "QLinearMatMul",
+    "QGemm",
+    "DynamicQuantizeMatMul",
+    "MatMulIntegerToFloat",
+)
 PRECISIONS = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "int8": "int8", "uint8": "int8"}
 
 
@@ -37,26 +62,29 @@ class OnnxRuntimeSession(Session):
         self.session = self._open(self._options())
         got: list[str] = self.session.get_providers()
         if got[0] != self.provider:
-            raise FallbackError(f"ONNX Runtime gave {got[0]} where {self.provider} was asked for",
-                                f"this onnxruntime has {', '.join(ort.get_available_providers())}")
+            available = cast("list[str]", ort.get_available_providers())
+            raise FallbackError(
+                f"ONNX Runtime gave {got[0]} where {self.provider} was asked for",
+                f"this onnxruntime has {', '.join(available)}",
+            )
         self.stride = spec.model.stride
         self.inputs = tuple(_info(i) for i in self.session.get_inputs())
         self.outputs = tuple(_info(o) for o in self.session.get_outputs())
 
     def _options(self) -> Any:
-        options = ort.SessionOptions()
+        options = cast("Any", ort.SessionOptions())
         options.log_severity_level = 3  # its warnings are about its own optimizer
         return options
 
     def _open(self, options: Any) -> Any:
         try:
-            return ort.InferenceSession(str(self.path), options, providers=[self.provider])
+            return cast("Any", ort.InferenceSession(str(self.path), options, providers=[self.provider]))
         except Exception as error:
             # ONNX Runtime's exception types are generated and share no base but Exception.
             if not type(error).__module__.startswith("onnxruntime"):
                 raise
-            line = str(error).strip().splitlines()[0][:300]
-            raise ArtifactError(f"'{self.path}' cannot be loaded by ONNX Runtime ({line})", "export it again") from None
+            what = f"'{self.path}' cannot be loaded by ONNX Runtime ({first_line(error)})"
+            raise ArtifactError(what, "export it again") from None
 
     def _run(self, feeds: Feeds) -> dict[str, Array]:
         names = [o.name for o in self.outputs]
@@ -66,19 +94,31 @@ class OnnxRuntimeSession(Session):
     def execution(self) -> Execution:
         events = self._profile()
         providers = Counter(str(e["args"].get("provider", "")) for e in events)
-        elsewhere = tuple(sorted({f"{e['args'].get('op_name')} {e['name'].removesuffix('_kernel_time')} on {e['args'].get('provider')}"
-                                  for e in events if e["args"].get("provider") != self.provider}))
+        elsewhere: set[str] = set()
+        for event in events:
+            name, facts = event["name"].removesuffix("_kernel_time"), event["args"]
+            if facts.get("provider") != self.provider:
+                elsewhere.add(f"{facts.get('op_name')} {name} on {facts.get('provider')}")
         kinds: Counter[str] = Counter()
         for event in events:
             if event["args"].get("op_name") in HEAVY:
-                types = event["args"].get("input_type_shape") or [{}]
+                types = cast("list[dict[str, Any]]", event["args"].get("input_type_shape") or [{}])
                 kinds[PRECISIONS.get(next(iter(types[0]), ""), "")] += 1
         casts = sum(e["args"].get("op_name") == "Cast" for e in events)
-        notes = tuple(f"{n} of the convolutions and matrix products in {k}" for k, n in kinds.items()) + (f"{casts} casts",)
-        # Where several occur, the lowest precision is what was executed if it did most of the work.
+        heavy = (f"{n} of the convolutions and matrix products in {k}" for k, n in kinds.items())
+        notes = (*heavy, f"{casts} casts")
+        # Where several occur, the one that did most of the work counts.
         main = kinds.most_common(1)[0][0] if kinds else ""
-        return Execution("onnxruntime", ort.__version__, self.device, main, dict(providers), elsewhere,
-                         self._options().intra_op_num_threads, notes)
+        return Execution(
+            "onnxruntime",
+            ort.__version__,
+            self.device,
+            main,
+            dict(providers),
+            tuple(sorted(elsewhere)),
+            self._options().intra_op_num_threads,
+            notes,
+        )
 
     def _profile(self) -> list[dict[str, Any]]:
         """Kernel events of one inference on zeros, in a session of its own, so that this one stays as fast as it is."""
@@ -88,7 +128,10 @@ class OnnxRuntimeSession(Session):
             options.profile_file_prefix = str(Path(folder) / "profile")
             session = self._open(options)
             sizes = {"batch": self.spec.batch, "height": self.spec.imgsz[0], "width": self.spec.imgsz[1]}
-            feeds = {i.name: np.zeros([d if isinstance(d, int) else sizes.get(d, 1) for d in i.shape], i.dtype) for i in self.inputs}
+            feeds = {
+                i.name: np.zeros([d if isinstance(d, int) else sizes.get(d, 1) for d in i.shape], i.dtype)
+                for i in self.inputs
+            }
             session.run(None, feeds)
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         return [e for e in events if e.get("cat") == "Node" and e.get("name", "").endswith("_kernel_time")]

@@ -38,7 +38,7 @@ def test_random_shapes_match_reference(case: Bench) -> None:
 
     # Deterministic, since a gate's verdict may not depend on chance; few, since each shape runs the reference too.
     @settings(max_examples=6, derandomize=True, database=None, deadline=None, phases=[Phase.generate], report_multiple_bugs=False,
-              suppress_health_check=list(HealthCheck))
+              suppress_health_check=list(HealthCheck))  # pyright: ignore[reportArgumentType] (its metaclass hides the type)
     @given(batch=st.integers(1, 3), h=st.integers(1, height + 1), w=st.integers(1, width + 1))
     def check(batch: int, h: int, w: int) -> None:
         size = (h * stride, w * stride) if case.model.has_images else case.spec.imgsz

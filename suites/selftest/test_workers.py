@@ -197,7 +197,9 @@ def test_an_interrupted_export_leaves_nothing_and_can_be_repeated(tmp_path: Path
     cache, target, marker = tmp_path / "cache", tmp_path / "target", tmp_path / "marker"
     environment = {**os.environ, "EXPORTGATE_CACHE": str(cache), "MARKER": str(marker), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "suites.cli", "export", "slow", "--format", "torchscript", "--project", str(tmp_path), "--output", str(target)]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A test run in a shell's background inherits that Ctrl-C is ignored; the user's command does not.
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     deadline = time.monotonic() + 90
     while not (marker.exists() and marker.read_text()) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -56,7 +56,7 @@ def make_feeds(spec: ExportSpec, reference: RemoteSession, batch: int, imgsz: tu
         made = calibration.feeds_from(model.feeds, spec.but(batch=batch, imgsz=imgsz))
         return [FeedSet(f"{model.feeds.partition(':')[2]} {n}", f, True) for n, f in zip(range(4), made, strict=False)]
     sets = [FeedSet("noise", _noise(model, batch, imgsz), False)]
-    if not model.has_images or len(model.inputs) > 1:
+    if not model.has_images or len(model.inputs) != 1:
         return [FeedSet("noise", sets[0].arrays, True), FeedSet("other noise", _noise(model, batch, imgsz, 1), True)]
     entry = model.inputs[0]
     images = np.stack([prepare_image(read_image(p), imgsz, model.preprocess) for p in photographs(model)[:2]]).astype(entry.dtype)
