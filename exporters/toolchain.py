@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -148,7 +147,7 @@ def sync(name: str) -> Path:
     """Makes (or repairs) a toolchain's environment with uv from its lock; returns its interpreter. Needs a network.
 
     Raises:
-        ExportgateError: uv is missing or failed (the message has its last line and the command), or the cache is full.
+        ExportgateError: uv is missing or failed (the message has its last line), or the cache is full.
     """
     toolchain = known(name)
     uv = shutil.which("uv") or _uv_beside_python()
@@ -169,7 +168,8 @@ def sync(name: str) -> Path:
             if done.returncode:
                 line = (done.stderr.strip().splitlines() or ["no output"])[-1]
                 raise ExportgateError(
-                    f"toolchain {name} for Python {version}: uv failed: {line}", f"to see more, run: {shlex.join(step)}"
+                    f"toolchain {name} for Python {version}: uv failed: {line}",
+                    f"what it installs is in {toolchain.lock}",
                 )
         if folder.exists():
             folder.replace(aside)
