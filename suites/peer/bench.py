@@ -1,4 +1,4 @@
-"""The bench of the comparison: one environment, one checkpoint, folders that are empty each time, a process for each side."""
+"""The bench of the comparison: one environment, one checkpoint, folders empty each time, a process for each side."""
 
 from __future__ import annotations
 
@@ -20,21 +20,29 @@ from exporters.models.catalog import locate
 
 CHECKPOINT = "package:railway_obstacle_detector/best.pt"
 REQUIRES = "smartrail-obstacle-detector==0.1.1"
+DROPPED = ("PYTEST_", "COV_", "YOLO_", "EXPORTGATE_", "PYTHONDONTWRITE", "PYTHONPYCACHE")
 LONGEST = 600.0  # seconds that one command may take
 
 
 class Bench:
-    """Where the comparison runs. `root` is a temporary folder; every measured command gets a folder of its own below it."""
+    """Where the comparison runs. `root` is a temporary folder; each command gets a folder of its own in it."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.count = 0
         self.checkpoint = locate(CHECKPOINT, root, REQUIRES)
-        # A plain process: nothing of pytest's, of a coverage run or of the user's settings; the peer never installs or downloads.
-        # Bytecode is written (by the run of each side that does not count): without it both sides mostly compile torch's source.
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV_", "YOLO_", "EXPORTGATE_", "PYTHONDONTWRITE", "PYTHONPYCACHE"))}
-        self.environment = {**kept, "YOLO_OFFLINE": "1", "YOLO_AUTOINSTALL": "false", "YOLO_VERBOSE": "false",
-                            "YOLO_CONFIG_DIR": str(self.folder("yolo")), "EXPORTGATE_CACHE": str(root / "cache")}
+        # A plain process: nothing of pytest's, of a coverage run or of the user's settings. Bytecode is written, by the
+        # run of each side that does not count: without it both sides mostly compile torch's source.
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(DROPPED)}
+        # The peer never installs or downloads.
+        self.environment = {
+            **kept,
+            "YOLO_OFFLINE": "1",
+            "YOLO_AUTOINSTALL": "false",
+            "YOLO_VERBOSE": "false",
+            "YOLO_CONFIG_DIR": str(self.folder("yolo")),
+            "EXPORTGATE_CACHE": str(root / "cache"),
+        }
 
     def folder(self, name: str) -> Path:
         """A new, empty folder."""
@@ -47,14 +55,23 @@ class Bench:
         """The checkpoint in a folder, since the peer writes beside it."""
         return Path(shutil.copy(self.checkpoint, folder / self.checkpoint.name))
 
-    def command(self, words: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> tuple[float, subprocess.CompletedProcess[str]]:
+    def command(
+        self, words: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None
+    ) -> tuple[float, subprocess.CompletedProcess[str]]:
         """Runs a console script that lies beside this interpreter; (seconds of the whole process, what it said)."""
         script = shutil.which(words[0], path=str(Path(sys.executable).parent))
         if script is None:
-            pytest.fail(f"command '{words[0]}' is not beside {sys.executable}: install its package into this environment")
+            pytest.fail(f"command '{words[0]}' is not beside {sys.executable}: install its package here")
         start = time.perf_counter()
-        done = subprocess.run([script, *words[1:]], cwd=folder, env={**self.environment, **(environment or {})}, text=True, capture_output=True,
-                              timeout=LONGEST, check=False)
+        done = subprocess.run(
+            [script, *words[1:]],
+            cwd=folder,
+            env={**self.environment, **(environment or {})},
+            text=True,
+            capture_output=True,
+            timeout=LONGEST,
+            check=False,
+        )
         return time.perf_counter() - start, done
 
     @contextmanager
@@ -73,8 +90,16 @@ class Side:
     def __init__(self, role: str, folder: Path, environment: Mapping[str, str]) -> None:
         self.role, self.log = role, folder / "log.txt"
         with self.log.open("wb") as sink:
-            self.process = subprocess.Popen([sys.executable, "-P", str(Path(__file__).with_name("sides.py")), role], cwd=folder, env=dict(environment),
-                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sink, text=True, encoding="utf-8")
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", str(Path(__file__).with_name("sides.py")), role],
+                cwd=folder,
+                env=dict(environment),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=sink,
+                text=True,
+                encoding="utf-8",
+            )
 
     def call(self, **arguments: Any) -> dict[str, Any]:
         assert self.process.stdin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -18,7 +19,16 @@ FIGURES = pytest.StashKey[Figures]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.getgroup("exportgate peer").addoption("--repeats", type=int, default=LEAST, metavar="N", help=f"pairs of measurements (default {LEAST})")
+    parser.getgroup("exportgate peer").addoption(
+        "--repeats", type=_count, default=LEAST, metavar="N", help=f"pairs of measurements (default {LEAST})"
+    )
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of pairs: give a whole number from 1")
+    return count
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,9 +38,9 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     missing = _missing()
     if missing:
-        raise pytest.UsageError(f"suites/peer compares with package {missing[0]}, which is not installed here: run `tox -e peer`, which installs it")
-    if config.getoption("repeats", LEAST) < 1:
-        raise pytest.UsageError(f"--repeats {config.getoption('repeats')}: give a whole number from 1 ({LEAST} or more for figures to report)")
+        raise pytest.UsageError(
+            f"suites/peer needs package {missing[0]}, which is not installed here: run `tox -e peer`"
+        )
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -61,7 +71,7 @@ def figures(request: pytest.FixtureRequest) -> Figures:
 
 @pytest.fixture(scope="session")
 def repeats(request: pytest.FixtureRequest) -> int:
-    return request.config.getoption("repeats", LEAST)
+    return int(request.config.getoption("repeats", LEAST) or LEAST)
 
 
 @pytest.fixture(scope="session")

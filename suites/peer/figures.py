@@ -1,4 +1,4 @@
-"""Figures of the comparison: what each side took, as ratios ours / theirs with a 95 % interval, and the lines that are printed."""
+"""Figures of the comparison: ratios ours / theirs with a 95 % interval, and the lines that are printed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from exporters.session import Array
+from suites.support.compare import SCORE_FLOOR
 
 RESAMPLES = 4000
 
@@ -37,7 +40,8 @@ class Figures:
 
     def compare(self, name: str, ours: Sequence[float], theirs: Sequence[float]) -> Figure:
         """The figure of paired repeats in seconds; the medians are kept as a note."""
-        self.notes.append(f"{name}: {float(np.median(ours)):.3f} s against {float(np.median(theirs)):.3f} s, medians of {len(ours)} repeats")
+        a, b = float(np.median(ours)), float(np.median(theirs))
+        self.notes.append(f"{name}: {a:.3f} s against {b:.3f} s, medians of {len(ours)} repeats")
         return self.add(name, *interval(np.asarray(ours) / np.asarray(theirs)))
 
 
@@ -53,7 +57,7 @@ def interval(ratios: Sequence[float] | np.ndarray) -> tuple[float, float, float]
 
 
 def alternate(repeats: int, ours: Callable[[], float], theirs: Callable[[], float]) -> tuple[list[float], list[float]]:
-    """Measures both sides `repeats` times in the order ABBA, after one of each that does not count (caches, bytecode)."""
+    """Measures both sides `repeats` times in the order ABBA, after one of each that does not count (bytecode)."""
     ours()
     theirs()
     a: list[float] = []
@@ -62,3 +66,25 @@ def alternate(repeats: int, ours: Callable[[], float], theirs: Callable[[], floa
         for side, samples in ((ours, a), (theirs, b)) if number % 2 == 0 else ((theirs, b), (ours, a)):
             samples.append(side())
     return a, b
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest differences of one output: boxes in pixels, boxes of the `firing` anchors alone, scores."""
+
+    boxes: float
+    fired: float
+    scores: float
+    firing: int
+
+    def line(self) -> str:
+        return f"boxes {self.boxes:.2g} px, {self.firing} that fire {self.fired:.2g} px, scores {self.scores:.2g}"
+
+
+def difference(ours: Array, theirs: Array) -> Difference:
+    """Of (B, 4 + nc, A): an anchor fires where one of the peer's scores reaches the floor."""
+    assert ours.shape == theirs.shape
+    apart = np.abs(ours.astype(np.float64) - theirs)
+    boxes, fires = apart[:, :4].max(1), theirs[:, 4:].max(1) >= SCORE_FLOOR
+    fired, scores = float(boxes[fires].max(initial=0.0)), float(apart[:, 4:].max())
+    return Difference(float(boxes.max()), fired, scores, int(fires.sum()))

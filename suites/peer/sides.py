@@ -1,7 +1,7 @@
-"""The two sides, each in a process of its own: `python -P sides.py ROLE`. Reads a JSON object a line and answers with one.
+"""The two sides, each in a process of its own: `python -P sides.py ROLE`. Reads a JSON object a line, answers with one.
 
-Started by path, with nothing of the suite imported, so that a side holds no more than what it measures. The peer is used
-by its public interface alone (YOLO(...).export, .fuse, .predict); none of its code was read.
+Started by path, with nothing of the suite imported, so that a side holds no more than what it measures. The peer is
+used by its public interface alone (YOLO(...).export, .fuse, .predict); none of its code was read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Call = dict[str, Any]
 
 
 def export_ours() -> Callable[[Call], Call]:
-    """The whole export stage in this warm process, into an empty cache: checkpoint read, model built, traced, simplified, inspected.
+    """The whole export stage in this warm process, into an empty cache: checkpoint read, built, traced, inspected.
 
     `again` is the same stage a second time, by a new pool.
     """
@@ -48,12 +48,12 @@ def export_ours() -> Callable[[Call], Call]:
 
 
 def export_theirs() -> Callable[[Call], Call]:
-    """`YOLO(...).export(...)` in this warm process; the checkpoint is loaded before the clock starts, anew each time."""
+    """`YOLO(...).export(...)` in this warm process; the checkpoint is loaded anew before the clock starts."""
     from ultralytics import YOLO
 
     def answer(call: Call) -> Call:
         options = {"simplify": True} if call["format"] == "onnx" else {}
-        model = YOLO(call["checkpoint"])
+        model: Any = YOLO(call["checkpoint"])
         start = time.perf_counter()
         path = model.export(format=call["format"], imgsz=640, **options)
         seconds = time.perf_counter() - start
@@ -63,7 +63,7 @@ def export_theirs() -> Callable[[Call], Call]:
 
 
 def forward_theirs() -> Callable[[Call], Call]:
-    """The peer's own PyTorch model in FP32 on each file of feeds: as it is trained, and with batch normalization folded."""
+    """The peer's own PyTorch model in FP32 on each file of feeds: as trained, and with batch normalization folded."""
     import torch
     from ultralytics import YOLO
 
@@ -74,7 +74,7 @@ def forward_theirs() -> Callable[[Call], Call]:
 
     def answer(call: Call) -> Call:
         feeds = [np.load(path) for path in call["feeds"]]
-        whole = YOLO(call["checkpoint"])
+        whole: Any = YOLO(call["checkpoint"])
         whole.model.float().eval()
         made = {"unfused": [run(whole.model, f) for f in feeds]}
         whole.fuse()
@@ -90,20 +90,26 @@ def forward_theirs() -> Callable[[Call], Call]:
 
 
 def predict_theirs() -> Callable[[Call], Call]:
-    """What the peer's `predict` says of an image (H, W, 3) BGR with one exported file: class names, boxes, confidences, classes."""
+    """What the peer's `predict` says of an image (H, W, 3) BGR with one file: names, boxes, confidences, classes."""
     from ultralytics import YOLO
 
     def answer(call: Call) -> Call:
-        found = YOLO(call["path"], task="detect").predict(np.load(call["image"]), imgsz=640, conf=0.25, device="cpu", verbose=False, save=False)[0]
+        model: Any = YOLO(call["path"], task="detect")
+        options = {"imgsz": 640, "conf": 0.25, "device": "cpu", "verbose": False, "save": False}
+        found = model.predict(np.load(call["image"]), **options)[0]
         boxes = found.boxes
-        return {"names": {str(k): v for k, v in found.names.items()}, "boxes": boxes.xyxy.tolist(), "scores": boxes.conf.tolist(),
-                "classes": [int(c) for c in boxes.cls.tolist()]}
+        return {
+            "names": {str(k): v for k, v in found.names.items()},
+            "boxes": boxes.xyxy.tolist(),
+            "scores": boxes.conf.tolist(),
+            "classes": [int(c) for c in boxes.cls.tolist()],
+        }
 
     return answer
 
 
 def latency() -> Callable[[Call], Call]:
-    """Milliseconds of inferences of an ONNX file in ONNX Runtime; the first of each call is not counted, since threads may sleep."""
+    """Milliseconds of inferences of an ONNX file; the first of each call is not counted, since threads may sleep."""
     import onnxruntime as ort
 
     session: Any = None
@@ -127,7 +133,10 @@ def latency() -> Callable[[Call], Call]:
 
 
 ROLES: dict[str, Callable[[], Callable[[Call], Call]]] = {
-    "export-ours": export_ours, "export-theirs": export_theirs, "forward-theirs": forward_theirs, "predict-theirs": predict_theirs,
+    "export-ours": export_ours,
+    "export-theirs": export_theirs,
+    "forward-theirs": forward_theirs,
+    "predict-theirs": predict_theirs,
     "latency": latency,
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,15 +22,19 @@ import pytest
 from exporters.artifact import foreign
 from exporters.models.catalog import from_checkpoint
 from exporters.pool import Pool
-from exporters.session import Array
 from exporters.spec import ExportSpec, request
 from suites.peer.bench import Bench, Side
-from suites.peer.figures import Figure, Figures, alternate, interval
-from suites.support.compare import SCORE_FLOOR
+from suites.peer.figures import Difference, Figure, Figures, alternate, difference, interval
 from suites.support.feeds import FeedSet, make_feeds
 
-WIDTH, LONGEST = 0.06, 120.0  # of the interval of the latency's ratio, and seconds that may be spent to make it so narrow
+WIDTH, LONGEST = 0.06, 120.0  # of the interval of the latency's ratio, and seconds to make it so narrow
+PASSING = (
+    "test_outputs_match_reference", "test_detections_match_reference", "test_class_names_survive_the_round_trip",
+)  # fmt: skip
 QUADS, BLOCK = 6, 3  # blocks ABBA in one pair of processes, and inferences in a block
+
+
+Answers = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -87,16 +92,16 @@ def test_onnx_command(bench: Bench, figures: Figures, repeats: int) -> None:
 
     def ours() -> float:
         folder = bench.folder("command-ours")
-        seconds, done = bench.command(["exportgate", "export", str(bench.checkpoint), "--format", "onnx", "--output", str(folder / "out")], folder,
-                                      {"EXPORTGATE_CACHE": str(folder / "cache")})
+        words = ["exportgate", "export", str(bench.checkpoint), "--format", "onnx", "--output", str(folder / "out")]
+        seconds, done = bench.command(words, folder, {"EXPORTGATE_CACHE": str(folder / "cache")})
         made["ours"] = folder / "out" / "best.onnx"
         assert done.returncode == 0, done.stderr
         return seconds
 
     def theirs() -> float:
         folder = bench.folder("command-theirs")
-        model = bench.copy(folder)
-        seconds, done = bench.command(["yolo", "export", f"model={model}", "format=onnx", "simplify=True", "imgsz=640"], folder)
+        words = ["yolo", "export", f"model={bench.copy(folder)}", "format=onnx", "simplify=True", "imgsz=640"]
+        seconds, done = bench.command(words, folder)
         made["theirs"] = folder / "best.onnx"
         assert done.returncode == 0, done.stderr
         return seconds
@@ -116,11 +121,11 @@ def _is_simplified(path: Path) -> bool:
     return len(made.graph.node) == _nodes(path)
 
 
-def _exports(bench: Bench, figures: Figures, repeats: int, name: str) -> tuple[Figure, list[dict[str, Any]], list[dict[str, Any]]]:
+def _exports(bench: Bench, figures: Figures, repeats: int, name: str) -> tuple[Figure, Answers, Answers]:
     """The figure NAME_export, and the answers of our and their warm process."""
-    answers: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    answers: tuple[Answers, Answers] = ([], [])
 
-    def one(side: Side, kept: list[dict[str, Any]]) -> float:
+    def one(side: Side, kept: Answers) -> float:
         folder = bench.folder(side.role)
         kept.append(side.call(folder=folder, checkpoint=bench.copy(folder), format=name))
         return kept[-1]["seconds"]
@@ -131,7 +136,7 @@ def _exports(bench: Bench, figures: Figures, repeats: int, name: str) -> tuple[F
 
 
 def test_onnx_export(bench: Bench, figures: Figures, repeats: int) -> None:
-    """The export alone in a warm process, at most 0.8 of the peer's time, and no more nodes. A second one costs a tenth of the first."""
+    """The export alone in a warm process: at most 0.8 of the peer's time, no more nodes; again, a tenth of that."""
     found, ours, theirs = _exports(bench, figures, repeats, "onnx")
     again = [a["again"] for a in ours[1:]]
     second = figures.compare("second_export", again, [a["seconds"] for a in ours[1:]])
@@ -176,14 +181,18 @@ def test_onnx_cpu_latency(bench: Bench, files: Files, feeds: list[FeedSet], figu
         ratio, low, high = interval(ratios)
         if len(ratios) >= repeats and (high - low <= WIDTH or time.monotonic() - begin > LONGEST):
             break
-    figures.notes.append(f"onnx_cpu_latency: {np.median(milliseconds[0]):.1f} ms against {np.median(milliseconds[1]):.1f} ms, "
-                         f"{len(ratios)} pairs of processes, {threads} threads")
+    medians = [float(np.median(m)) for m in milliseconds]
+    figures.notes.append(
+        f"onnx_cpu_latency: {medians[0]:.1f} ms against {medians[1]:.1f} ms, {len(ratios)} pairs, {threads} threads"
+    )
     found = figures.add("onnx_cpu_latency", ratio, low, high)
     assert found.low <= 1.0, f"our file is slower: {found.line()}"
     assert found.high - found.low <= WIDTH, f"too noisy to tell after {LONGEST:g} s: {found.line()}"
 
 
-def _pair(bench: Bench, paths: tuple[Path, Path], image: Path, threads: int, number: int) -> tuple[list[list[float]], list[list[float]]]:
+def _pair(
+    bench: Bench, paths: tuple[Path, Path], image: Path, threads: int, number: int
+) -> tuple[list[list[float]], list[list[float]]]:
     """Milliseconds by quad ABBA (BAAB in every other pair) of two fresh processes, ours and theirs."""
     with bench.side("latency") as ours, bench.side("latency") as theirs:
         sides = (ours, theirs)
@@ -199,7 +208,9 @@ def _pair(bench: Bench, paths: tuple[Path, Path], image: Path, threads: int, num
     return quads
 
 
-def test_parity(bench: Bench, pool: Pool, specs: dict[str, ExportSpec], files: Files, feeds: list[FeedSet], figures: Figures) -> None:
+def test_parity(
+    bench: Bench, pool: Pool, specs: dict[str, ExportSpec], files: Files, feeds: list[FeedSet], figures: Figures
+) -> None:
     """Our outputs are those of the peer's own PyTorch model: 1e-3 px on the boxes, 1e-5 on the scores.
 
     Like is compared with like: our artifacts, whose batch normalizations are folded, with its folded model; our eager
@@ -215,49 +226,37 @@ def test_parity(bench: Bench, pool: Pool, specs: dict[str, ExportSpec], files: F
     with bench.side("forward-theirs") as side:
         wanted = side.call(checkpoint=bench.copy(folder), folder=folder, feeds=paths)
     reference = foreign(files.theirs["onnx"], "onnx", specs["onnx"].to_dict(), trust=False, is_code=False)
-    rows = (("pytorch", pool.export(specs["pytorch"]), "eager", "unfused"), ("torchscript", pool.export(specs["torchscript"]), "libtorch", "fused"),
-            ("onnx", pool.export(specs["onnx"]), "ort", "fused"), ("the peer's onnx", reference, "ort", "fused"))
+    rows = (
+        ("pytorch", pool.export(specs["pytorch"]), "eager", "unfused"),
+        ("torchscript", pool.export(specs["torchscript"]), "libtorch", "fused"),
+        ("onnx", pool.export(specs["onnx"]), "ort", "fused"),
+        ("the peer's onnx", reference, "ort", "fused"),
+    )
     found: dict[str, list[Difference]] = {}
     for name, artifact, runtime, kind in rows:
         session = pool.open(artifact, specs[artifact.format], runtime, "cpu")
-        found[name] = [_difference(session.run(e.arrays)["output0"], np.load(p)) for e, p in zip(feeds, wanted[kind], strict=True)]
+        outputs = [session.run(e.arrays)["output0"] for e in feeds]
+        found[name] = [difference(o, np.load(p)) for o, p in zip(outputs, wanted[kind], strict=True)]
         session.close()
         figures.notes += [f"parity of {name} on {e.name}: {d.line()}" for e, d in zip(feeds, found[name], strict=True)]
     assert sum(d.firing for d in found["onnx"]), "no box fires, so nothing is proven"
     worst = {n: max(d.fired if n == "onnx" else d.boxes for d in found[n]) for n in ("pytorch", "torchscript", "onnx")}
     scores = {n: max(d.scores for d in found[n]) for n in worst}
-    for name, values in (("parity_boxes", worst), ("parity_scores", scores)):
-        figures.add(name, max(values.values()), min(values.values()), max(values.values()))  # low: of the artifact that is nearest
-    for name in worst:
-        assert worst[name] <= 1e-3, f"{name}: a box differs by {worst[name]:.2g} px"
+    for figure, values in (("parity_boxes", worst.values()), ("parity_scores", scores.values())):
+        figures.add(figure, max(values), min(values), max(values))  # low: of the artifact that is nearest
+    for name, value in worst.items():
+        assert value <= 1e-3, f"{name}: a box differs by {value:.2g} px"
         assert scores[name] <= 1e-5, f"{name}: a score differs by {scores[name]:.2g}"
     for ours, theirs in zip(found["onnx"], found["the peer's onnx"], strict=True):
-        assert ours.boxes <= 1.1 * theirs.boxes + 1e-4, f"our file is farther from the peer's PyTorch ({ours.line()}) than the peer's own ({theirs.line()})"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Largest differences of one output: boxes in pixels, boxes of the `firing` anchors alone, scores."""
-
-    boxes: float
-    fired: float
-    scores: float
-    firing: int
-
-    def line(self) -> str:
-        return f"boxes {self.boxes:.2g} px, {self.firing} that fire {self.fired:.2g} px, scores {self.scores:.2g}"
-
-
-def _difference(ours: Array, theirs: Array) -> Difference:
-    """Of (B, 4 + nc, A): an anchor fires where one of the peer's scores reaches the floor."""
-    assert ours.shape == theirs.shape
-    difference = np.abs(ours.astype(np.float64) - theirs)
-    boxes, fires = difference[:, :4].max(1), theirs[:, 4:].max(1) >= SCORE_FLOOR
-    return Difference(float(boxes.max()), float(boxes[fires].max(initial=0.0)), float(difference[:, 4:].max()), int(fires.sum()))
+        assert ours.boxes <= 1.1 * theirs.boxes + 1e-4, (
+            f"ours is farther off ({ours.line()}) than the peer's ({theirs.line()})"
+        )
 
 
 @pytest.mark.parametrize("name", ["onnx", "torchscript"])
-def test_peer_loads_our_file(bench: Bench, files: Files, feeds: list[FeedSet], specs: dict[str, ExportSpec], name: str) -> None:
+def test_peer_loads_our_file(
+    bench: Bench, files: Files, feeds: list[FeedSet], specs: dict[str, ExportSpec], name: str
+) -> None:
     """The peer's predict takes our file by its metadata, and finds what it finds with its own."""
     image = bench.folder("predict") / "image.npy"
     firing = next(f for f in feeds if f.fires).arrays["images"][0]
@@ -276,21 +275,25 @@ def test_peer_loads_our_file(bench: Bench, files: Files, feeds: list[FeedSet], s
 def test_we_check_the_peers_file(bench: Bench, files: Files, figures: Figures, name: str) -> None:
     """`exportgate check` passes the peer's file; whose name it carries is not ours to say."""
     folder = bench.folder(f"check-{name}")
-    words = ["exportgate", "check", str(files.theirs[name]), "--model", str(bench.checkpoint), "--report", str(folder / "report")]
-    _, done = bench.command(words + (["--trust"] if name == "torchscript" else []), folder)
+    _, done = _check(bench, files.theirs[name], folder, *(["--trust"] if name == "torchscript" else []))
     report = json.loads((folder / "report" / "report.json").read_text(encoding="utf-8"))
     claims = {c["claim"]: c for case in report["cases"] for c in case["claims"]}
     figures.notes.append(f"check of the peer's {name}: exit {done.returncode}, " + done.stdout.strip().splitlines()[-2])
-    for claim in ("test_outputs_match_reference", "test_detections_match_reference", "test_class_names_survive_the_round_trip"):
+    for claim in PASSING:
         assert claims[claim]["verdict"] == "PASS", f"{claim}: {claims[claim]}"
     assert claims["test_metadata_names_the_owner"]["verdict"] == "NOT_SUPPORTED"
     assert done.returncode == 0, done.stdout
 
 
+def _check(bench: Bench, path: Path, folder: Path, *options: str) -> tuple[float, subprocess.CompletedProcess[str]]:
+    """Judges a brought file; the report goes to folder/report."""
+    words = ["exportgate", "check", str(path), "--model", str(bench.checkpoint), "--report", str(folder / "report")]
+    return bench.command([*words, *options], folder)
+
+
 def test_code_is_not_loaded_without_trust(bench: Bench, files: Files) -> None:
     """A TorchScript file is code: somebody else's is refused until the user says --trust."""
     folder = bench.folder("untrusted")
-    words = ["exportgate", "check", str(files.theirs["torchscript"]), "--model", str(bench.checkpoint), "--report", str(folder / "report")]
-    _, done = bench.command([*words, "--claim", "test_outputs_are_finite"], folder)
+    _, done = _check(bench, files.theirs["torchscript"], folder, "--claim", "test_outputs_are_finite")
     assert done.returncode != 0
     assert "--trust" in done.stdout + done.stderr
