@@ -39,10 +39,11 @@ def build(model: ModelSpec) -> nn.Module:
             f"factory '{model.factory}' returned {type(module).__name__}", "it must return a torch.nn.Module"
         )
     if model.weights is not None:
-        state = read_checkpoint(model.weights).state
-        if _is_fused(state):
+        checkpoint = read_checkpoint(model.weights)
+        if _is_fused(checkpoint.state):
             _fuse(module.eval())
-        load_strictly(module, state, str(model.weights))
+        load_strictly(module, checkpoint.state, str(model.weights))
+        agree(module, checkpoint.modules, str(model.weights))
     return module.float().eval().requires_grad_(False)
 
 
@@ -91,6 +92,30 @@ def load_strictly(module: nn.Module, state: Mapping[str, Array], where: str) -> 
     with torch.no_grad():
         for key, array in state.items():
             expected[key].copy_(torch.from_numpy(np.array(array)))
+
+
+def agree(module: nn.Module, pickled: Mapping[str, Mapping[str, Any]], where: str) -> None:
+    """What stands in no tensor is the checkpoint's too: strides, paddings, the epsilon of a normalization.
+
+    Raises:
+        CheckpointError: names the first setting of a pickled module that the model's of the same path has otherwise.
+    """
+
+    def plain(value: Any) -> Any:
+        return tuple(map(float, value)) if isinstance(value, tuple | list) else value
+
+    for path, settings in pickled.items():
+        try:
+            part = module.get_submodule(path)
+        except AttributeError:  # of the peer's own making, without tensors: `load_strictly` compared those
+            continue
+        for key, value in settings.items():
+            own = getattr(part, key, None)
+            if isinstance(own, (bool, int, float, str, tuple, list)) and plain(own) != plain(value):
+                raise CheckpointError(
+                    f"{where}: '{path}' has {key} {value}, the model's is {own}",
+                    "name the model's own factory in exportgate.toml: factory = 'package.module:function'",
+                )
 
 
 def for_export(module: nn.Module, dynamic: bool) -> nn.Module:

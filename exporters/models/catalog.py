@@ -109,7 +109,7 @@ def from_checkpoint(path: Path, name: str = "", task: str = "") -> ModelSpec:
     return ModelSpec(
         name=name or case_name(path.stem),
         factory="exporters.models.yolov8:build",
-        arguments={"scale": scale, "nc": nc},
+        arguments={"scale": scale, "nc": nc, **_linear(checkpoint)},
         weights=path.resolve(),
         task=task,
         outputs=detect_outputs(nc),
@@ -119,6 +119,23 @@ def from_checkpoint(path: Path, name: str = "", task: str = "") -> ModelSpec:
         owner=owner,
         fp32=(("model.22.dfl", DECODE_REASON), ("model.22.decode", DECODE_REASON)),
     )
+
+
+def _linear(checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """The factory's argument `linear`: the convolution blocks whose activation the checkpoint leaves out.
+
+    Raises:
+        CheckpointError: an activation that our YOLOv8 does not have.
+    """
+    kinds = {p.removesuffix(".act"): str(s["class"]) for p, s in checkpoint.modules.items() if p.endswith(".act")}
+    other = next((path for path, kind in kinds.items() if kind not in ("SiLU", "Identity")), None)
+    if other is not None:
+        raise CheckpointError(
+            f"'{checkpoint.path}' has the activation {kinds[other]} in '{other}', and our YOLOv8 has SiLU or none",
+            "name the model's own factory in exportgate.toml: factory = 'package.module:function'",
+        )
+    linear = [path for path, kind in kinds.items() if kind == "Identity"]
+    return {"linear": linear} if linear else {}
 
 
 def detect_outputs(nc: int) -> tuple[OutputSpec, ...]:

@@ -34,6 +34,8 @@ _TASKS = {
     "ClassificationModel": "classify",
 }  # fmt: skip
 # Where the weights may be, in the peer's order: the moving average is what a training is judged by.
+# Attributes of torch's layers, and of the peer's Bottleneck (`add`: a shortcut), that no tensor's shape shows.
+SETTINGS = ("add", "ceil_mode", "dilation", "eps", "groups", "kernel_size", "mode", "padding", "scale_factor", "stride")
 _WEIGHTS = ("ema", "model", "state_dict", "model_state_dict")
 _MAX_MODULES = 2**16
 _MAX_DEPTH = 64
@@ -67,6 +69,10 @@ class Checkpoint:
         kpt_shape: (number of keypoints, values of each), for pose.
         author: as the file says; so are `license` and `version` (of the software that wrote it).
         info: description, date and docs, where the file has them.
+        modules: path of each pickled module -> what its computation depends on besides its tensors: its class (key
+            "class"), and those of `SETTINGS` that it has. They differ between versions of the peer (the SPPF of 8.4.7
+            has no activation after its first convolution, that of 8.4.190 has SiLU), so they are read, never assumed.
+            Empty for a plain state dict.
     """
 
     path: Path
@@ -84,6 +90,7 @@ class Checkpoint:
     license: str | None
     version: str | None
     info: Mapping[str, str]
+    modules: Mapping[str, Mapping[str, Any]]
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -158,7 +165,8 @@ def _read_torch(archive: Archive) -> _Found:
         "scale": yaml.get("scale"),
         "kpt_shape": model.get("kpt_shape") or yaml.get("kpt_shape"),
     }
-    return _arrays(_state_dict(weights), archive), layers, family, facts
+    tensors, facts["modules"] = _state_dict(weights)
+    return _arrays(tensors, archive), layers, family, facts
 
 
 def _weights(root: Any, top: dict[Any, Any]) -> Stub | dict[str, Tensor]:
@@ -186,9 +194,13 @@ def _children(value: Any) -> dict[Any, Any]:
     return _attributes(_attributes(value).get("_modules"))
 
 
-def _state_dict(model: Stub) -> dict[str, Tensor]:
-    """Names and tensors as `torch.nn.Module.state_dict` orders them: parameters, buffers, then those of each child."""
+def _state_dict(model: Stub) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """Names and tensors as `torch.nn.Module.state_dict` orders them: parameters, buffers, then those of each child.
+
+    Also what each module computes with besides them, by its path.
+    """
     state: dict[str, Tensor] = {}
+    modules: dict[str, dict[str, Any]] = {}
     waiting: list[tuple[str, Stub, int]] = [("", model, 0)]
     visited = 0
     while waiting:
@@ -206,11 +218,24 @@ def _state_dict(model: Stub) -> dict[str, Tensor]:
                 state[f"{prefix}{key}"] = value
             elif value is not None:
                 raise RefusalError(f"is damaged: {shown(f'{prefix}{key}')} is no tensor", AGAIN)
+        modules[prefix.removesuffix(".")] = _settings(module)
         children = [(key, child) for key, child in _children(module).items() if isinstance(child, Stub)]
         waiting += [(f"{prefix}{key}.", child, depth + 1) for key, child in reversed(children)]
     if not state:
         raise RefusalError("holds a model without any weights", RESAVE)
-    return state
+    return state, modules
+
+
+def _settings(module: Stub) -> dict[str, Any]:
+    """The class of a module and its attributes among `SETTINGS` that are numbers, words or tuples of numbers."""
+    plain = (bool, int, float, str)
+    found: dict[str, Any] = {"class": module.origin.name}
+    for key in SETTINGS:
+        value = module.attrs.get(key)
+        items = cast("tuple[Any, ...]", value) if isinstance(value, tuple | list) else (value,)
+        if items and all(type(item) in plain for item in items):
+            found[key] = tuple(items) if isinstance(value, tuple | list) else value
+    return found
 
 
 def _arrays(tensors: Mapping[str, Tensor], archive: Archive) -> dict[str, Array]:

@@ -63,6 +63,7 @@ def normalized(file: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         "license": text.get("license"),
         "version": text.get("version"),
         "info": {key: text[key] for key in ("description", "date", "docs") if key in text},
+        "modules": facts.get("modules", {}),
     }
 
 

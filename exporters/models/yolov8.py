@@ -35,7 +35,7 @@ class Conv(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(c1, c2, k, s, k // 2, bias=False)
         self.bn = nn.BatchNorm2d(c2, eps=1e-3, momentum=0.03)
-        self.act = nn.SiLU()
+        self.act: nn.Module = nn.SiLU()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.bn(self.conv(x)))
@@ -55,11 +55,11 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.cv1 = Conv(c, c, 3)
         self.cv2 = Conv(c, c, 3)
-        self.shortcut = shortcut
+        self.add = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.cv2(self.cv1(x))
-        return x + y if self.shortcut else y
+        return x + y if self.add else y
 
 
 class C2f(nn.Module):
@@ -225,6 +225,12 @@ class YOLOv8(nn.Module):
         return self
 
 
-def build(scale: str, nc: int) -> YOLOv8:
-    """A YOLOv8 detect model of this scale (n, s, m, l, x) and number of classes, with random weights."""
-    return YOLOv8(SCALES[scale], nc)
+def build(scale: str, nc: int, linear: Sequence[str] = ()) -> YOLOv8:
+    """A YOLOv8 detect model of this scale (n, s, m, l, x) and number of classes, with random weights.
+
+    `linear` names the `Conv` blocks that have no activation ("model.9.cv1" in checkpoints of the peer's 8.4.7).
+    """
+    model = YOLOv8(SCALES[scale], nc)
+    for path in linear:
+        cast("Conv", model.get_submodule(path)).act = nn.Identity()
+    return model

@@ -25,6 +25,7 @@ from exporters.pool import Pool
 from exporters.spec import ExportSpec, request
 from suites.peer.bench import Bench, Side
 from suites.peer.figures import Difference, Figure, Figures, alternate, difference, interval
+from suites.selftest.test_real_checkpoint import EVERY, STORED, blocks
 from suites.support.feeds import FeedSet, make_feeds
 
 WIDTH, LONGEST = 0.06, 120.0  # of the interval of the latency's ratio, and seconds to make it so narrow
@@ -251,6 +252,18 @@ def test_parity(
         assert ours.boxes <= 1.1 * theirs.boxes + 1e-4, (
             f"ours is farther off ({ours.line()}) than the peer's ({theirs.line()})"
         )
+
+
+def test_stored_outputs_are_the_peers(bench: Bench) -> None:
+    """The outputs that our selftest compares the real checkpoint with are those of the peer's PyTorch model."""
+    folder = bench.folder("stored")
+    np.save(folder / "blocks.npy", blocks())
+    with bench.side("forward-theirs") as side:
+        wanted = side.call(checkpoint=bench.copy(folder), folder=folder, feeds=[folder / "blocks.npy"])
+    theirs, stored = np.load(wanted["unfused"][0])[..., ::EVERY], np.load(STORED)
+    if not np.allclose(stored, theirs, rtol=0, atol=1e-4):
+        np.save(folder / STORED.name, theirs)
+        pytest.fail(f"the peer's outputs changed: see why, then copy {folder / STORED.name} to {STORED}")
 
 
 @pytest.mark.parametrize("name", ["onnx", "torchscript"])

@@ -190,6 +190,19 @@ def detector(peer: types.SimpleNamespace, family: str = "DetectionModel") -> Any
     return model.half()
 
 
+def test_what_a_module_computes_with_besides_its_tensors_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    model = detector(package(monkeypatch))
+    model.model[0].act = torch.nn.Identity()
+    torch.save(model, tmp_path / "a.pt")
+    modules = read_checkpoint(tmp_path / "a.pt").modules
+    assert modules["model.0.act"] == {"class": "Identity"}
+    assert modules["model.1.cv2.0.1"] == {"class": "SiLU"}
+    assert modules["model.0.bn"] == {"class": "BatchNorm2d", "eps": 1e-5}
+    assert (modules["model.0.conv"]["kernel_size"], modules["model.0.conv"]["stride"]) == ((3, 3), (1, 1))
+
+
 @pytest.mark.parametrize("flat", [False, True], ids=["modules", "before-8.0.50"])
 @pytest.mark.parametrize("whole", [False, True], ids=["in-a-dict", "module-alone"])
 def test_a_pickled_module_reads_as_its_state_dict(
