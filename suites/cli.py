@@ -46,7 +46,10 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     from suites.options import MATRIX, REQUEST, RUN
 
-    parser = _Parser(prog="exportgate", description="Does the exported model still do what the PyTorch model does, and is it as fast as it was?")
+    parser = _Parser(
+        prog="exportgate",
+        description="Does the exported model still do what the PyTorch model does, and is it as fast as it was?",
+    )
     parser.add_argument("--version", action="version", version=f"exportgate {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -55,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(command=command)
         return made
 
-    qualify = add("qualify", _qualify, "Export, compare, measure and report a model; without MODEL the project's matrix.")
+    qualify = add(
+        "qualify", _qualify, "Export, compare, measure and report a model; without MODEL the project's matrix."
+    )
     qualify.add_argument("model", nargs="?", metavar="MODEL", help="a checkpoint, or a model of exportgate.toml")
     for name, settings in (*MATRIX, *REQUEST, *RUN):
         qualify.add_argument(name, **settings)
@@ -67,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     for name, settings in (*MATRIX, *REQUEST, *RUN):
         check.add_argument(name, **settings)
 
-    export = add("export", _export, "Export a model; the files go beside it or into --output, under the names that users know.")
+    export = add(
+        "export", _export, "Export a model; the files go beside it or into --output, under the names that users know."
+    )
     export.add_argument("model", metavar="MODEL")
     export.add_argument("--output", metavar="DIR", help="folder for the files (default: beside the checkpoint)")
     export.add_argument("--overwrite", action="store_true", help="replace files that exportgate did not make")
@@ -122,8 +129,25 @@ def _pytest(options: argparse.Namespace, words: list[str], further: list[str]) -
             words += [f"{name}={value}"]
     claims = [str(p) for p in (PACKAGE / "conformance", PACKAGE / "accuracy", PACKAGE / "performance") if p.is_dir()]
     os.environ["EXPORTGATE_COMMAND"] = json.dumps(["exportgate", *sys.argv[1:]])
-    fixed = ["-p", "suites.plugin", "-p", "suites.progress", "-o", "console_output_style=classic", "-c", os.devnull, f"--rootdir={PACKAGE.parent}", "-p", "no:cacheprovider", "--tb=short", "-q",
-             "--benchmark-columns=min,median,max,rounds", "--benchmark-quiet", "--no-header", "-rN"]
+    fixed = [
+        "-p",
+        "suites.plugin",
+        "-p",
+        "suites.progress",
+        "-o",
+        "console_output_style=classic",
+        "-c",
+        os.devnull,
+        f"--rootdir={PACKAGE.parent}",
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+        "-q",
+        "--benchmark-columns=min,median,max,rounds",
+        "--benchmark-quiet",
+        "--no-header",
+        "-rN",
+    ]
     return int(pytest.main([*fixed, *words, *further, *claims]))
 
 
@@ -145,10 +169,17 @@ def _export(options: argparse.Namespace, further: list[str]) -> int:
         for name in names:
             start = time.perf_counter()
             for path in _export_one(pool, model, name, options):
-                size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+                size = (
+                    sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+                    if path.is_dir()
+                    else path.stat().st_size
+                )
                 print(f"{name}: {path} ({size / 2**20:.1f} MiB, {time.perf_counter() - start:.1f} s)")
-                print(f"  check it: exportgate check {path} --model {options.model}"
-                      + (" --trust" if formats.get(name).is_code else "") + (f" --precision {options.precision}" if options.precision else ""))
+                print(
+                    f"  check it: exportgate check {path} --model {options.model}"
+                    + (" --trust" if formats.get(name).is_code else "")
+                    + (f" --precision {options.precision}" if options.precision else "")
+                )
     return 0
 
 
@@ -189,11 +220,18 @@ def _formats(options: argparse.Namespace, further: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("format", "precision", "runtime", "device", "here", title=f"exportgate {__version__}: what this machine can do")
+    table = Table(
+        "format", "precision", "runtime", "device", "here", title=f"exportgate {__version__}: what this machine can do"
+    )
     for row in rows:
-        table.add_row(row.format, row.precision, row.runtime, row.device, row.state + (f": {row.because}" if row.because else ""))
+        table.add_row(
+            row.format, row.precision, row.runtime, row.device, row.state + (f": {row.because}" if row.because else "")
+        )
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-    print(f"{len(formats.registry())} formats; options of each: " + "; ".join(f"{f.id}: {', '.join(sorted(f.options))}" for f in formats.registry().values()))
+    print(
+        f"{len(formats.registry())} formats; options of each: "
+        + "; ".join(f"{f.id}: {', '.join(sorted(f.options))}" for f in formats.registry().values())
+    )
     return 0
 
 
@@ -207,13 +245,21 @@ def _baseline(options: argparse.Namespace, further: list[str]) -> int:
     from suites.support.baseline import accept
 
     run = reports.read_record(Path(options.run))
-    claims = [(c.case, c.measurement) for c in run.claims if c.measurement and (not options.case or c.case in options.case)]
+    claims = [
+        (c.case, c.measurement) for c in run.claims if c.measurement and (not options.case or c.case in options.case)
+    ]
     absent = next((c for c in options.case if c not in {case for case, _ in claims}), None)
     if absent or not claims:
-        raise BadRequest(f"run {options.run} measured " + (f"no case '{absent}'" if absent else "nothing"), "give a run whose latency claims were judged")
+        raise BadRequest(
+            f"run {options.run} measured " + (f"no case '{absent}'" if absent else "nothing"),
+            "give a run whose latency claims were judged",
+        )
     for case, measurement in claims:
         path, before, after = accept(project.baselines, run.machine, case, measurement, options.reason)
-        print(f"{path}: p50 {after:.3f} ms" + (f", before {before:.3f} ms ({after / before - 1:+.1%})" if before else ", new"))
+        print(
+            f"{path}: p50 {after:.3f} ms"
+            + (f", before {before:.3f} ms ({after / before - 1:+.1%})" if before else ", new")
+        )
     return 0
 
 
@@ -224,7 +270,9 @@ def _show_baselines(folder: Path) -> int:
     for path in found:
         baseline = read_baseline(path)
         assert baseline is not None
-        print(f"{path.parent.name}/{baseline.case}: p50 {baseline.p50:.3f} ms, {len(baseline.processes)} processes, {baseline.date}, {baseline.reason}")
+        print(
+            f"{path.parent.name}/{baseline.case}: p50 {baseline.p50:.3f} ms, {len(baseline.processes)} processes, {baseline.date}, {baseline.reason}"
+        )
     print(f"{len(found)} baselines in {folder}")
     return 0
 

@@ -20,10 +20,16 @@ REQUEST: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--batch", {"metavar": "N", "help": "batch size"}),
     ("--dynamic", {"action": "store_true", "default": None, "help": "batch, height and width may vary"}),
     ("--device", {"metavar": "D", "help": "cpu (default), cuda, or a GPU's number"}),
-    ("--no-simplify", {"action": "store_false", "default": None, "dest": "simplify", "help": "leave the ONNX graph as it was traced"}),
+    (
+        "--no-simplify",
+        {"action": "store_false", "default": None, "dest": "simplify", "help": "leave the ONNX graph as it was traced"},
+    ),
     ("--opset", {"metavar": "N", "help": "ONNX operator set, 17 to 20"}),
     ("--optimize", {"action": "store_true", "default": None, "help": "TorchScript for mobile CPUs"}),
-    ("--data", {"metavar": "SET", "help": "calibration set for INT8: data set YAML, folder of images, or module:factory"}),
+    (
+        "--data",
+        {"metavar": "SET", "help": "calibration set for INT8: data set YAML, folder of images, or module:factory"},
+    ),
     ("--split", {"metavar": "NAME", "help": "split of the data set (default val)"}),
     ("--fraction", {"metavar": "F", "help": "share of the data set, above 0 to 1"}),
 )
@@ -34,7 +40,10 @@ MATRIX: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--half", {"action": "store_true", "help": "the same as --precision fp16"}),
     ("--int8", {"action": "store_true", "help": "the same as --precision int8"}),
     ("--task", {"metavar": "TASK", "help": "the model's task, where its file does not say"}),
-    ("--project", {"metavar": "DIR", "help": "folder with an exportgate.toml (default: this folder's, else exportgate's own)"}),
+    (
+        "--project",
+        {"metavar": "DIR", "help": "folder with an exportgate.toml (default: this folder's, else exportgate's own)"},
+    ),
 )
 RUN: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--report", {"metavar": "DIR", "help": "where the run record and the reports go (default reports/runs/<run>)"}),
@@ -49,9 +58,19 @@ RUN: tuple[tuple[str, dict[str, Any]], ...] = (
 def add_options(parser: pytest.Parser) -> None:
     """Adds the options to pytest's own."""
     group = parser.getgroup("exportgate", "exportgate: what is judged")
-    group.addoption("--model", metavar="MODEL", help="a checkpoint, or a model of exportgate.toml; without it the project's matrix is judged")
-    group.addoption("--artifact", metavar="PATH", help="judge this file or folder, which somebody else's exporter made (with --model)")
-    group.addoption("--trust", action="store_true", help="load a brought artifact although loading it runs code that is in it")
+    group.addoption(
+        "--model",
+        metavar="MODEL",
+        help="a checkpoint, or a model of exportgate.toml; without it the project's matrix is judged",
+    )
+    group.addoption(
+        "--artifact",
+        metavar="PATH",
+        help="judge this file or folder, which somebody else's exporter made (with --model)",
+    )
+    group.addoption(
+        "--trust", action="store_true", help="load a brought artifact although loading it runs code that is in it"
+    )
     for name, arguments in (*MATRIX, *REQUEST, *RUN):
         group.addoption(name, **arguments)
 
@@ -62,15 +81,25 @@ def selection_of(config: pytest.Config, project: Project) -> Selection:
     Raises:
         BadRequest: options that exclude each other.
     """
+
     def words(name: str) -> tuple[str, ...]:
         text = config.getoption(name)
         return tuple(w.strip() for w in text.split(",") if w.strip()) if text else ()
 
-    precisions = words("precision") + (("fp16",) if config.getoption("half") else ()) + (("int8",) if config.getoption("int8") else ())
+    precisions = (
+        words("precision")
+        + (("fp16",) if config.getoption("half") else ())
+        + (("int8",) if config.getoption("int8") else ())
+    )
     if (config.getoption("half") or config.getoption("int8")) and len(set(precisions)) > 1:
-        raise BadRequest("two precisions are asked for: " + ", ".join(dict.fromkeys(precisions)), "ask for them with --precision fp16,int8 alone")
+        raise BadRequest(
+            "two precisions are asked for: " + ", ".join(dict.fromkeys(precisions)),
+            "ask for them with --precision fp16,int8 alone",
+        )
     options = {k: config.getoption(k) for k in REQUEST_FIELDS if config.getoption(k) is not None}
-    selection = Selection(config.getoption("model") or "", words("format"), precisions, options, config.getoption("task") or "")
+    selection = Selection(
+        config.getoption("model") or "", words("format"), precisions, options, config.getoption("task") or ""
+    )
     path = brought_path(config)
     if path is not None:
         if not selection.model:
@@ -93,9 +122,9 @@ def _for_artifact(selection: Selection, path: Path) -> Selection:
         if not chosen:
             raise BadRequest(f"artifact '{path}' has a suffix that no format has", "name its format with --format")
     if len(chosen) > 1 or len(selection.precisions) > 1:
-        raise BadRequest(f"artifact '{path}' is one artifact, and several formats or precisions are asked for", "name one of each")
+        raise BadRequest(
+            f"artifact '{path}' is one artifact, and several formats or precisions are asked for", "name one of each"
+        )
     if not path.exists():
         raise BadRequest(f"artifact '{path}' does not exist", "give the path of a file or folder that an exporter made")
     return replace(selection, formats=chosen)
-
-

@@ -27,8 +27,11 @@ from suites.support.release import check_release, check_waivers, must_pass_of
 from suites.support.verdict import Judged, Verdict, one_line, verdict_of
 
 MARKERS = {
-    "trt": "runs on TensorRT", "cuda": "needs an NVIDIA GPU", "accuracy": "judges a task metric on data",
-    "latency": "measures time", "slow": "takes minutes",
+    "trt": "runs on TensorRT",
+    "cuda": "needs an NVIDIA GPU",
+    "accuracy": "judges a task metric on data",
+    "latency": "measures time",
+    "slow": "takes minutes",
 }
 STATE = pytest.StashKey["State"]()
 PROPERTY = "exportgate"
@@ -45,7 +48,11 @@ class State:
         self.cases: list[Case] = matrix(self.project, self.selection)
         self.identity = records.run_id()
         given = config.getoption("report")
-        self.folder = Path(given).expanduser().resolve() if given else Path(config.invocation_params.dir) / "reports" / "runs" / self.identity
+        self.folder = (
+            Path(given).expanduser().resolve()
+            if given
+            else Path(config.invocation_params.dir) / "reports" / "runs" / self.identity
+        )
         self.run: Run | None = None
         self.record: records.Record | None = None
         self.verdicts: Counter[Verdict] = Counter()
@@ -100,7 +107,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if wanted:
         names = {getattr(i, "originalname", i.name) for i in items}
         if wanted not in names:
-            raise pytest.UsageError(f"claim '{wanted}' is not known; claims: " + ", ".join(sorted(n for n in names if n.startswith("test_"))))
+            raise pytest.UsageError(
+                f"claim '{wanted}' is not known; claims: "
+                + ", ".join(sorted(n for n in names if n.startswith("test_")))
+            )
         dropped = [i for i in items if getattr(i, "originalname", "") != wanted]
         items[:] = [i for i in items if getattr(i, "originalname", "") == wanted]
         config.hook.pytest_deselected(items=dropped)
@@ -135,6 +145,7 @@ def exportgate_run(request: pytest.FixtureRequest) -> Iterator[Run]:
     """The run's workers, ended with the session."""
     config = request.config
     state = config.stash[STATE]
+
     def damage(artifact: Artifact, spec: ExportSpec) -> Artifact | None:
         return config.hook.pytest_exportgate_export_end(artifact=artifact, spec=spec)
 
@@ -163,7 +174,9 @@ def case(request: pytest.FixtureRequest, exportgate_run: Run) -> Iterator[Bench]
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Turns an exception into a verdict, and what the claim observed into a property of its report."""
     report = yield
     case = _case_of(item)
@@ -181,7 +194,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         verdict = Verdict.WAIVED
     elif waiver and verdict is Verdict.PASS:
         verdict, because = Verdict.FAIL, "waived, and it passes: remove the waiver"
-    elif not isinstance(error, (AssertionError, Judged)) and error is not None and verdict is Verdict.ERROR and not isinstance(error, ExportgateError):
+    elif (
+        not isinstance(error, (AssertionError, Judged))
+        and error is not None
+        and verdict is Verdict.ERROR
+        and not isinstance(error, ExportgateError)
+    ):
         because = one_line(error)
     if verdict.is_neutral:
         report.outcome = "skipped"
@@ -201,9 +219,21 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
             bench.announced = True
             event = _case_event(bench)
     if waiver:
-        evidence["waiver"] = {"reason": waiver.reason, "issue": waiver.issue, "owner": waiver.owner, "expires": waiver.expires.isoformat()}
-    data = {"case": case.id, "claim": _claim_of(item), "verdict": verdict.value, "because": because, "seconds": round(call.duration, 3),
-            "reproduce": case.command(_claim_of(item)), **evidence}
+        evidence["waiver"] = {
+            "reason": waiver.reason,
+            "issue": waiver.issue,
+            "owner": waiver.owner,
+            "expires": waiver.expires.isoformat(),
+        }
+    data = {
+        "case": case.id,
+        "claim": _claim_of(item),
+        "verdict": verdict.value,
+        "because": because,
+        "seconds": round(call.duration, 3),
+        "reproduce": case.command(_claim_of(item)),
+        **evidence,
+    }
     report.user_properties.append((PROPERTY, {"claim": data, "case": event}))
     return report
 
@@ -241,8 +271,16 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "teardown" and report.outcome == "passed":
         return
     if state.record is None:
-        state.record = records.Record(state.folder, records.run_head(
-            state.identity, _command(), state.project.folder / "exportgate.toml", state.release, must_pass_of(state.project, state.claims) if state.release else []))
+        state.record = records.Record(
+            state.folder,
+            records.run_head(
+                state.identity,
+                _command(),
+                state.project.folder / "exportgate.toml",
+                state.release,
+                must_pass_of(state.project, state.claims) if state.release else [],
+            ),
+        )
     if data["case"]:
         state.record.write("case", **data["case"])
     state.record.write("claim", **data["claim"])
@@ -276,8 +314,12 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         if state.release and int(session.exitstatus) == pytest.ExitCode.OK and _summary(state).unmet:
             # A must-pass claim that lacks PASS or WAIVED fails the release, though pytest calls it skipped.
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        state.record.write("end", exit=int(session.exitstatus), seconds=round(time.monotonic() - state.started, 1),
-                           selftest={"passed": passed, "failed": state.selftest["failed"]})
+        state.record.write(
+            "end",
+            exit=int(session.exitstatus),
+            seconds=round(time.monotonic() - state.started, 1),
+            selftest={"passed": passed, "failed": state.selftest["failed"]},
+        )
 
 
 def _summary(state: State) -> Any:

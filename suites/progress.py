@@ -39,7 +39,11 @@ class Progress:
     @pytest.hookimpl(tryfirst=True)
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
         data = dict(report.user_properties).get(PROPERTY)
-        return (report.outcome if report.when == "call" or report.outcome != "passed" else "", "", "") if isinstance(data, dict) else None
+        return (
+            (report.outcome if report.when == "call" or report.outcome != "passed" else "", "", "")
+            if isinstance(data, dict)
+            else None
+        )
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         data = dict(report.user_properties).get(PROPERTY)

@@ -26,7 +26,9 @@ def test_batch_rows_equal_single_images(case: Bench) -> None:
         mine = {k: v[row : row + 1] for k, v in observed.items()}
         _within(case, expected, mine, alone, f"row {row} of a batch of {batch}")
         if row:
-            assert any(not np.array_equal(v[row : row + 1], first[k]) for k, v in feeds.arrays.items()), "the rows of the feeds do not differ"
+            assert any(not np.array_equal(v[row : row + 1], first[k]) for k, v in feeds.arrays.items()), (
+                "the rows of the feeds do not differ"
+            )
 
 
 def test_random_shapes_match_reference(case: Bench) -> None:
@@ -37,8 +39,15 @@ def test_random_shapes_match_reference(case: Bench) -> None:
     height, width = (max(1, s // stride) for s in case.spec.imgsz)
 
     # Deterministic, since a gate's verdict may not depend on chance; few, since each shape runs the reference too.
-    @settings(max_examples=6, derandomize=True, database=None, deadline=None, phases=[Phase.generate], report_multiple_bugs=False,
-              suppress_health_check=list(HealthCheck))  # pyright: ignore[reportArgumentType] (its metaclass hides the type)
+    @settings(
+        max_examples=6,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )  # pyright: ignore[reportArgumentType] (its metaclass hides the type)
     @given(batch=st.integers(1, 3), h=st.integers(1, height + 1), w=st.integers(1, width + 1))
     def check(batch: int, h: int, w: int) -> None:
         size = (h * stride, w * stride) if case.model.has_images else case.spec.imgsz
@@ -47,7 +56,9 @@ def test_random_shapes_match_reference(case: Bench) -> None:
         expected = case.expected(feeds)
         for name, want in expected.items():
             assert name in observed, f"output {name} is missing"
-            assert observed[name].shape == want.shape, f"output {name} has shape {list(observed[name].shape)} for {batch}x{size}, expected {list(want.shape)}"
+            assert observed[name].shape == want.shape, (
+                f"output {name} has shape {list(observed[name].shape)} for {batch}x{size}, expected {list(want.shape)}"
+            )
         _within(case, expected, observed, feeds, f"batch {batch}, {size[0]}x{size[1]}")
 
     check()
@@ -68,9 +79,13 @@ def test_other_shapes_are_refused(case: Bench) -> None:
     try:
         case.guard(lambda: session.run(cast(session, {**feeds, name: wrong})))
     except FeedError as error:
-        assert "expected" in str(error) or "multiple of the stride" in str(error), f"the refusal does not say what was expected: {error}"
+        assert "expected" in str(error) or "multiple of the stride" in str(error), (
+            f"the refusal does not say what was expected: {error}"
+        )
         return
-    raise AssertionError(f"input {name} of shape {list(wrong.shape)} was taken, though the artifact is made for {list(array.shape)}")
+    raise AssertionError(
+        f"input {name} of shape {list(wrong.shape)} was taken, though the artifact is made for {list(array.shape)}"
+    )
 
 
 def _varies(case: Bench) -> bool:
@@ -101,7 +116,15 @@ def _run(case: Bench, feeds: FeedSet) -> Outputs:
 
 
 def _within(case: Bench, expected: Outputs, observed: Outputs, feeds: FeedSet, where: str) -> None:
-    rows = compare(expected, observed, case.model, case.spec.precision, hop=where, feeds=feeds.name, imgsz=case.spec.imgsz,
-                   overrides=case.run.project.tolerances)
+    rows = compare(
+        expected,
+        observed,
+        case.model,
+        case.spec.precision,
+        hop=where,
+        feeds=feeds.name,
+        imgsz=case.spec.imgsz,
+        overrides=case.run.project.tolerances,
+    )
     failed = next((r for r in rows if not r.passed), None)
     assert failed is None, f"{where}: {failed.line() if failed else ''}"

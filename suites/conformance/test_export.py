@@ -14,7 +14,11 @@ def test_export_makes_the_declared_file(case: Bench) -> None:
     artifact = case.artifact()
     suffix = formats.get(case.spec.format).suffix
     assert artifact.path.name.endswith(suffix), f"made {artifact.path.name}, expected a name ending in {suffix}"
-    size = sum(f.stat().st_size for f in ([artifact.path] if artifact.path.is_file() else artifact.path.rglob("*")) if f.is_file())
+    size = sum(
+        f.stat().st_size
+        for f in ([artifact.path] if artifact.path.is_file() else artifact.path.rglob("*"))
+        if f.is_file()
+    )
     assert size > 0, f"{artifact.path} is empty"
 
 

@@ -23,7 +23,9 @@ def test_class_names_survive_the_round_trip(case: Bench) -> None:
     if names == want:
         return
     different = next(i for i in sorted({*names, *want}) if names.get(i) != want.get(i))
-    raise AssertionError(f"class names differ at index {different}: {names.get(different)!r}, expected {want.get(different)!r} ({len(names)} names, expected {len(want)})")
+    raise AssertionError(
+        f"class names differ at index {different}: {names.get(different)!r}, expected {want.get(different)!r} ({len(names)} names, expected {len(want)})"
+    )
 
 
 def test_metadata_describes_the_request(case: Bench) -> None:

@@ -35,7 +35,9 @@ def test_outputs_match_reference(case: Bench) -> None:
     failed = [r for r in rows if not r.passed]
     if failed:
         culprit = failed[0]
-        raise AssertionError(f"{len(failed)} of {len(rows)} comparisons fail, first at the hop {culprit.hop}: {culprit.line()}")
+        raise AssertionError(
+            f"{len(failed)} of {len(rows)} comparisons fail, first at the hop {culprit.hop}: {culprit.line()}"
+        )
     # Rows of its parents say nothing of the artifact itself.
     own = [r for r in rows if r.hop.endswith(f"-> {hops[-1][0]}")]
     if not own and case.spec.precision is Precision.INT8:
@@ -56,10 +58,19 @@ def test_detections_match_reference(case: Bench) -> None:
         expected, observed = case.expected(feeds), case.outputs(feeds)
         _present(expected, observed, case.spec.format)
         found = match(np.asarray(expected[spec.name]), np.asarray(observed[spec.name]), spec, case.spec.precision)
-        total, matched, floor, lowest = total + found.reference, matched + found.matched, found.iou_floor, min(lowest, found.lowest_iou)
-        problems += [f"lost {x} (feeds {feeds.name})" for x in found.lost] + [f"added {x} (feeds {feeds.name})" for x in found.extra]
+        total, matched, floor, lowest = (
+            total + found.reference,
+            matched + found.matched,
+            found.iou_floor,
+            min(lowest, found.lowest_iou),
+        )
+        problems += [f"lost {x} (feeds {feeds.name})" for x in found.lost] + [
+            f"added {x} (feeds {feeds.name})" for x in found.extra
+        ]
     case.evidence["matching"] = {"reference": total, "matched": matched, "iou_floor": floor, "lowest_iou": lowest}
-    assert not problems, f"{matched} of {total} detections found again at IoU {floor}; {problems[0]}" + (f" and {len(problems) - 1} more" if len(problems) > 1 else "")
+    assert not problems, f"{matched} of {total} detections found again at IoU {floor}; {problems[0]}" + (
+        f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+    )
     if not total:
         raise Judged(Verdict.INSENSITIVE, "the reference detects nothing on these feeds, so nothing could be lost")
     _prove(case)
@@ -76,18 +87,33 @@ def test_same_feeds_give_the_same_outputs(case: Bench) -> None:
     for name, want in first.items():
         largest = float(np.max(np.abs(np.asarray(second[name], np.float64) - want)))
         allowed = 1e-5 * max(float(np.max(np.abs(want))), 1.0)
-        assert largest <= allowed, f"output {name} changed by {largest:.3g} from one inference to the next, allowed {allowed:.3g}"
+        assert largest <= allowed, (
+            f"output {name} changed by {largest:.3g} from one inference to the next, allowed {allowed:.3g}"
+        )
 
 
 def _present(expected: Outputs, observed: Outputs, name: str) -> None:
     """Names and shapes first: a missing output is a failure, never passed over."""
     for output, want in expected.items():
         assert output in observed, f"{name}: output {output} is missing; there are {sorted(observed)}"
-        assert observed[output].shape == want.shape, f"{name}: output {output} has shape {list(observed[output].shape)}, expected {list(want.shape)}"
+        assert observed[output].shape == want.shape, (
+            f"{name}: output {output} has shape {list(observed[output].shape)}, expected {list(want.shape)}"
+        )
 
 
-def _rows(case: Bench, expected: Outputs, observed: Outputs, hop: str, precision: Precision, feeds: FeedSet) -> list[Comparison]:
-    return compare(expected, observed, case.model, precision, hop=hop, feeds=feeds.name, imgsz=case.spec.imgsz, overrides=case.run.project.tolerances)
+def _rows(
+    case: Bench, expected: Outputs, observed: Outputs, hop: str, precision: Precision, feeds: FeedSet
+) -> list[Comparison]:
+    return compare(
+        expected,
+        observed,
+        case.model,
+        precision,
+        hop=hop,
+        feeds=feeds.name,
+        imgsz=case.spec.imgsz,
+        overrides=case.run.project.tolerances,
+    )
 
 
 def _worst(rows: list[Comparison]) -> list[Comparison]:
@@ -112,11 +138,21 @@ def _prove(case: Bench) -> None:
     sets = [f for f in case.feeds() if f.fires] or case.feeds()[:1]
     power = None
     for feeds in sets:
-        power = prove(case.expected(feeds), lambda layer, size, f=feeds: case.guard(lambda: case.run.damaged(case.model, f, layer, size)),
-                      layers, case.model, case.spec.precision, case.spec.imgsz, case.run.project.tolerances)
+        power = prove(
+            case.expected(feeds),
+            lambda layer, size, f=feeds: case.guard(lambda: case.run.damaged(case.model, f, layer, size)),
+            layers,
+            case.model,
+            case.spec.precision,
+            case.spec.imgsz,
+            case.run.project.tolerances,
+        )
         if power.sensitive:
             break
     assert power is not None
     case.evidence["power"] = power.to_dict()
     if not power.sensitive:
-        raise Judged(Verdict.INSENSITIVE, f"the comparison {power.statement}" if power.statement.startswith("does") else power.statement)
+        raise Judged(
+            Verdict.INSENSITIVE,
+            f"the comparison {power.statement}" if power.statement.startswith("does") else power.statement,
+        )

@@ -26,14 +26,18 @@ def test_executed_precision_is_the_requested(case: Bench) -> None:
     if asked not in runtime.executes:
         seen = "; ".join(execution.notes)
         raise NotSupported(f"{runtime.because} (seen: {seen})" if seen else runtime.because)
-    assert execution.precision == asked.value, f"asked for {asked}, {execution.runtime} executes {execution.precision or 'unknown'} ({'; '.join(execution.notes)})"
+    assert execution.precision == asked.value, (
+        f"asked for {asked}, {execution.runtime} executes {execution.precision or 'unknown'} ({'; '.join(execution.notes)})"
+    )
 
 
 def test_every_node_runs_on_the_requested_provider(case: Bench) -> None:
     """No node of the graph fell back to another provider or device."""
     execution = case.describe().execution
     counts = ", ".join(f"{n} on {p}" for p, n in execution.providers.items()) or execution.device
-    assert not execution.fallback, f"{len(execution.fallback)} nodes run elsewhere ({counts}): {', '.join(execution.fallback[:5])}"
+    assert not execution.fallback, (
+        f"{len(execution.fallback)} nodes run elsewhere ({counts}): {', '.join(execution.fallback[:5])}"
+    )
     assert execution.device == case.case.device, f"asked for {case.case.device}, the session runs on {execution.device}"
 
 

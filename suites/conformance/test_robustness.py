@@ -22,7 +22,9 @@ def _refused(case: Bench, feeds: Mapping[str, np.ndarray], said: str) -> None:
         case.guard(lambda: session.run(feeds))
     except FeedError as error:
         text = str(error)
-    assert text, f"feeds were taken that should be refused for '{said}': " + ", ".join(f"{k} {v.dtype} {list(v.shape)}" for k, v in feeds.items())
+    assert text, f"feeds were taken that should be refused for '{said}': " + ", ".join(
+        f"{k} {v.dtype} {list(v.shape)}" for k, v in feeds.items()
+    )
     assert said in text and "expected" in text, f"the refusal says neither '{said}' nor what was expected: {text}"
     assert case.guard(lambda: session.run(_feeds(case))), "the session gave nothing after a refusal"
 

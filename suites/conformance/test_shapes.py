@@ -21,14 +21,17 @@ def test_input_signature_is_the_requested(case: Bench) -> None:
         for axis, (size, name, number) in enumerate(zip(got.shape, want.shape, fixed, strict=True)):
             varies = (case.spec.dynamic or case.spec.format == "pytorch") and isinstance(name, str)
             assert isinstance(size, str) if varies else size == number, (
-                f"input {got.name}, axis {axis} is {size!r}, expected {'an axis that varies' if varies else number}")
+                f"input {got.name}, axis {axis} is {size!r}, expected {'an axis that varies' if varies else number}"
+            )
 
 
 def test_output_names_match_reference(case: Bench) -> None:
     """The same outputs, by name: none missing, none added."""
     got = {o.name for o in case.session().outputs}
     want = {o.name for o in case.model.outputs}
-    assert got == want, f"outputs are {sorted(got)}, expected {sorted(want)}: missing {sorted(want - got)}, added {sorted(got - want)}"
+    assert got == want, (
+        f"outputs are {sorted(got)}, expected {sorted(want)}: missing {sorted(want - got)}, added {sorted(got - want)}"
+    )
 
 
 def test_output_shapes_match_reference(case: Bench) -> None:
@@ -37,7 +40,9 @@ def test_output_shapes_match_reference(case: Bench) -> None:
         expected, observed = case.expected(feeds), case.outputs(feeds)
         for name, want in expected.items():
             assert name in observed, f"output {name} is missing; there are {sorted(observed)}"
-            assert observed[name].shape == want.shape, f"output {name} has shape {list(observed[name].shape)}, expected {list(want.shape)} (feeds {feeds.name})"
+            assert observed[name].shape == want.shape, (
+                f"output {name} has shape {list(observed[name].shape)}, expected {list(want.shape)} (feeds {feeds.name})"
+            )
 
 
 def test_output_dtypes_are_floating(case: Bench) -> None:
@@ -57,4 +62,6 @@ def test_outputs_are_finite(case: Bench) -> None:
         expected = case.expected(feeds)
         for name, got in case.outputs(feeds).items():
             wrong = ~np.isfinite(got) & np.isfinite(expected.get(name, np.zeros(())))
-            assert not wrong.any(), f"output {name} holds {int(wrong.sum())} NaN or infinite values of {got.size} (feeds {feeds.name})"
+            assert not wrong.any(), (
+                f"output {name} holds {int(wrong.sum())} NaN or infinite values of {got.size} (feeds {feeds.name})"
+            )

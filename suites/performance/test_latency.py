@@ -28,19 +28,39 @@ def test_p50_within_baseline(case: Bench, benchmark: Any) -> None:
     execution = case.describe().execution
     found, notes = percentiles(milliseconds)
     notes += [f"process {i}: warm-up did not settle" for i, p in enumerate(processes) if not p.settled]
-    packages = {k: str(v) for k, v in case.artifact().toolchain.get("packages", {}).items()} | {execution.runtime: execution.version}
+    packages = {k: str(v) for k, v in case.artifact().toolchain.get("packages", {}).items()} | {
+        execution.runtime: execution.version
+    }
     here = comparable(fingerprint(), packages)
     case.evidence["measurement"] = {
-        "unit": "ms", "processes": milliseconds, **found, "warm_up": max(p.warm_up for p in processes), "timer": processes[0].timer,
-        "threads": execution.threads or fingerprint()["cores"], "throttled": None, "notes": notes,
-        "conditions": {"first call ms": round(float(np.median([p.first_call for p in processes])), 3),
-                       "peak RSS MiB": round(max(p.peak_rss for p in processes) / 2**20), "comparable": here},
+        "unit": "ms",
+        "processes": milliseconds,
+        **found,
+        "warm_up": max(p.warm_up for p in processes),
+        "timer": processes[0].timer,
+        "threads": execution.threads or fingerprint()["cores"],
+        "throttled": None,
+        "notes": notes,
+        "conditions": {
+            "first call ms": round(float(np.median([p.first_call for p in processes])), 3),
+            "peak RSS MiB": round(max(p.peak_rss for p in processes) / 2**20),
+            "comparable": here,
+        },
     }
     path = baseline_path(case.run.project.baselines, str(fingerprint()["id"]), case.case.id)
     baseline = read_baseline(path)
     if baseline is None:
-        raise Judged(Verdict.NO_BASELINE, f"no baseline {path.parent.name}/{path.name}: accept this measurement with 'exportgate baseline accept RUN --reason ...'")
-    case.evidence["baseline"] = {"path": f"{path.parent.name}/{path.name}", "date": baseline.date, "processes": baseline.processes, "p50": baseline.p50, "reason": baseline.reason}
+        raise Judged(
+            Verdict.NO_BASELINE,
+            f"no baseline {path.parent.name}/{path.name}: accept this measurement with 'exportgate baseline accept RUN --reason ...'",
+        )
+    case.evidence["baseline"] = {
+        "path": f"{path.parent.name}/{path.name}",
+        "date": baseline.date,
+        "processes": baseline.processes,
+        "p50": baseline.p50,
+        "reason": baseline.reason,
+    }
     differences = baseline.differs(here)
     if differences:
         raise Judged(Verdict.NOT_COMPARABLE, "the baseline was measured elsewhere: " + "; ".join(differences[:3]))
@@ -58,7 +78,12 @@ def _process(case: Bench, number: int, seconds: float) -> Samples:
     try:
         session = case.guard(lambda: pool.open(artifact, case.spec, runtime, device, number))
         try:
-            return case.guard(lambda: session.measure([cast(session, f.arrays) for f in feeds], MeasurementPlan(seconds=seconds, inferences=-(-NEEDED[50] // case.run.project.latency.processes))))
+            return case.guard(
+                lambda: session.measure(
+                    [cast(session, f.arrays) for f in feeds],
+                    MeasurementPlan(seconds=seconds, inferences=-(-NEEDED[50] // case.run.project.latency.processes)),
+                )
+            )
         finally:
             session.close()
     finally:
@@ -72,7 +97,10 @@ def _replay(benchmark: Any, milliseconds: list[list[float]]) -> None:
         ExportgateError: the fixture is disabled (xdist, --benchmark-disable), so nothing would be recorded.
     """
     if benchmark.disabled:
-        raise ExportgateError("pytest-benchmark is disabled, so this measurement would not be recorded", "run latency without -n and without --benchmark-disable")
+        raise ExportgateError(
+            "pytest-benchmark is disabled, so this measurement would not be recorded",
+            "run latency without -n and without --benchmark-disable",
+        )
     samples = [m / 1e3 for process in milliseconds for m in process]
     clock = _clock(samples)
     benchmark._timer = lambda: next(clock)  # noqa: SLF001 the fixture takes a timer by option only

@@ -107,9 +107,24 @@ def small_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSpe
     """Models that export in a moment: `blobs` (a detector that stands INT8) and `twins` (two outputs)."""
     folder = tmp_path_factory.mktemp("small")
     (folder / "small_models.py").write_text(SMALL, encoding="utf-8")
-    blobs = ModelSpec("blobs", "small_models:blobs", search=(folder,), task="detect", outputs=detect_outputs(3), stride=8, imgsz=(160, 160),
-                      names={0: "red", 1: "green", 2: "blue"}, feeds="small_models:scenes")
-    twins = ModelSpec("twins", "small_models:twins", search=(folder,), outputs=(OutputSpec("left"), OutputSpec("right")), imgsz=(32, 32))
+    blobs = ModelSpec(
+        "blobs",
+        "small_models:blobs",
+        search=(folder,),
+        task="detect",
+        outputs=detect_outputs(3),
+        stride=8,
+        imgsz=(160, 160),
+        names={0: "red", 1: "green", 2: "blue"},
+        feeds="small_models:scenes",
+    )
+    twins = ModelSpec(
+        "twins",
+        "small_models:twins",
+        search=(folder,),
+        outputs=(OutputSpec("left"), OutputSpec("right")),
+        imgsz=(32, 32),
+    )
     return {"blobs": blobs, "twins": twins}
 
 
@@ -157,8 +172,13 @@ class Workshop:
         """The undamaged artifact of a case."""
         return self.run.pool.export(self.case(name).spec)
 
-    def judge(self, name: str, claim: Claim, damage: Callable[[Path, Workshop], None] | None = None,
-              rewrites_manifest: bool = True) -> tuple[Verdict, str]:
+    def judge(
+        self,
+        name: str,
+        claim: Claim,
+        damage: Callable[[Path, Workshop], None] | None = None,
+        rewrites_manifest: bool = True,
+    ) -> tuple[Verdict, str]:
         """What a claim says of a case's artifact, damaged or good."""
         self.damage, self.rewrites_manifest = damage, rewrites_manifest
         bench = Bench(self.run, self.case(name))
@@ -182,7 +202,9 @@ class Workshop:
 
 
 @pytest.fixture(scope="session")
-def workshop(trained: Path, small_models: dict[str, ModelSpec], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
+def workshop(
+    trained: Path, small_models: dict[str, ModelSpec], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Workshop]:
     """One set of workers, references and feeds for all broken exporters."""
     made = Workshop(trained, small_models, tmp_path_factory.mktemp("workshop"))
     yield made

@@ -39,7 +39,7 @@ def make(width):
 def breaks():
     raise RuntimeError("no weights here")
 '''
-CONFIGURATION = '''
+CONFIGURATION = """
 [models.two]
 factory = "mymodels:make"
 arguments = { width = 16 }
@@ -63,14 +63,21 @@ batch = 2
 [latency]
 processes = 2
 seconds = 0.05
-'''
+"""
 
 
 def qualify(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """`exportgate qualify` in a folder, as a user starts it."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-m", "suites.cli", "qualify", *options], cwd=folder, env=variables, capture_output=True, text=True,
-                          timeout=500, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "suites.cli", "qualify", *options],
+        cwd=folder,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +89,9 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.C
     return folder, qualify(folder, "--report", "out")
 
 
-def test_a_module_with_three_inputs_and_two_outputs_qualifies(judged: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_a_module_with_three_inputs_and_two_outputs_qualifies(
+    judged: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
     _, done = judged
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert "QUALIFIED: 0 of 130 claims failed" in done.stdout, done.stdout[-600:]
@@ -101,14 +110,21 @@ def test_every_line_of_the_record_fits_the_schema(judged: tuple[Path, subprocess
     assert {p.name for p in (folder / "out").iterdir()} >= {"report.html", "report.md", "report.xml", "report.json"}
 
 
-def test_a_measurement_becomes_a_baseline_and_gates_the_next_run(judged: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_a_measurement_becomes_a_baseline_and_gates_the_next_run(
+    judged: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
     """Accepted with a reason; then the same file is within it, and a baseline of half the time is not."""
     from suites import cli
 
     folder, _ = judged
     case = "two-onnx-fp32-ort-cpu"
-    assert cli.main(["baseline", "accept", str(folder / "out"), "--reason", " ", "--case", case, "--project", str(folder)]) == 4
-    status = cli.main(["baseline", "accept", str(folder / "out"), "--reason", "first", "--case", case, "--project", str(folder)])
+    assert (
+        cli.main(["baseline", "accept", str(folder / "out"), "--reason", " ", "--case", case, "--project", str(folder)])
+        == 4
+    )
+    status = cli.main(
+        ["baseline", "accept", str(folder / "out"), "--reason", "first", "--case", case, "--project", str(folder)]
+    )
     found = list((folder / "baselines").glob(f"*/{case}.json"))
     if status == 4 and not found:
         pytest.skip("this machine is too noisy at the moment for its measurement to be accepted as a baseline")
@@ -116,14 +132,18 @@ def test_a_measurement_becomes_a_baseline_and_gates_the_next_run(judged: tuple[P
     assert data["reason"] == "first"
     data["milliseconds"] = [[x / 50 for x in p] for p in data["milliseconds"]]
     found[0].write_text(json.dumps(data))
-    done = qualify(folder, "--format", "onnx", "--precision", "fp32", "--report", "slower", "--claim", "test_p50_within_baseline")
+    done = qualify(
+        folder, "--format", "onnx", "--precision", "fp32", "--report", "slower", "--claim", "test_p50_within_baseline"
+    )
     assert done.returncode == 1, done.stdout[-2000:]
     assert "slower than the baseline: ratio to the baseline" in done.stdout
 
 
 def test_a_factory_that_raises_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "mymodels.py").write_text(MODULE)
-    (tmp_path / "exportgate.toml").write_text('[models.bad]\nfactory = "mymodels:breaks"\n[matrix]\nformats = ["onnx"]\n')
+    (tmp_path / "exportgate.toml").write_text(
+        '[models.bad]\nfactory = "mymodels:breaks"\n[matrix]\nformats = ["onnx"]\n'
+    )
     done = qualify(tmp_path)
     assert done.returncode == 1, done.stdout[-2000:]
     assert "no weights here" in done.stdout

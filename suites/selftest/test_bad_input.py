@@ -19,7 +19,15 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(arguments: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own, with an empty cache."""
     variables = {**os.environ, "EXPORTGATE_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run([sys.executable, "-m", "suites.cli", *arguments], cwd=folder, env=variables, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "suites.cli", *arguments],
+        cwd=folder,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
@@ -57,17 +65,22 @@ def _files(folder: Path) -> dict[str, Path]:
     return {p.name: p for p in folder.iterdir()}
 
 
-@pytest.mark.parametrize(("name", "words"), [
-    ("missing.pt", ("missing.pt", "does not exist")),
-    ("empty.pt", ("empty.pt", "is empty")),
-    ("folder.pt", ("folder.pt", "is a directory")),
-    ("truncated.pt", ("truncated.pt", "damaged")),
-    ("page.pt", ("page.pt", "web page")),
-    ("text.pt", ("text.pt", "text file")),
-    ("malicious.pt", ("malicious.pt", "system")),
-])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("missing.pt", ("missing.pt", "does not exist")),
+        ("empty.pt", ("empty.pt", "is empty")),
+        ("folder.pt", ("folder.pt", "is a directory")),
+        ("truncated.pt", ("truncated.pt", "damaged")),
+        ("page.pt", ("page.pt", "web page")),
+        ("text.pt", ("text.pt", "text file")),
+        ("malicious.pt", ("malicious.pt", "system")),
+    ],
+)
 @pytest.mark.parametrize("command", ["export", "qualify"])
-def test_a_file_that_is_no_checkpoint_is_refused(command: str, name: str, words: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_file_that_is_no_checkpoint_is_refused(
+    command: str, name: str, words: tuple[str, ...], tmp_path: Path
+) -> None:
     files = set(_files(tmp_path))
     done = run([command, name, "--format", "onnx"], tmp_path)
     assert_refused(done, *words)
@@ -76,55 +89,68 @@ def test_a_file_that_is_no_checkpoint_is_refused(command: str, name: str, words:
     assert not (tmp_path / "canary").exists(), "the file's code ran"
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    (["--format", "onxx"], ("format 'onxx'", "did you mean onnx")),
-    (["--format", "torchscript", "--precision", "int8"], ("torchscript", "int8", "fp32, fp16")),
-    (["--format", "onnx", "--precision", "fp12"], ("'fp12'", "fp32")),
-    (["--format", "onnx", "--half", "--int8"], ("fp16", "int8", "two precisions")),
-    (["--format", "onnx", "--half", "--precision", "fp32"], ("fp16", "fp32", "two precisions")),
-    (["--format", "onnx", "--imgsz", "0"], ("imgsz 0", "32")),
-    (["--format", "onnx", "--imgsz=-1"], ("imgsz -1", "32")),
-    (["--format", "onnx", "--imgsz", "641"], ("imgsz 641", "640 or 672")),
-    (["--format", "onnx", "--imgsz", "abc"], ("imgsz 'abc'",)),
-    (["--format", "onnx", "--imgsz", "640,640,640"], ("imgsz '640,640,640'",)),
-    (["--format", "onnx", "--batch", "0"], ("batch '0'",)),
-    (["--format", "onnx", "--batch", "two"], ("batch 'two'",)),
-    (["--format", "onnx", "--opset", "16"], ("opset '16'", "17 to 20")),
-    (["--format", "onnx", "--opset", "99"], ("opset '99'", "17 to 20")),
-    (["--format", "torchscript", "--opset", "17"], ("torchscript", "'opset'", "optimize")),
-    (["--format", "onnx", "--optimize"], ("onnx", "'optimize'", "simplify")),
-    (["--format", "torchscript", "--optimize", "--half"], ("optimize", "fp16")),
-    (["--format", "onnx", "--int8"], ("INT8", "--data")),
-    (["--format", "onnx", "--int8", "--data", "nowhere"], ("data", "nowhere", "does not exist")),
-    (["--format", "onnx", "--int8", "--data", "."], ("no images",)),
-    (["--format", "onnx", "--int8", "--data", ".", "--fraction", "0"], ("fraction '0'",)),
-    (["--format", "onnx", "--device", "tpu"], ("device 'tpu'",)),
-    (["--format", "onnx", "--project", "nowhere"], ("nowhere", "exportgate.toml")),
-    (["--format", "onnx", "--colour"], ("--colour",)),
-])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--format", "onxx"], ("format 'onxx'", "did you mean onnx")),
+        (["--format", "torchscript", "--precision", "int8"], ("torchscript", "int8", "fp32, fp16")),
+        (["--format", "onnx", "--precision", "fp12"], ("'fp12'", "fp32")),
+        (["--format", "onnx", "--half", "--int8"], ("fp16", "int8", "two precisions")),
+        (["--format", "onnx", "--half", "--precision", "fp32"], ("fp16", "fp32", "two precisions")),
+        (["--format", "onnx", "--imgsz", "0"], ("imgsz 0", "32")),
+        (["--format", "onnx", "--imgsz=-1"], ("imgsz -1", "32")),
+        (["--format", "onnx", "--imgsz", "641"], ("imgsz 641", "640 or 672")),
+        (["--format", "onnx", "--imgsz", "abc"], ("imgsz 'abc'",)),
+        (["--format", "onnx", "--imgsz", "640,640,640"], ("imgsz '640,640,640'",)),
+        (["--format", "onnx", "--batch", "0"], ("batch '0'",)),
+        (["--format", "onnx", "--batch", "two"], ("batch 'two'",)),
+        (["--format", "onnx", "--opset", "16"], ("opset '16'", "17 to 20")),
+        (["--format", "onnx", "--opset", "99"], ("opset '99'", "17 to 20")),
+        (["--format", "torchscript", "--opset", "17"], ("torchscript", "'opset'", "optimize")),
+        (["--format", "onnx", "--optimize"], ("onnx", "'optimize'", "simplify")),
+        (["--format", "torchscript", "--optimize", "--half"], ("optimize", "fp16")),
+        (["--format", "onnx", "--int8"], ("INT8", "--data")),
+        (["--format", "onnx", "--int8", "--data", "nowhere"], ("data", "nowhere", "does not exist")),
+        (["--format", "onnx", "--int8", "--data", "."], ("no images",)),
+        (["--format", "onnx", "--int8", "--data", ".", "--fraction", "0"], ("fraction '0'",)),
+        (["--format", "onnx", "--device", "tpu"], ("device 'tpu'",)),
+        (["--format", "onnx", "--project", "nowhere"], ("nowhere", "exportgate.toml")),
+        (["--format", "onnx", "--colour"], ("--colour",)),
+    ],
+)
 @pytest.mark.parametrize("command", ["export", "qualify"])
-def test_an_option_that_cannot_be_met_is_refused(command: str, options: list[str], words: tuple[str, ...], trained: Path, tmp_path: Path) -> None:
+def test_an_option_that_cannot_be_met_is_refused(
+    command: str, options: list[str], words: tuple[str, ...], trained: Path, tmp_path: Path
+) -> None:
     done = run([command, str(trained), *options], tmp_path)
     assert_refused(done, *words)
     assert {p.name for p in tmp_path.iterdir()} <= {"cache"}
 
 
 def test_class_names_with_a_gap_are_refused(trained: Path, tmp_path: Path) -> None:
-    (tmp_path / "exportgate.toml").write_text(f'[models.gap]\nweights = "{trained}"\nnames = {{ 0 = "a", 1 = "b", 3 = "d", 4 = "e", 5 = "f", 6 = "g" }}\n')
+    (tmp_path / "exportgate.toml").write_text(
+        f'[models.gap]\nweights = "{trained}"\nnames = {{ 0 = "a", 1 = "b", 3 = "d", 4 = "e", 5 = "f", 6 = "g" }}\n'
+    )
     assert_refused(run(["qualify", "gap", "--format", "onnx"], tmp_path), "no index 2")
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("[models", ("not TOML",)),
-    ("[modles.a]\nweights = 'x'", ("'modles'", "did you mean models")),
-    ("[models.a]\nweihgts = 'x'", ("'weihgts'",)),
-    ("[models.a]\nweights = 'nowhere.pt'\n[matrix]\nformats = ['onnx']", ("nowhere.pt", "does not exist")),
-    ("[matrix]\nmodels = ['b']", ("'b'", "[models.b]")),
-    ("[latency]\ndelta = 'much'", ("delta", "'much'")),
-    ("[[waivers]]\ncase = 'a'\nclaim = 'b'", ("waiver", "no reason")),
-    ("[[waivers]]\ncase='a'\nclaim='b'\nreason='c'\nissue='d'\nowner='e'\nexpires=2020-01-01", ("expired", "2020-01-01")),
-    ("[[tolerances]]\nprecision='fp16'\ngroup='boxes'\nmeasure='max_abs'\nallowed=1.0", ("no reason",)),
-])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[models", ("not TOML",)),
+        ("[modles.a]\nweights = 'x'", ("'modles'", "did you mean models")),
+        ("[models.a]\nweihgts = 'x'", ("'weihgts'",)),
+        ("[models.a]\nweights = 'nowhere.pt'\n[matrix]\nformats = ['onnx']", ("nowhere.pt", "does not exist")),
+        ("[matrix]\nmodels = ['b']", ("'b'", "[models.b]")),
+        ("[latency]\ndelta = 'much'", ("delta", "'much'")),
+        ("[[waivers]]\ncase = 'a'\nclaim = 'b'", ("waiver", "no reason")),
+        (
+            "[[waivers]]\ncase='a'\nclaim='b'\nreason='c'\nissue='d'\nowner='e'\nexpires=2020-01-01",
+            ("expired", "2020-01-01"),
+        ),
+        ("[[tolerances]]\nprecision='fp16'\ngroup='boxes'\nmeasure='max_abs'\nallowed=1.0", ("no reason",)),
+    ],
+)
 def test_a_mistake_in_the_configuration_is_refused(text: str, words: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "exportgate.toml").write_text(text)
     assert_refused(run(["qualify"], tmp_path), *words)
@@ -140,18 +166,53 @@ def test_a_file_that_somebody_else_made_is_not_overwritten(trained: Path, tmp_pa
 def test_a_folder_that_cannot_be_written_is_named(trained: Path, tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")  # a file where a folder should be: unwritable for root too
-    assert_refused(run(["export", str(trained), "--format", "onnx", "--imgsz", "64", "--output", str(blocked / "inner")], tmp_path), "cannot be written", "--output")
-    assert_refused(run(["export", str(trained), "--format", "onnx", "--imgsz", "64"], tmp_path, EXPORTGATE_CACHE=str(blocked / "cache")), "cache", "EXPORTGATE_CACHE")
+    assert_refused(
+        run(
+            ["export", str(trained), "--format", "onnx", "--imgsz", "64", "--output", str(blocked / "inner")], tmp_path
+        ),
+        "cannot be written",
+        "--output",
+    )
+    assert_refused(
+        run(
+            ["export", str(trained), "--format", "onnx", "--imgsz", "64"],
+            tmp_path,
+            EXPORTGATE_CACHE=str(blocked / "cache"),
+        ),
+        "cache",
+        "EXPORTGATE_CACHE",
+    )
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 def test_a_full_disk_is_one_line(trained: Path, tmp_path: Path) -> None:
     """A file system of 1 MiB where it can be made (root on Linux); elsewhere the export's own limit on file sizes."""
-    code = ("import resource,signal,sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20));"
-            "from suites.cli import main; sys.exit(main(sys.argv[1:]))")
+    code = (
+        "import resource,signal,sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20));"
+        "from suites.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
     variables = {**os.environ, "EXPORTGATE_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code, "export", str(trained), "--format", "onnx", "--imgsz", "64", "--output", str(tmp_path / "out")],
-                          cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            code,
+            "export",
+            str(trained),
+            "--format",
+            "onnx",
+            "--imgsz",
+            "64",
+            "--output",
+            str(tmp_path / "out"),
+        ],
+        cwd=tmp_path,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     text = done.stdout + done.stderr
     assert done.returncode != 0, text
     assert "Traceback" not in text, text

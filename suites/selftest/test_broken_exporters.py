@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from conftest import Workshop  # pyright: ignore[reportMissingImports]
 
 onnx = pytest.importorskip("onnx", reason="the toolchain onnx is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:Converting a tensor to a Python integer")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.torch.jit:DeprecationWarning", "ignore:Converting a tensor to a Python integer"
+)
 
 Damage = Callable[[Path, "Workshop"], None]
 ANCHORS, LAST_SCALE = 2100, 100  # of a 320x320 image: 40 x 40 + 20 x 20 + 10 x 10
@@ -93,7 +95,9 @@ def script_damage(change: Callable[..., Any]) -> Callable[..., Damage]:
     return given
 
 
-def at_the_end(model: Any, operator: str, *constants: np.ndarray[Any, Any], output: str = "output0", **attributes: Any) -> None:
+def at_the_end(
+    model: Any, operator: str, *constants: np.ndarray[Any, Any], output: str = "output0", **attributes: Any
+) -> None:
     """Puts one more operator behind an output, which keeps its name."""
     maker = next(n for n in model.graph.node if output in n.output)
     maker.output[list(maker.output).index(output)] = inner = f"{output}/inner"
@@ -113,7 +117,9 @@ def at_the_start(model: Any, operator: str, *constants: np.ndarray[Any, Any], **
     for number, value in enumerate(constants):
         inputs.append(f"images/damage{number}")
         model.graph.initializer.append(onnx.numpy_helper.from_array(value, inputs[-1]))
-    model.graph.node.insert(0, onnx.helper.make_node(operator, inputs, ["images/inner"], f"/damage/{operator}", **attributes))
+    model.graph.node.insert(
+        0, onnx.helper.make_node(operator, inputs, ["images/inner"], f"/damage/{operator}", **attributes)
+    )
 
 
 def _forget_shape(value: Any) -> None:
@@ -247,7 +253,9 @@ def nan_in_a_weight(model: Any) -> None:
 
 @graph_damage
 def another_result_each_time(model: Any) -> None:
-    model.graph.node.append(onnx.helper.make_node("RandomNormalLike", ["output0/inner"], ["output0/noise"], "/damage/noise", scale=1e-2))
+    model.graph.node.append(
+        onnx.helper.make_node("RandomNormalLike", ["output0/inner"], ["output0/noise"], "/damage/noise", scale=1e-2)
+    )
     at_the_end(model, "Add")
     model.graph.node[-1].input.append("output0/noise")
     model.graph.node.insert(len(model.graph.node) - 1, model.graph.node.pop(len(model.graph.node) - 2))
@@ -264,7 +272,9 @@ def output_renamed(model: Any) -> None:
 
 @graph_damage
 def output_added(model: Any) -> None:
-    model.graph.output.append(onnx.helper.make_tensor_value_info("/model.22/Concat_6_output_0", onnx.TensorProto.FLOAT, None))
+    model.graph.output.append(
+        onnx.helper.make_tensor_value_info("/model.22/Concat_6_output_0", onnx.TensorProto.FLOAT, None)
+    )
 
 
 @graph_damage
@@ -314,7 +324,9 @@ def first_row_for_any_batch(model: Any) -> None:
     zero, start, end = (np.float32(0).reshape(1), np.array([0]), np.array([1]))
     for name, value in (("zero", zero), ("start", start), ("end", end)):
         model.graph.initializer.append(onnx.numpy_helper.from_array(value, f"damage/{name}"))
-    first = onnx.helper.make_node("Slice", [add.input[0], "damage/start", "damage/end"], ["damage/first"], "/damage/Slice")
+    first = onnx.helper.make_node(
+        "Slice", [add.input[0], "damage/start", "damage/end"], ["damage/first"], "/damage/Slice"
+    )
     nothing = onnx.helper.make_node("Mul", [add.input[0], "damage/zero"], ["damage/nothing"], "/damage/Mul")
     add.input[:] = ["damage/first", "damage/nothing"]
     for node in (first, nothing):
@@ -324,7 +336,10 @@ def first_row_for_any_batch(model: Any) -> None:
 def declared_dynamic_but_baked(path: Path, workshop: Workshop) -> None:
     """The graph of one shape, whose signature says that the shape varies."""
     model = onnx.load(workshop.good("onnx fp32").path)
-    for value, axes in ((model.graph.input[0], {0: "batch", 2: "height", 3: "width"}), (model.graph.output[0], {0: "batch", 2: "anchors"})):
+    for value, axes in (
+        (model.graph.input[0], {0: "batch", 2: "height", 3: "width"}),
+        (model.graph.output[0], {0: "batch", 2: "anchors"}),
+    ):
         for axis, name in axes.items():
             value.type.tensor_type.shape.dim[axis].dim_param = name
     del model.graph.value_info[:]
@@ -365,8 +380,12 @@ def one_layer_left_in_fp32(model: Any, layer: str) -> None:
     place = list(model.graph.node).index(node)
     taken, given = node.input[0], node.output[0]
     node.input[0], node.output[0] = "damage/taken", "damage/given"
-    model.graph.node.insert(place, onnx.helper.make_node("Cast", [taken], ["damage/taken"], "/damage/in", to=onnx.TensorProto.FLOAT))
-    model.graph.node.insert(place + 2, onnx.helper.make_node("Cast", ["damage/given"], [given], "/damage/out", to=onnx.TensorProto.FLOAT16))
+    model.graph.node.insert(
+        place, onnx.helper.make_node("Cast", [taken], ["damage/taken"], "/damage/in", to=onnx.TensorProto.FLOAT)
+    )
+    model.graph.node.insert(
+        place + 2, onnx.helper.make_node("Cast", ["damage/given"], [given], "/damage/out", to=onnx.TensorProto.FLOAT16)
+    )
 
 
 def only_the_weights_in_fp16(path: Path, workshop: Workshop) -> None:
@@ -375,7 +394,9 @@ def only_the_weights_in_fp16(path: Path, workshop: Workshop) -> None:
     for entry in [i for i in model.graph.initializer if len(i.dims) == 4]:
         value, name = onnx.numpy_helper.to_array(entry).astype(np.float16), entry.name
         entry.CopyFrom(onnx.numpy_helper.from_array(value, f"{name}/stored"))
-        model.graph.node.insert(0, onnx.helper.make_node("Cast", [f"{name}/stored"], [name], f"/damage/{name}", to=onnx.TensorProto.FLOAT))
+        model.graph.node.insert(
+            0, onnx.helper.make_node("Cast", [f"{name}/stored"], [name], f"/damage/{name}", to=onnx.TensorProto.FLOAT)
+        )
     onnx.save(model, path)
 
 
@@ -407,7 +428,9 @@ def noise_on_the_state(path: Path, workshop: Workshop) -> None:
 
     state = load_file(path)
     key = "model.12.cv1.conv.weight"
-    state[key] = state[key] + np.random.default_rng(0).normal(0, 0.01 * state[key].std(), state[key].shape).astype(np.float32)
+    state[key] = state[key] + np.random.default_rng(0).normal(0, 0.01 * state[key].std(), state[key].shape).astype(
+        np.float32
+    )
     save_file(state, path)
 
 
@@ -487,7 +510,9 @@ def script_layer_left_in_fp32(path: Path, workshop: Workshop) -> None:
     from exporters.formats.torchscript import _half
     from exporters.models.build import build, for_export
 
-    module = _half(for_export(build(workshop.models["obstacles"]), False), tuple(p for p, _ in workshop.models["obstacles"].fp32))
+    module = _half(
+        for_export(build(workshop.models["obstacles"]), False), tuple(p for p, _ in workshop.models["obstacles"].fp32)
+    )
     layer = module.get_submodule("inner.model.6.cv1.conv")
     layer.float()
     layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
@@ -502,7 +527,10 @@ COCO = str({i: f"coco {i}" for i in range(80)})
 values, detections = outputs.test_outputs_match_reference, outputs.test_detections_match_reference
 names, owner = metadata.test_class_names_survive_the_round_trip, metadata.test_metadata_names_the_owner
 request = metadata.test_metadata_describes_the_request
-achieved, executed = precision.test_achieved_precision_is_the_requested, precision.test_executed_precision_is_the_requested
+achieved, executed = (
+    precision.test_achieved_precision_is_the_requested,
+    precision.test_executed_precision_is_the_requested,
+)
 rows, sizes = dynamic.test_batch_rows_equal_single_images, dynamic.test_random_shapes_match_reference
 signature, output_names = shapes.test_input_signature_is_the_requested, shapes.test_output_names_match_reference
 
@@ -510,9 +538,21 @@ BROKEN = (
     # Outputs
     Broken("two classes swapped", "onnx fp32", two_classes_swapped(), values, "scores"),
     Broken("two classes swapped, by detections", "onnx fp32", two_classes_swapped(), detections, "lost"),
-    Broken("output transposed", "onnx fp32", output_transposed(), shapes.test_output_shapes_match_reference, "[1, 2100, 10]"),
+    Broken(
+        "output transposed",
+        "onnx fp32",
+        output_transposed(),
+        shapes.test_output_shapes_match_reference,
+        "[1, 2100, 10]",
+    ),
     Broken("scores times 1.01", "onnx fp32", multiplied(channels([1, 1, 1, 1], 1.01)), values, "scores"),
-    Broken("scores times 1.05", "onnx fp16", multiplied(channels([1, 1, 1, 1], 1.05)), values, "onnx fp32 -> onnx fp16: output0 scores"),
+    Broken(
+        "scores times 1.05",
+        "onnx fp16",
+        multiplied(channels([1, 1, 1, 1], 1.05)),
+        values,
+        "onnx fp32 -> onnx fp16: output0 scores",
+    ),
     Broken("boxes moved by a pixel", "onnx fp32", moved(1.0), values, "boxes"),
     Broken("boxes moved by half a cell", "onnx fp16", moved(4.0), values, "onnx fp32 -> onnx fp16: output0 boxes"),
     Broken("boxes as corners", "onnx fp32", boxes_as_corners(), detections, "IoU"),
@@ -523,25 +563,53 @@ BROKEN = (
     Broken("images divided by 255 again", "onnx fp32", preprocessed_twice(), detections, "lost"),
     Broken("red and blue exchanged", "onnx fp32", blue_for_red(), values, "output0"),
     Broken("1 % noise on a layer", "onnx fp32", noise_on_a_layer("model.12.cv1.conv.weight", 0.01), values, "output0"),
-    Broken("10 % noise on a layer", "onnx fp16", noise_on_a_layer("model.12.cv1.conv.weight", 0.1), values, "onnx fp16"),
+    Broken(
+        "10 % noise on a layer", "onnx fp16", noise_on_a_layer("model.12.cv1.conv.weight", 0.1), values, "onnx fp16"
+    ),
     Broken("batch normalization with another epsilon", "onnx fp32", folded_with_another_epsilon, values, "output0"),
     Broken("another model's weights", "onnx fp32", untrained(), detections, "0 of"),
     Broken("a NaN among the weights", "onnx fp32", nan_in_a_weight(), shapes.test_outputs_are_finite, "NaN"),
     Broken("a NaN among the weights, by values", "onnx fp32", nan_in_a_weight(), values, "scores"),
-    Broken("another result each time", "onnx fp32", another_result_each_time(), outputs.test_same_feeds_give_the_same_outputs, "changed by"),
-    Broken("1 % noise on a layer, TorchScript", "torchscript fp32", script_noise("model.12.cv1.conv.weight", 0.01), values, "output0"),
-    Broken("a NaN among the weights, TorchScript", "torchscript fp32", script_nan(), shapes.test_outputs_are_finite, "NaN"),
+    Broken(
+        "another result each time",
+        "onnx fp32",
+        another_result_each_time(),
+        outputs.test_same_feeds_give_the_same_outputs,
+        "changed by",
+    ),
+    Broken(
+        "1 % noise on a layer, TorchScript",
+        "torchscript fp32",
+        script_noise("model.12.cv1.conv.weight", 0.01),
+        values,
+        "output0",
+    ),
+    Broken(
+        "a NaN among the weights, TorchScript", "torchscript fp32", script_nan(), shapes.test_outputs_are_finite, "NaN"
+    ),
     Broken("1 % noise on a layer, PyTorch", "pytorch fp32", noise_on_the_state, values, "output0"),
     Broken("two outputs exchanged", "twins onnx fp32", outputs_exchanged(), values, "left"),
     # Signature
     Broken("output renamed", "onnx fp32", output_renamed(), output_names, "missing ['output0'], added ['detections']"),
     Broken("output renamed, by values", "onnx fp32", output_renamed(), values, "output0 is missing"),
     Broken("output added", "onnx fp32", output_added(), output_names, "added ['/model.22/Concat_6_output_0']"),
-    Broken("output added, TorchScript", "torchscript fp32", script_output(lambda x: (x, x[:, :4])), output_names, "added ['unnamed1']"),
+    Broken(
+        "output added, TorchScript",
+        "torchscript fp32",
+        script_output(lambda x: (x, x[:, :4])),
+        output_names,
+        "added ['unnamed1']",
+    ),
     Broken("output missing", "twins onnx fp32", output_missing(), output_names, "missing ['right']"),
     Broken("output missing, by values", "twins onnx fp32", output_missing(), values, "right is missing"),
     Broken("output in FP16", "onnx fp32", output_cast("FLOAT16"), shapes.test_output_dtypes_are_floating, "float16"),
-    Broken("output in FP16, TorchScript", "torchscript fp16", script_output(lambda x: x.half()), shapes.test_output_dtypes_are_floating, "float16"),
+    Broken(
+        "output in FP16, TorchScript",
+        "torchscript fp16",
+        script_output(lambda x: x.half()),
+        shapes.test_output_dtypes_are_floating,
+        "float16",
+    ),
     Broken("input in FP16", "onnx fp16", input_cast("FLOAT16"), signature, "float16"),
     Broken("input in FP64", "onnx fp32", input_cast("DOUBLE"), robustness.test_wrong_dtype_is_refused, "float64"),
     Broken("input renamed", "onnx fp32", input_renamed(), signature, "['x']"),
@@ -551,47 +619,147 @@ BROKEN = (
     Broken("first row for any batch", "onnx fp32 dynamic", first_row_for_any_batch(), rows, "row 1 of a batch of 3"),
     Broken("declared dynamic, but baked", "onnx fp32 dynamic", declared_dynamic_but_baked, sizes, "Reshape"),
     Broken("right for squares only", "onnx fp32 dynamic", right_for_squares_only(), sizes, "boxes"),
-    Broken("fixed where dynamic is asked", "onnx fp32 dynamic", another("onnx fp32"), signature, "axis 0 is 1, expected an axis that varies"),
-    Broken("dynamic where fixed is asked", "onnx fp32", another("onnx fp32 dynamic"), dynamic.test_other_shapes_are_refused, "was taken"),
+    Broken(
+        "fixed where dynamic is asked",
+        "onnx fp32 dynamic",
+        another("onnx fp32"),
+        signature,
+        "axis 0 is 1, expected an axis that varies",
+    ),
+    Broken(
+        "dynamic where fixed is asked",
+        "onnx fp32",
+        another("onnx fp32 dynamic"),
+        dynamic.test_other_shapes_are_refused,
+        "was taken",
+    ),
     # Precision
     Broken("FP32 passed off as FP16", "onnx fp16", another("onnx fp32"), achieved, "asked for fp16, the file is fp32"),
     Broken("FP16 passed off as FP32", "onnx fp32", another("onnx fp16"), achieved, "asked for fp32, the file is fp16"),
     Broken("FP16 passed off as FP32, by values", "onnx fp32", another("onnx fp16"), values, "output0"),
-    Broken("one layer left in FP32", "onnx fp16", one_layer_left_in_fp32("/model.6/cv1/conv/Conv"), achieved, "/model.6/cv1/conv/Conv"),
+    Broken(
+        "one layer left in FP32",
+        "onnx fp16",
+        one_layer_left_in_fp32("/model.6/cv1/conv/Conv"),
+        achieved,
+        "/model.6/cv1/conv/Conv",
+    ),
     Broken("only the weights in FP16", "onnx fp16", only_the_weights_in_fp16, achieved, "the file is fp32"),
-    Broken("FP32 passed off as FP16, TorchScript", "torchscript fp16", another("torchscript fp32"), achieved, "the file is fp32"),
-    Broken("FP32 executed for FP16, TorchScript", "torchscript fp16", another("torchscript fp32"), executed, "libtorch executes fp32"),
-    Broken("FP16 passed off as FP32, TorchScript", "torchscript fp32", another("torchscript fp16"), achieved, "the file is fp16"),
-    Broken("one layer left in FP32, TorchScript", "torchscript fp16", script_layer_left_in_fp32, achieved, "model.6.cv1.conv"),
+    Broken(
+        "FP32 passed off as FP16, TorchScript",
+        "torchscript fp16",
+        another("torchscript fp32"),
+        achieved,
+        "the file is fp32",
+    ),
+    Broken(
+        "FP32 executed for FP16, TorchScript",
+        "torchscript fp16",
+        another("torchscript fp32"),
+        executed,
+        "libtorch executes fp32",
+    ),
+    Broken(
+        "FP16 passed off as FP32, TorchScript",
+        "torchscript fp32",
+        another("torchscript fp16"),
+        achieved,
+        "the file is fp16",
+    ),
+    Broken(
+        "one layer left in FP32, TorchScript",
+        "torchscript fp16",
+        script_layer_left_in_fp32,
+        achieved,
+        "model.6.cv1.conv",
+    ),
     Broken("FP16 passed off as FP32, PyTorch", "pytorch fp32", weights_of_another_type, achieved, "F16"),
-    Broken("FP32 passed off as INT8", "blobs onnx int8", another("blobs onnx fp32"), achieved, "asked for int8, the file is fp32"),
+    Broken(
+        "FP32 passed off as INT8",
+        "blobs onnx int8",
+        another("blobs onnx fp32"),
+        achieved,
+        "asked for int8, the file is fp32",
+    ),
     Broken("one layer not quantized", "blobs onnx int8", one_layer_not_quantized(), achieved, "/score/Conv"),
     Broken("a scale doubled", "blobs onnx int8", scale_doubled(), detections, "lost"),
-    Broken("another operator set", "onnx fp32", opset_of_another_version(), precision.test_opset_is_the_requested, "opset is 18, asked for 20"),
+    Broken(
+        "another operator set",
+        "onnx fp32",
+        opset_of_another_version(),
+        precision.test_opset_is_the_requested,
+        "opset is 18, asked for 20",
+    ),
     # Metadata
     Broken("metadata lost", "onnx fp32", metadata_lost(), names, "holds no metadata"),
     Broken("class names lost", "onnx fp32", property_changed("names", None), names, "index 0: None, expected 'Animal'"),
     Broken("class names shuffled", "onnx fp32", names_shuffled(), names, "index 1: 'Person', expected 'Car'"),
     Broken("another model's class names", "onnx fp32", property_changed("names", COCO), names, "80 names, expected 6"),
-    Broken("metadata of another image size", "onnx fp32", property_changed("imgsz", "[640, 640]"), request, "imgsz is (640, 640)"),
+    Broken(
+        "metadata of another image size",
+        "onnx fp32",
+        property_changed("imgsz", "[640, 640]"),
+        request,
+        "imgsz is (640, 640)",
+    ),
     Broken("metadata of another stride", "onnx fp32", property_changed("stride", "16"), request, "stride is 16"),
-    Broken("author is the exporter's", "onnx fp32", property_changed("author", "The Exporter"), owner, "author is 'The Exporter'"),
+    Broken(
+        "author is the exporter's",
+        "onnx fp32",
+        property_changed("author", "The Exporter"),
+        owner,
+        "author is 'The Exporter'",
+    ),
     Broken("license is the exporter's", "onnx fp32", property_changed("license", "MIT"), owner, "license is 'MIT'"),
     Broken("metadata lost, TorchScript", "torchscript fp32", config_lost(), names, "holds no metadata (config.txt)"),
-    Broken("class names shuffled, TorchScript", "torchscript fp32", config_changed(names=["Car", "Animal", "Person", "Rock", "Trash", "Tree"]), names,
-           "index 0"),
-    Broken("metadata of another batch, TorchScript", "torchscript fp32", config_changed(batch=8), request, "batch is 8"),
+    Broken(
+        "class names shuffled, TorchScript",
+        "torchscript fp32",
+        config_changed(names=["Car", "Animal", "Person", "Rock", "Trash", "Tree"]),
+        names,
+        "index 0",
+    ),
+    Broken(
+        "metadata of another batch, TorchScript", "torchscript fp32", config_changed(batch=8), request, "batch is 8"
+    ),
     # Files
-    Broken("truncated after the manifest", "onnx fp32", truncated, export.test_files_match_the_manifest, "best.onnx", rewrites_manifest=False),
-    Broken("truncated before the manifest", "onnx fp32", truncated, export.test_artifact_loads_from_its_files_alone, "cannot be loaded"),
-    Broken("a file of another format", "onnx fp32", another("torchscript fp32"), export.test_artifact_loads_from_its_files_alone, "cannot be loaded"),
-    Broken("truncated, TorchScript", "torchscript fp32", truncated, export.test_artifact_loads_from_its_files_alone, "cannot be loaded"),
+    Broken(
+        "truncated after the manifest",
+        "onnx fp32",
+        truncated,
+        export.test_files_match_the_manifest,
+        "best.onnx",
+        rewrites_manifest=False,
+    ),
+    Broken(
+        "truncated before the manifest",
+        "onnx fp32",
+        truncated,
+        export.test_artifact_loads_from_its_files_alone,
+        "cannot be loaded",
+    ),
+    Broken(
+        "a file of another format",
+        "onnx fp32",
+        another("torchscript fp32"),
+        export.test_artifact_loads_from_its_files_alone,
+        "cannot be loaded",
+    ),
+    Broken(
+        "truncated, TorchScript",
+        "torchscript fp32",
+        truncated,
+        export.test_artifact_loads_from_its_files_alone,
+        "cannot be loaded",
+    ),
 )
 CONTROLS = tuple(dict.fromkeys((b.case, b.claim) for b in BROKEN))
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda b: b.name)
-def test_a_broken_exporter_is_caught(workshop: Workshop, broken: Broken, record_property: Callable[[str, object], None]) -> None:
+def test_a_broken_exporter_is_caught(
+    workshop: Workshop, broken: Broken, record_property: Callable[[str, object], None]
+) -> None:
     verdict, because = workshop.judge(broken.case, broken.claim, broken.damage, broken.rewrites_manifest)
     record_property("caught", [broken.name, broken.case, broken.claim.__name__, str(verdict), because])
     assert verdict is broken.verdict, f"{broken.claim.__name__} says {verdict} ({because}), expected {broken.verdict}"
@@ -599,7 +767,9 @@ def test_a_broken_exporter_is_caught(workshop: Workshop, broken: Broken, record_
 
 
 @pytest.mark.parametrize(("cell", "claim"), CONTROLS, ids=lambda x: x if isinstance(x, str) else x.__name__)
-def test_the_same_claim_passes_on_the_good_artifact(workshop: Workshop, cell: str, claim: Callable[[Bench], None]) -> None:
+def test_the_same_claim_passes_on_the_good_artifact(
+    workshop: Workshop, cell: str, claim: Callable[[Bench], None]
+) -> None:
     verdict, because = workshop.judge(cell, claim)
     assert verdict is Verdict.PASS, because
 
@@ -635,9 +805,14 @@ onnxruntime.InferenceSession.end_profiling = end_profiling
 """
 
 
-@pytest.mark.parametrize(("runtime", "word"), [(OTHER_PROVIDER, "gave AzureExecutionProvider"), (SOME_NODES_ELSEWHERE, "Softmax")],
-                         ids=["the whole session", "some nodes"])
-def test_a_fall_back_to_another_provider_fails(workshop: Workshop, runtime: str, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("runtime", "word"),
+    [(OTHER_PROVIDER, "gave AzureExecutionProvider"), (SOME_NODES_ELSEWHERE, "Softmax")],
+    ids=["the whole session", "some nodes"],
+)
+def test_a_fall_back_to_another_provider_fails(
+    workshop: Workshop, runtime: str, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A worker whose ONNX Runtime tells that other providers took over."""
     (tmp_path / "sitecustomize.py").write_text(runtime, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
@@ -681,10 +856,35 @@ def test_the_suite_fails_a_broken_exporter_and_judges_everything_else(trained: P
     (tmp_path / "names_lost.py").write_text(PLUGIN, encoding="utf-8")
     (tmp_path / "exportgate.toml").write_text("[latency]\nprocesses = 2\nseconds = 0.1\n", encoding="utf-8")
     root = Path(suites.__file__).parent.parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)]), "BROKEN": str(tmp_path / "broken")}
-    command = [sys.executable, "-m", "pytest", "-p", "suites.plugin", "-p", "names_lost", "-p", "no:cacheprovider", "--model", str(trained),
-               "--format", "onnx", "--precision", "fp32", "--imgsz", "320", "--project", str(tmp_path), "--report", str(tmp_path / "report"),
-               str(root / "suites")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)]),
+        "BROKEN": str(tmp_path / "broken"),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "suites.plugin",
+        "-p",
+        "names_lost",
+        "-p",
+        "no:cacheprovider",
+        "--model",
+        str(trained),
+        "--format",
+        "onnx",
+        "--precision",
+        "fp32",
+        "--imgsz",
+        "320",
+        "--project",
+        str(tmp_path),
+        "--report",
+        str(tmp_path / "report"),
+        str(root / "suites"),
+    ]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout[-3000:] + done.stderr[-3000:]
     assert "NOT QUALIFIED" in done.stdout
@@ -693,7 +893,10 @@ def test_the_suite_fails_a_broken_exporter_and_judges_everything_else(trained: P
     assert verdicts.pop("test_class_names_survive_the_round_trip") == "FAIL"
     assert set(verdicts.values()) <= {"PASS", "NOT_SUPPORTED", "NO_BASELINE"}, verdicts
     for chapter in (dynamic, export, metadata, outputs, precision, robustness, shapes):
-        missing = {n for n in vars(chapter) if n.startswith("test_")} - {*verdicts, "test_class_names_survive_the_round_trip"}
+        missing = {n for n in vars(chapter) if n.startswith("test_")} - {
+            *verdicts,
+            "test_class_names_survive_the_round_trip",
+        }
         assert not missing, f"claims of {chapter.__name__} were not judged: {missing}"
     assert verdicts["test_outputs_match_reference"] == verdicts["test_metadata_describes_the_request"] == "PASS"
     assert "test_p50_within_baseline" in verdicts

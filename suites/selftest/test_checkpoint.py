@@ -190,7 +190,9 @@ def detector(peer: types.SimpleNamespace, family: str = "DetectionModel") -> Any
     return model.half()
 
 
-def test_what_a_module_computes_with_besides_its_tensors_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_module_computes_with_besides_its_tensors_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
     model = detector(package(monkeypatch))

@@ -24,7 +24,10 @@ VALUES = ModelSpec("values", "", outputs=(OutputSpec("y", ((0, "batch"),), (Chan
 
 def processes(generator: np.random.Generator, count: int, center: float, cv: float) -> list[list[float]]:
     """Processes whose medians vary by `cv`, with a little noise inside each."""
-    return [list(m * (1 + 0.002 * generator.standard_normal(50))) for m in center * (1 + cv * generator.standard_normal(count))]
+    return [
+        list(m * (1 + 0.002 * generator.standard_normal(50)))
+        for m in center * (1 + cv * generator.standard_normal(count))
+    ]
 
 
 def test_a_slow_down_beyond_the_limit_fails() -> None:
@@ -36,12 +39,18 @@ def test_a_slow_down_beyond_the_limit_fails() -> None:
 
 def test_the_same_speed_passes() -> None:
     generator = np.random.default_rng(2)
-    assert judge(processes(generator, 10, 10.0, 0.005), processes(generator, 10, 10.0, 0.005), 0.02).verdict is Verdict.PASS
+    assert (
+        judge(processes(generator, 10, 10.0, 0.005), processes(generator, 10, 10.0, 0.005), 0.02).verdict
+        is Verdict.PASS
+    )
 
 
 def test_noise_that_hides_the_answer_is_inconclusive() -> None:
     generator = np.random.default_rng(3)
-    assert judge(processes(generator, 4, 10.0, 0.2), processes(generator, 4, 10.2, 0.2), 0.02).verdict is Verdict.INCONCLUSIVE
+    assert (
+        judge(processes(generator, 4, 10.0, 0.2), processes(generator, 4, 10.2, 0.2), 0.02).verdict
+        is Verdict.INCONCLUSIVE
+    )
 
 
 def test_a_slow_down_that_cannot_be_detected_may_not_be_asked_for() -> None:
@@ -106,15 +115,20 @@ def _output(boxes: list[tuple[float, float, float, float, int, float]]) -> np.nd
 GOOD = [(100.0, 100.0, 40.0, 60.0, 0, 0.9), (300.0, 200.0, 80.0, 80.0, 1, 0.8), (500.0, 400.0, 50.0, 30.0, 2, 0.6)]
 
 
-@pytest.mark.parametrize(("change", "lost", "extra"), [
-    (GOOD, 0, 0),
-    (GOOD[:2], 1, 0),
-    ([*GOOD, (50.0, 50.0, 20.0, 20.0, 1, 0.7)], 0, 1),
-    ([(100.0, 100.0, 40.0, 60.0, 1, 0.9), *GOOD[1:]], 1, 1),
-    ([(110.0, 100.0, 40.0, 60.0, 0, 0.9), *GOOD[1:]], 1, 1),
-    ([*GOOD[:2], (500.0, 400.0, 50.0, 30.0, 2, 0.2)], 1, 0),
-])
-def test_matching_is_one_to_one_by_class(change: list[tuple[float, float, float, float, int, float]], lost: int, extra: int) -> None:
+@pytest.mark.parametrize(
+    ("change", "lost", "extra"),
+    [
+        (GOOD, 0, 0),
+        (GOOD[:2], 1, 0),
+        ([*GOOD, (50.0, 50.0, 20.0, 20.0, 1, 0.7)], 0, 1),
+        ([(100.0, 100.0, 40.0, 60.0, 1, 0.9), *GOOD[1:]], 1, 1),
+        ([(110.0, 100.0, 40.0, 60.0, 0, 0.9), *GOOD[1:]], 1, 1),
+        ([*GOOD[:2], (500.0, 400.0, 50.0, 30.0, 2, 0.2)], 1, 0),
+    ],
+)
+def test_matching_is_one_to_one_by_class(
+    change: list[tuple[float, float, float, float, int, float]], lost: int, extra: int
+) -> None:
     found = match(_output(GOOD), _output(change), DETECTOR.outputs[0], Precision.FP16)
     assert (len(found.lost), len(found.extra)) == (lost, extra)
 

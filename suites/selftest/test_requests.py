@@ -40,8 +40,18 @@ def test_a_thousand_names_with_quotes_and_newlines_survive() -> None:
     assert normalize(Metadata(names=want).as_strings(), "x").names == want
 
 
-@pytest.mark.parametrize("values", [{"names": "__import__('os').system('true')"}, {"names": "[1,"}, {"stride": "x"}, {"imgsz": "[]"}, {"names": "{0: 'a', 2: 'b'}"},
-                                    {"imgsz": "(" * 5000}, []])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"names": "__import__('os').system('true')"},
+        {"names": "[1,"},
+        {"stride": "x"},
+        {"imgsz": "[]"},
+        {"names": "{0: 'a', 2: 'b'}"},
+        {"imgsz": "(" * 5000},
+        [],
+    ],
+)
 def test_metadata_that_cannot_be_read_is_an_error_of_one_line(values: object) -> None:
     with pytest.raises(ArtifactError) as caught:
         normalize(values, "file.onnx")
@@ -68,9 +78,17 @@ def test_an_image_size_is_met_or_refused_with_sizes_that_fit(size: int, stride: 
         assert int(word) % stride == 0
 
 
-requests = st.fixed_dictionaries({}, optional={
-    "imgsz": st.tuples(st.integers(1, 20), st.integers(1, 20)).map(lambda s: (s[0] * 32, s[1] * 32)), "batch": st.integers(1, 64),
-    "dynamic": st.booleans(), "simplify": st.booleans(), "opset": st.integers(17, 20), "half": st.booleans()})
+requests = st.fixed_dictionaries(
+    {},
+    optional={
+        "imgsz": st.tuples(st.integers(1, 20), st.integers(1, 20)).map(lambda s: (s[0] * 32, s[1] * 32)),
+        "batch": st.integers(1, 64),
+        "dynamic": st.booleans(),
+        "simplify": st.booleans(),
+        "opset": st.integers(17, 20),
+        "half": st.booleans(),
+    },
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -93,7 +111,15 @@ def test_different_requests_have_different_case_ids(a: dict[str, object], b: dic
 
 
 def test_no_cell_of_the_matrix_is_filtered_out_silently(trained: Path) -> None:
-    cases = matrix(Project(Path()), Selection(str(trained), ("pytorch", "torchscript", "onnx"), ("fp32", "fp16", "int8"), {"data": str(Path(sklearn.__file__).parent / "datasets" / "images")}))  # type: ignore[arg-type]
+    cases = matrix(
+        Project(Path()),
+        Selection(
+            str(trained),
+            ("pytorch", "torchscript", "onnx"),
+            ("fp32", "fp16", "int8"),
+            {"data": str(Path(sklearn.__file__).parent / "datasets" / "images")},
+        ),
+    )  # type: ignore[arg-type]
     assert len(cases) == 9
     assert {c.spec.format for c in cases if c.because} == {"pytorch", "torchscript"}
 
@@ -117,8 +143,12 @@ def test_the_declared_toolchains_are_the_extras_of_the_project() -> None:
 
 def test_collection_imports_no_torch(trained: Path, tmp_path: Path) -> None:
     """The command line and collection stay light: only workers import torch."""
-    code = ("import sys, pytest\nclass Look:\n def pytest_collection_finish(self, session):\n  assert len(session.items) > 20\n  print('torch' in sys.modules)\n"
-            f"pytest.main(['--collect-only', '-qq', '-p', 'suites.plugin', '-c', '/dev/null', '--rootdir', {str(ROOT)!r}, '--model', {str(trained)!r}, '--format', 'onnx',"
-            f" {str(ROOT / 'suites/conformance')!r}], plugins=[Look()])")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    code = (
+        "import sys, pytest\nclass Look:\n def pytest_collection_finish(self, session):\n  assert len(session.items) > 20\n  print('torch' in sys.modules)\n"
+        f"pytest.main(['--collect-only', '-qq', '-p', 'suites.plugin', '-c', '/dev/null', '--rootdir', {str(ROOT)!r}, '--model', {str(trained)!r}, '--format', 'onnx',"
+        f" {str(ROOT / 'suites/conformance')!r}], plugins=[Look()])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
     assert "False" in done.stdout.splitlines(), done.stdout + done.stderr

@@ -130,14 +130,20 @@ def bench_of(run: Run, folder: Path, factory: str, format_id: str = "pytorch") -
 # ---- workers that misbehave ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("factory", "ending"), [
-    ("aborting", (Verdict.CRASH, "died during run", "SIGABRT")),
-    ("killed", (Verdict.CRASH, "died during run", "SIGKILL")),
-    ("hanging", (Verdict.TIMEOUT, "run took longer than 3 s")),
-    ("swelling", (Verdict.CRASH, "more than its limit of 1 GiB")),
-    ("babbling", (Verdict.CRASH, "answered run with 'no answer", "which is no answer")),
-], ids=lambda x: x if isinstance(x, str) else x[0].value)
-def test_a_worker_that_misbehaves_costs_its_case_and_no_other(run: Run, folder: Path, judge: Judge, factory: str, ending: Sequence[str]) -> None:
+@pytest.mark.parametrize(
+    ("factory", "ending"),
+    [
+        ("aborting", (Verdict.CRASH, "died during run", "SIGABRT")),
+        ("killed", (Verdict.CRASH, "died during run", "SIGKILL")),
+        ("hanging", (Verdict.TIMEOUT, "run took longer than 3 s")),
+        ("swelling", (Verdict.CRASH, "more than its limit of 1 GiB")),
+        ("babbling", (Verdict.CRASH, "answered run with 'no answer", "which is no answer")),
+    ],
+    ids=lambda x: x if isinstance(x, str) else x[0].value,
+)
+def test_a_worker_that_misbehaves_costs_its_case_and_no_other(
+    run: Run, folder: Path, judge: Judge, factory: str, ending: Sequence[str]
+) -> None:
     expected, *words = ending
     bad = bench_of(run, folder, factory)
     seen, because = judge(shapes.test_output_shapes_match_reference, bad)
@@ -149,7 +155,11 @@ def test_a_worker_that_misbehaves_costs_its_case_and_no_other(run: Run, folder: 
     assert run.pool.workers == started
     bad.close()
     good = bench_of(run, folder, "plain")
-    claims = (export.test_artifact_loads_from_its_files_alone, shapes.test_output_shapes_match_reference, robustness.test_missing_input_is_refused)
+    claims = (
+        export.test_artifact_loads_from_its_files_alone,
+        shapes.test_output_shapes_match_reference,
+        robustness.test_missing_input_is_refused,
+    )
     for claim in claims:
         assert judge(claim, good) == (Verdict.PASS, "")
     good.close()
@@ -177,7 +187,7 @@ def test_no_worker_outlives_its_pool(folder: Path) -> None:
 
 # ---- interrupted ---------------------------------------------------------------------------------------------------
 
-SLOW = '''
+SLOW = """
 import os, time
 from pathlib import Path
 import torch
@@ -188,7 +198,7 @@ def make():
         marker.write_text(str(os.getpid()))
         time.sleep(120)
     return torch.nn.Conv2d(3, 4, 3)
-'''
+"""
 
 
 def test_an_interrupted_export_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> None:
@@ -196,10 +206,29 @@ def test_an_interrupted_export_leaves_nothing_and_can_be_repeated(tmp_path: Path
     (tmp_path / "exportgate.toml").write_text('[models.slow]\nfactory = "slow:make"\nimgsz = 32\n', encoding="utf-8")
     cache, target, marker = tmp_path / "cache", tmp_path / "target", tmp_path / "marker"
     environment = {**os.environ, "EXPORTGATE_CACHE": str(cache), "MARKER": str(marker), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "suites.cli", "export", "slow", "--format", "torchscript", "--project", str(tmp_path), "--output", str(target)]
+    command = [
+        sys.executable,
+        "-m",
+        "suites.cli",
+        "export",
+        "slow",
+        "--format",
+        "torchscript",
+        "--project",
+        str(tmp_path),
+        "--output",
+        str(target),
+    ]
     # A test run in a shell's background inherits that Ctrl-C is ignored; the user's command does not.
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 90
     while not (marker.exists() and marker.read_text()) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -217,7 +246,9 @@ def test_an_interrupted_export_leaves_nothing_and_can_be_repeated(tmp_path: Path
     assert not list(cache.glob("artifacts/*"))
     assert not list(target.glob("*"))
     assert not psutil.pid_exists(int(marker.read_text())), "the worker goes on"
-    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    again = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert again.returncode == 0, again.stdout + again.stderr
     assert [p.name for p in target.iterdir()] == ["slow.torchscript"]
 
@@ -244,12 +275,36 @@ def test_each_artifact_is_opened_once_a_case(tmp_path: Path) -> None:
     pytest.importorskip("onnx", reason="the toolchain onnx is not installed")
     (tmp_path / "counter.py").write_text(COUNTER, encoding="utf-8")
     (tmp_path / "misbehaving.py").write_text(MODULE, encoding="utf-8")
-    (tmp_path / "exportgate.toml").write_text('[models.plain]\nfactory = "misbehaving:plain"\nimgsz = 32\n', encoding="utf-8")
+    (tmp_path / "exportgate.toml").write_text(
+        '[models.plain]\nfactory = "misbehaving:plain"\nimgsz = 32\n', encoding="utf-8"
+    )
     opened, report = tmp_path / "opened", tmp_path / "report"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "OPENED": str(opened)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "suites.plugin", "-p", "counter", "-p", "no:cacheprovider", "-m", "not latency",
-               "--model", "plain", "--format", "onnx", "--precision", "fp32,fp16", "--project", str(tmp_path), "--report", str(report),
-               str(ROOT / "suites")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "suites.plugin",
+        "-p",
+        "counter",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not latency",
+        "--model",
+        "plain",
+        "--format",
+        "onnx",
+        "--precision",
+        "fp32,fp16",
+        "--project",
+        str(tmp_path),
+        "--report",
+        str(report),
+        str(ROOT / "suites"),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     calls = Counter((f, p) for _, f, p, _ in map(json.loads, opened.read_text(encoding="utf-8").splitlines()))
@@ -271,10 +326,16 @@ def cached(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.setenv("EXPORTGATE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "own.py").write_text(MODULE, encoding="utf-8")
     generator = np.random.default_rng(0)
-    state = {"conv.weight": generator.normal(size=(4, 3, 3, 3)).astype(np.float32), "conv.bias": np.zeros(4, np.float32)}
+    state = {
+        "conv.weight": generator.normal(size=(4, 3, 3, 3)).astype(np.float32),
+        "conv.bias": np.zeros(4, np.float32),
+    }
     save_file(state, tmp_path / "weights.safetensors")
     with Pool() as pool:
-        yield pool, ModelSpec("own", "own:plain", weights=tmp_path / "weights.safetensors", search=(tmp_path,), imgsz=(32, 32))
+        yield (
+            pool,
+            ModelSpec("own", "own:plain", weights=tmp_path / "weights.safetensors", search=(tmp_path,), imgsz=(32, 32)),
+        )
 
 
 def made(pool: Pool, model: ModelSpec, **options: object) -> tuple[Artifact, bool]:
@@ -336,8 +397,12 @@ def _manifest_gone(artifact: Artifact) -> None:
     (artifact.root / MANIFEST).unlink()
 
 
-@pytest.mark.parametrize("damage", [_byte_changed, _file_gone, _manifest_cut, _manifest_gone], ids=lambda d: d.__name__.strip("_"))
-def test_a_damaged_artifact_in_the_cache_is_made_again(cached: tuple[Pool, ModelSpec], damage: Callable[[Artifact], None]) -> None:
+@pytest.mark.parametrize(
+    "damage", [_byte_changed, _file_gone, _manifest_cut, _manifest_gone], ids=lambda d: d.__name__.strip("_")
+)
+def test_a_damaged_artifact_in_the_cache_is_made_again(
+    cached: tuple[Pool, ModelSpec], damage: Callable[[Artifact], None]
+) -> None:
     pool, model = cached
     first, _ = made(pool, model)
     damage(first)
@@ -372,7 +437,12 @@ def test_an_export_that_changes_the_weights_is_caught(cached: tuple[Pool, ModelS
             file.write(b"\0")
 
     case = Case(request(model, "torchscript"), formats.get("torchscript").runtimes[0])
-    assert judge(export.test_export_leaves_the_weights_unchanged, Bench(Run(Project(model.search[0]), pool), case)) == (Verdict.PASS, "")
-    seen, because = judge(export.test_export_leaves_the_weights_unchanged, Bench(Run(Project(model.search[0]), pool, damage), case))
+    assert judge(export.test_export_leaves_the_weights_unchanged, Bench(Run(Project(model.search[0]), pool), case)) == (
+        Verdict.PASS,
+        "",
+    )
+    seen, because = judge(
+        export.test_export_leaves_the_weights_unchanged, Bench(Run(Project(model.search[0]), pool, damage), case)
+    )
     assert seen is Verdict.FAIL
     assert "weights.safetensors changed while it was exported" in because

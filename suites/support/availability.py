@@ -44,6 +44,9 @@ def cells() -> list[Cell]:
                 elif runtime.device == "cuda" and shutil.which("nvidia-smi") is None:
                     state, because = "missing", "no NVIDIA driver"
                 else:
-                    state, because = "available", "" if precision in runtime.executes else f"executed in another precision: {runtime.because}"
+                    state, because = (
+                        "available",
+                        "" if precision in runtime.executes else f"executed in another precision: {runtime.because}",
+                    )
                 rows.append(Cell(entry.id, precision.value, runtime.id, runtime.device, state, because))
     return rows

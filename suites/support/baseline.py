@@ -35,7 +35,11 @@ class Baseline:
     def differs(self, here: Mapping[str, Any]) -> list[str]:
         """What is not equal, as lines "version of torch: 2.12 there, 2.13 here"."""
         keys = sorted({*self.comparable, *here})
-        return [f"{k}: {self.comparable.get(k)} in the baseline, {here.get(k)} here" for k in keys if self.comparable.get(k) != here.get(k)]
+        return [
+            f"{k}: {self.comparable.get(k)} in the baseline, {here.get(k)} here"
+            for k in keys
+            if self.comparable.get(k) != here.get(k)
+        ]
 
 
 def baseline_path(folder: Path, machine: str, case: str) -> Path:
@@ -52,13 +56,24 @@ def read_baseline(path: Path) -> Baseline | None:
         return None
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        return Baseline(str(data["case"]), path, str(data["date"]), str(data["reason"]), dict(data["comparable"]),
-                        [[float(x) for x in p] for p in data["milliseconds"]])
+        return Baseline(
+            str(data["case"]),
+            path,
+            str(data["date"]),
+            str(data["reason"]),
+            dict(data["comparable"]),
+            [[float(x) for x in p] for p in data["milliseconds"]],
+        )
     except (ValueError, KeyError, TypeError) as error:
-        raise BadRequest(f"baseline {path} cannot be read ({type(error).__name__}: {error})", "restore it from version control, or accept a new one") from None
+        raise BadRequest(
+            f"baseline {path} cannot be read ({type(error).__name__}: {error})",
+            "restore it from version control, or accept a new one",
+        ) from None
 
 
-def accept(folder: Path, machine: str, case: str, measurement: Measurement, reason: str) -> tuple[Path, float | None, float]:
+def accept(
+    folder: Path, machine: str, case: str, measurement: Measurement, reason: str
+) -> tuple[Path, float | None, float]:
     """Writes a measurement of a run record as the baseline of its case; returns (path, p50 before, p50 now).
 
     Raises:
@@ -71,13 +86,26 @@ def accept(folder: Path, machine: str, case: str, measurement: Measurement, reas
         raise BadRequest(f"case {case}: the measurement was throttled", "measure again on a cool machine")
     cv = float(np.std(medians, ddof=1) / np.mean(medians))
     if cv > 0.15:
-        raise BadRequest(f"case {case}: its processes differ by {cv * 100:.0f} % (coefficient of variation)", "measure again on a quiet machine (limit: 15 %)")
+        raise BadRequest(
+            f"case {case}: its processes differ by {cv * 100:.0f} % (coefficient of variation)",
+            "measure again on a quiet machine (limit: 15 %)",
+        )
     path = baseline_path(folder, machine, case)
     before = read_baseline(path)
     data = {
-        "case": case, "machine": machine, "date": datetime.now(UTC).date().isoformat(), "reason": reason.strip(),
-        "p50_before": before.p50 if before else None, "p50": float(np.median(medians)), "comparable": measurement.conditions["comparable"],
-        "conditions": {"timer": measurement.timer, "threads": measurement.threads, "warm_up": measurement.warm_up, "notes": list(measurement.notes)},
+        "case": case,
+        "machine": machine,
+        "date": datetime.now(UTC).date().isoformat(),
+        "reason": reason.strip(),
+        "p50_before": before.p50 if before else None,
+        "p50": float(np.median(medians)),
+        "comparable": measurement.conditions["comparable"],
+        "conditions": {
+            "timer": measurement.timer,
+            "threads": measurement.threads,
+            "warm_up": measurement.warm_up,
+            "notes": list(measurement.notes),
+        },
         "milliseconds": [[round(x, 4) for x in p] for p in measurement.processes],
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,12 @@ class Run:
     `damage(artifact, spec)` may change a finished artifact before it is judged: the hook that selftests use.
     """
 
-    def __init__(self, project: Project, pool: Pool, damage: Callable[[Artifact, ExportSpec], Artifact | None] = lambda artifact, spec: None) -> None:
+    def __init__(
+        self,
+        project: Project,
+        pool: Pool,
+        damage: Callable[[Artifact, ExportSpec], Artifact | None] = lambda artifact, spec: None,
+    ) -> None:
         self.project, self.pool, self.damage = project, pool, damage
         self.outputs: OrderedDict[Any, Outputs] = OrderedDict()
         self.feed_sets: OrderedDict[Any, list[FeedSet]] = OrderedDict()
@@ -77,7 +82,10 @@ class Run:
     def damaged(self, model: ModelSpec, feeds: FeedSet, layer: str, size: float) -> Outputs:
         """The reference's outputs with noise on one layer's weights; kept once per model and feeds."""
         damage = {"layer": layer, "size": size}
-        return self.kept(("damaged", repr(model), _key(feeds), layer, size), lambda: self.reference(model).run_damaged(feeds.arrays, damage))
+        return self.kept(
+            ("damaged", repr(model), _key(feeds), layer, size),
+            lambda: self.reference(model).run_damaged(feeds.arrays, damage),
+        )
 
     def layers(self, model: ModelSpec) -> list[str]:
         """Layers of the reference that can be damaged, in order."""
@@ -176,7 +184,10 @@ class Bench:
     def outputs(self, feeds: FeedSet) -> Outputs:
         """The artifact's outputs; feeds are cast to the floating type that its inputs have."""
         session = self.session()
-        return self.run.kept(("case", self.case.id, session.artifact.root, _key(feeds)), lambda: self.guard(lambda: session.run(cast(session, feeds.arrays))))
+        return self.run.kept(
+            ("case", self.case.id, session.artifact.root, _key(feeds)),
+            lambda: self.guard(lambda: session.run(cast(session, feeds.arrays))),
+        )
 
     def hops(self) -> list[tuple[str, ExportSpec, Artifact]]:
         """The chain from the first artifact to the case's own, as (name, request, artifact)."""
@@ -184,14 +195,23 @@ class Bench:
         while self.brought is None and (parents := formats.get(chain[0].format).parents(chain[0])):
             chain.insert(0, parents[0])
         own = self.artifact()
-        return [(f"{s.format} {s.precision.value}", s, own if s is self.spec else self.guard(lambda s=s: self.run.pool.export(s))) for s in chain]
+        return [
+            (
+                f"{s.format} {s.precision.value}",
+                s,
+                own if s is self.spec else self.guard(lambda s=s: self.run.pool.export(s)),
+            )
+            for s in chain
+        ]
 
     def hop_outputs(self, name: str, spec: ExportSpec, artifact: Artifact, feeds: FeedSet) -> Outputs:
         """Outputs of one artifact of the chain."""
         if spec is self.spec:
             return self.outputs(feeds)
         session = self._open(name, artifact, spec)
-        return self.run.kept(("hop", artifact.key, _key(feeds)), lambda: self.guard(lambda: session.run(cast(session, feeds.arrays))))
+        return self.run.kept(
+            ("hop", artifact.key, _key(feeds)), lambda: self.guard(lambda: session.run(cast(session, feeds.arrays)))
+        )
 
     def close(self) -> None:
         for session in self.opened.values():
@@ -208,6 +228,7 @@ class Bench:
 def cast(session: RemoteSession, feeds: Mapping[str, Array]) -> Outputs:
     """Feeds in the floating type that a session's inputs have (the peer's FP16 files take FP16)."""
     types = {i.name: np.dtype(i.dtype) for i in session.inputs}
-    return {k: v.astype(types[k]) if k in types and v.dtype.kind == "f" and types[k].kind == "f" else v for k, v in feeds.items()}
-
-
+    return {
+        k: v.astype(types[k]) if k in types and v.dtype.kind == "f" and types[k].kind == "f" else v
+        for k, v in feeds.items()
+    }

@@ -43,7 +43,9 @@ class Case:
     def command(self, claim: str = "") -> str:
         """The command that judges this case alone."""
         spec = self.spec
-        model = str(spec.model.weights) if spec.model.factory.startswith("exporters.models.yolov8:") else spec.model.name
+        model = (
+            str(spec.model.weights) if spec.model.factory.startswith("exporters.models.yolov8:") else spec.model.name
+        )
         words = ["exportgate", "qualify", _quoted(model), "--format", spec.format, "--precision", spec.precision.value]
         if spec.model.has_images:
             words += ["--imgsz", ",".join(map(str, spec.imgsz))]
@@ -100,7 +102,11 @@ def matrix(project: Project, selection: Selection) -> list[Case]:
     """
     chosen_formats = [formats.canonical(f) for f in selection.formats]
     chosen_precisions = [Precision.parse(p) for p in selection.precisions]
-    cases = _asked(project, selection, chosen_formats, chosen_precisions) if selection.model else _own(project, selection, chosen_formats, chosen_precisions)
+    cases = (
+        _asked(project, selection, chosen_formats, chosen_precisions)
+        if selection.model
+        else _own(project, selection, chosen_formats, chosen_precisions)
+    )
     seen: dict[str, Case] = {}
     for case in cases:
         if case.id in seen:
@@ -117,18 +123,25 @@ def find_model(project: Project, selection: Selection) -> ModelSpec:
         return from_checkpoint(locate(selection.model, project.folder), task=selection.task)
     path = Path(selection.model).expanduser()
     if not path.exists() and project.models and "/" not in selection.model and not path.suffix:
-        raise BadRequest(f"model '{selection.model}' is neither a file nor one of the project's", "models: " + ", ".join(project.models))
+        raise BadRequest(
+            f"model '{selection.model}' is neither a file nor one of the project's",
+            "models: " + ", ".join(project.models),
+        )
     return from_checkpoint(path, task=selection.task)
 
 
-def _asked(project: Project, selection: Selection, chosen: Sequence[str], precisions: Sequence[Precision]) -> list[Case]:
+def _asked(
+    project: Project, selection: Selection, chosen: Sequence[str], precisions: Sequence[Precision]
+) -> list[Case]:
     """format x precision of one model, with the same options for all."""
     model = find_model(project, selection)
     chosen = chosen or [f for f in project.matrix.get("formats", sorted(formats.registry()))]
     wanted = precisions or [Precision.FP32]
     if not any(p in formats.get(f).precisions for f in chosen for p in wanted):
-        raise BadRequest(f"precision {', '.join(wanted)} is not one of {', '.join(chosen)}",
-                         "; ".join(f"{f} has {', '.join(formats.get(f).precisions)}" for f in chosen))
+        raise BadRequest(
+            f"precision {', '.join(wanted)} is not one of {', '.join(chosen)}",
+            "; ".join(f"{f} has {', '.join(formats.get(f).precisions)}" for f in chosen),
+        )
     cells = [(f, p) for f in dict.fromkeys(chosen) for p in dict.fromkeys(wanted)]
     cases = [case for f, p in cells for case in _cases(model, f, p, selection.options, len(chosen) > 1)]
     if cases and all(case.because for case in cases):
@@ -136,7 +149,9 @@ def _asked(project: Project, selection: Selection, chosen: Sequence[str], precis
     return cases
 
 
-def _cases(model: ModelSpec, format_id: str, precision: Precision, options: Mapping[str, Any], several: bool) -> Iterable[Case]:
+def _cases(
+    model: ModelSpec, format_id: str, precision: Precision, options: Mapping[str, Any], several: bool
+) -> Iterable[Case]:
     """A cell's cases, one for each runtime on the device that is asked for."""
     entry = formats.get(format_id)
     given = dict(options)
@@ -174,23 +189,31 @@ def _own(project: Project, selection: Selection, chosen: Sequence[str], precisio
     cases: list[Case] = []
     for name in table.get("models", list(project.models)):
         if name not in project.models:
-            raise BadRequest(f"exportgate.toml [matrix]: model '{name}' has no [models.{name}]", "add the table, or correct the name")
+            raise BadRequest(
+                f"exportgate.toml [matrix]: model '{name}' has no [models.{name}]", "add the table, or correct the name"
+            )
         missing = ""
         try:
             model = from_table(name, project.models[name], project.folder)
         except ToolchainMissing as error:
             missing = str(error)
             model = ModelSpec(name, "exporters.models.yolov8:build", imgsz=(640, 640), stride=32)
-        rows: list[dict[str, Any]] = [{"format": f, "precision": p, **table.get("options", {})}
-                                      for f in table.get("formats", []) for p in table.get("precisions", ["fp32"])]
+        rows: list[dict[str, Any]] = [
+            {"format": f, "precision": p, **table.get("options", {})}
+            for f in table.get("formats", [])
+            for p in table.get("precisions", ["fp32"])
+        ]
         rows += [dict(r) for r in table.get("also", []) if r.get("model", name) == name]
         for row in rows:
-            options = {k: v for k, v in row.items() if k not in ("format", "precision", "model")} | dict(selection.options)
-            format_id, precision = formats.canonical(str(row.get("format", ""))), Precision.parse(row.get("precision", "fp32"))
+            options = {k: v for k, v in row.items() if k not in ("format", "precision", "model")} | dict(
+                selection.options
+            )
+            format_id, precision = (
+                formats.canonical(str(row.get("format", ""))),
+                Precision.parse(row.get("precision", "fp32")),
+            )
             if (chosen and format_id not in chosen) or (precisions and precision not in precisions):
                 continue
             made = _cases(model, format_id, precision, options, bool(selection.options))
             cases += [Case(c.spec, c.runtime, c.because, missing) for c in made]
     return list({c.id: c for c in cases}.values()) if selection.options else cases
-
-

@@ -63,7 +63,10 @@ def find_project(given: str | None, start: Path) -> Project:
     if given is not None:
         folder = Path(given).expanduser()
         if not (folder / FILE).is_file():
-            raise BadRequest(f"project '{given}' has no {FILE}", f"write one, or name the folder that has it ({folder.resolve()} was looked at)")
+            raise BadRequest(
+                f"project '{given}' has no {FILE}",
+                f"write one, or name the folder that has it ({folder.resolve()} was looked at)",
+            )
         return read_project(folder / FILE)
     if (start / FILE).is_file():
         return read_project(start / FILE)
@@ -86,7 +89,10 @@ def read_project(path: Path) -> Project:
     folder = path.parent.resolve()
     return Project(
         folder=folder,
-        models={str(k): _table(v, f"{path} [models.{k}]") for k, v in _table(data.get("models", {}), f"{path} models").items()},
+        models={
+            str(k): _table(v, f"{path} [models.{k}]")
+            for k, v in _table(data.get("models", {}), f"{path} models").items()
+        },
         matrix=_table(data.get("matrix", {}), f"{path} [matrix]"),
         tolerances=tuple(_tolerance(t, f"{path} [[tolerances]]") for t in data.get("tolerances", [])),
         latency=_latency(_table(data.get("latency", {}), f"{path} [latency]"), f"{path} [latency]"),
@@ -100,7 +106,9 @@ def read_project(path: Path) -> Project:
 def _only(table: Mapping[str, Any], keys: set[str], where: str) -> None:
     unknown = next((k for k in table if k not in keys), None)
     if unknown is not None:
-        raise BadRequest(f"{where}: key '{unknown}' is not known{near(unknown, sorted(keys))}", "keys: " + ", ".join(sorted(keys)))
+        raise BadRequest(
+            f"{where}: key '{unknown}' is not known{near(unknown, sorted(keys))}", "keys: " + ", ".join(sorted(keys))
+        )
 
 
 def _table(value: Any, where: str) -> Mapping[str, Any]:
@@ -119,8 +127,12 @@ def _number(table: Mapping[str, Any], key: str, where: str, default: float, low:
 def _latency(table: Mapping[str, Any], where: str) -> Latency:
     _only(table, {"delta", "processes", "seconds", "must_detect"}, where)
     must = _number(table, "must_detect", where, 0.0, 0.0) or None
-    return Latency(_number(table, "delta", where, 0.02, 0.0), int(_number(table, "processes", where, 5, 2)),
-                   _number(table, "seconds", where, 1.0, 0.05), must)
+    return Latency(
+        _number(table, "delta", where, 0.02, 0.0),
+        int(_number(table, "processes", where, 5, 2)),
+        _number(table, "seconds", where, 1.0, 0.05),
+        must,
+    )
 
 
 def _limits(table: Mapping[str, Any], where: str) -> Limits:
@@ -135,9 +147,14 @@ def _tolerance(value: Any, where: str) -> Mapping[str, Any]:
     missing = next((k for k in ("precision", "group", "measure", "allowed", "reason") if k not in table), None)
     measures = {"max_abs", "mean_abs", "p99_abs", "max_rel", "mean_rel", "cosine", "snr_db"}
     if missing or not str(table["reason"]).strip():
-        raise BadRequest(f"{where}: a tolerance has no {missing or 'reason'}", "give precision, group, measure, allowed and a reason from the arithmetic")
+        raise BadRequest(
+            f"{where}: a tolerance has no {missing or 'reason'}",
+            "give precision, group, measure, allowed and a reason from the arithmetic",
+        )
     if table["measure"] not in measures:
-        raise BadRequest(f"{where}: measure '{table['measure']}' is not known", "measures: " + ", ".join(sorted(measures)))
+        raise BadRequest(
+            f"{where}: measure '{table['measure']}' is not known", "measures: " + ", ".join(sorted(measures))
+        )
     _number(table, "allowed", where, 0.0, 0.0)
     return table
 
@@ -148,9 +165,13 @@ def _waiver(value: Any, where: str) -> Waiver:
     _only(table, set(fields), where)
     missing = next((k for k in fields if not str(table.get(k, "")).strip()), None)
     if missing:
-        raise BadRequest(f"{where}: the waiver of {table.get('case', '?')} has no {missing}", "a waiver has " + ", ".join(fields))
+        raise BadRequest(
+            f"{where}: the waiver of {table.get('case', '?')} has no {missing}", "a waiver has " + ", ".join(fields)
+        )
     try:
         expires = table["expires"] if isinstance(table["expires"], date) else date.fromisoformat(str(table["expires"]))
     except ValueError:
         raise BadRequest(f"{where}: expires '{table['expires']}' is not a date", "write it as 2027-01-31") from None
-    return Waiver(str(table["case"]), str(table["claim"]), str(table["reason"]), str(table["issue"]), str(table["owner"]), expires)
+    return Waiver(
+        str(table["case"]), str(table["claim"]), str(table["reason"]), str(table["issue"]), str(table["owner"]), expires
+    )

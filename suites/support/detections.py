@@ -87,7 +87,13 @@ def match(expected: Array, observed: Array, spec: OutputSpec, precision: Precisi
     lost: list[str] = []
     extra: list[str] = []
     # The other side is taken a margin lower, so that a detection that slipped under the floor is still there to match.
-    for number, (want, got) in enumerate(zip(detections(expected, spec, SCORE_FLOOR - margin), detections(observed, spec, SCORE_FLOOR - margin), strict=True)):
+    for number, (want, got) in enumerate(
+        zip(
+            detections(expected, spec, SCORE_FLOOR - margin),
+            detections(observed, spec, SCORE_FLOOR - margin),
+            strict=True,
+        )
+    ):
         table = iou(want[:, :4], got[:, :4]) * (want[:, None, 5] == got[None, :, 5])
         free = np.ones(len(got), bool)
         for i in np.argsort(-want[:, 4], kind="stable"):
@@ -100,6 +106,10 @@ def match(expected: Array, observed: Array, spec: OutputSpec, precision: Precisi
                 matched += bool(sure)
                 lowest = min(lowest, float(candidates[j]))
             elif sure:
-                lost.append(f"image {number}: class {int(want[i, 5])} score {want[i, 4]:.3f}, best IoU {candidates[j]:.3f}")
-        extra += [f"image {number}: class {int(r[5])} score {r[4]:.3f}" for r in got[free] if r[4] >= SCORE_FLOOR + margin]
+                lost.append(
+                    f"image {number}: class {int(want[i, 5])} score {want[i, 4]:.3f}, best IoU {candidates[j]:.3f}"
+                )
+        extra += [
+            f"image {number}: class {int(r[5])} score {r[4]:.3f}" for r in got[free] if r[4] >= SCORE_FLOOR + margin
+        ]
     return Matching(total, matched, floor, lowest, tuple(lost), tuple(extra))

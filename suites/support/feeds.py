@@ -44,7 +44,9 @@ def photographs(model: ModelSpec) -> list[Path]:
         return list_images(Path(model.feeds), "val")
     found = importlib.util.find_spec("sklearn")
     if found is None or not found.submodule_search_locations:
-        raise ToolchainMissing("the photographs of scikit-learn are not installed", "install scikit-learn, or give the model feeds")
+        raise ToolchainMissing(
+            "the photographs of scikit-learn are not installed", "install scikit-learn, or give the model feeds"
+        )
     folder = Path(next(iter(found.submodule_search_locations))) / "datasets" / "images"
     return [folder / "china.jpg", folder / "flower.jpg"]
 
@@ -59,15 +61,19 @@ def make_feeds(spec: ExportSpec, reference: RemoteSession, batch: int, imgsz: tu
     if not model.has_images or len(model.inputs) != 1:
         return [FeedSet("noise", sets[0].arrays, True), FeedSet("other noise", _noise(model, batch, imgsz, 1), True)]
     entry = model.inputs[0]
-    images = np.stack([prepare_image(read_image(p), imgsz, model.preprocess) for p in photographs(model)[:2]]).astype(entry.dtype)
+    images = np.stack([prepare_image(read_image(p), imgsz, model.preprocess) for p in photographs(model)[:2]]).astype(
+        entry.dtype
+    )
     scored = any(g.kind == "score" for o in model.outputs for g in o.groups)
     if scored and not model.feeds:
         excited = _excited(model, reference, images, entry.name, imgsz)
         sets.insert(0, FeedSet("excited photographs", {entry.name: _rows(excited, batch, model.stride)}, True))
         if batch == 1 and len(excited) > 1:
             sets.insert(1, FeedSet("excited photograph 2", {entry.name: excited[1:2]}, True))
-    sets.insert(0 if not scored or model.feeds else len(sets) - 1,
-                FeedSet("photographs", {entry.name: _rows(images, batch, model.stride)}, not scored or bool(model.feeds)))
+    sets.insert(
+        0 if not scored or model.feeds else len(sets) - 1,
+        FeedSet("photographs", {entry.name: _rows(images, batch, model.stride)}, not scored or bool(model.feeds)),
+    )
     return sets
 
 
@@ -83,7 +89,9 @@ def _noise(model: ModelSpec, batch: int, imgsz: tuple[int, int], seed: int = 0) 
     for entry in model.inputs:
         shape = model.shape(entry, batch, imgsz)
         if np.issubdtype(np.dtype(entry.dtype), np.integer):
-            made[entry.name] = generator.integers(int(entry.low), max(int(entry.high), int(entry.low) + 1), shape).astype(entry.dtype)
+            made[entry.name] = generator.integers(
+                int(entry.low), max(int(entry.high), int(entry.low) + 1), shape
+            ).astype(entry.dtype)
         else:
             made[entry.name] = generator.uniform(entry.low, entry.high, shape).astype(entry.dtype)
     return made

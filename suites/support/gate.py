@@ -33,11 +33,18 @@ class Gate:
         return {k: (v.value if isinstance(v, Verdict) else v) for k, v in asdict(self).items()}
 
     def line(self) -> str:
-        return (f"ratio to the baseline {self.ratio:.3f} [{self.low:.3f}, {self.high:.3f}], allowed {1 + self.delta:.3f}; "
-                f"a slow-down of {self.mde * 100:.1f} % would be noticed")
+        return (
+            f"ratio to the baseline {self.ratio:.3f} [{self.low:.3f}, {self.high:.3f}], allowed {1 + self.delta:.3f}; "
+            f"a slow-down of {self.mde * 100:.1f} % would be noticed"
+        )
 
 
-def judge(baseline: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]], delta: float, must_detect: float | None = None) -> Gate:
+def judge(
+    baseline: Sequence[Sequence[float]],
+    candidate: Sequence[Sequence[float]],
+    delta: float,
+    must_detect: float | None = None,
+) -> Gate:
     """FAIL where the interval's lower end exceeds 1 + delta, PASS where its upper end is below, else INCONCLUSIVE.
 
     Args:
@@ -50,14 +57,22 @@ def judge(baseline: Sequence[Sequence[float]], candidate: Sequence[Sequence[floa
     a = np.array([float(np.median(p)) for p in baseline if p])
     b = np.array([float(np.median(p)) for p in candidate if p])
     if len(a) < 2 or len(b) < 2:
-        raise MeasurementError(f"the gate has {len(a)} baseline and {len(b)} candidate processes", "each side needs at least two")
-    cv = math.sqrt((float(np.var(a, ddof=1)) / float(a.mean()) ** 2 + float(np.var(b, ddof=1)) / float(b.mean()) ** 2) / 2)
+        raise MeasurementError(
+            f"the gate has {len(a)} baseline and {len(b)} candidate processes", "each side needs at least two"
+        )
+    cv = math.sqrt(
+        (float(np.var(a, ddof=1)) / float(a.mean()) ** 2 + float(np.var(b, ddof=1)) / float(b.mean()) ** 2) / 2
+    )
     mde = delta + 2.8 * cv * math.sqrt(1 / len(a) + 1 / len(b))
     if must_detect is not None and must_detect < mde:
-        raise BadRequest(f"[latency] must_detect = {must_detect:g} lies below what {len(a)} + {len(b)} processes can detect ({mde:.3f})",
-                         "measure more processes, on a quieter machine, or ask for less")
+        raise BadRequest(
+            f"[latency] must_detect = {must_detect:g} lies below what {len(a)} + {len(b)} processes can detect ({mde:.3f})",
+            "measure more processes, on a quieter machine, or ask for less",
+        )
     generator = np.random.default_rng(0)
-    ratios = np.median(b[generator.integers(0, len(b), (RESAMPLES, len(b)))], 1) / np.median(a[generator.integers(0, len(a), (RESAMPLES, len(a)))], 1)
+    ratios = np.median(b[generator.integers(0, len(b), (RESAMPLES, len(b)))], 1) / np.median(
+        a[generator.integers(0, len(a), (RESAMPLES, len(a)))], 1
+    )
     low, high = (float(x) for x in np.percentile(ratios, [2.5, 97.5]))
     limit = 1 + delta
     verdict = Verdict.FAIL if low > limit else Verdict.PASS if high <= limit else Verdict.INCONCLUSIVE

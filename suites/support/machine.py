@@ -20,8 +20,14 @@ def fingerprint() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     word = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40]
     facts: dict[str, Any] = {
-        "cpu": name, "cores": cores, "instruction_sets": flags, "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "gpu": None, "driver": None, "os": f"{platform.system()} {platform.release()}", "python": platform.python_version(),
+        "cpu": name,
+        "cores": cores,
+        "instruction_sets": flags,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "gpu": None,
+        "driver": None,
+        "os": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
     }
     facts["id"] = f"{word}-{cores}c-{hashlib.sha256(flags.encode()).hexdigest()[:6]}"
     return facts
@@ -29,8 +35,14 @@ def fingerprint() -> dict[str, Any]:
 
 def comparable(facts: dict[str, Any], versions: dict[str, str]) -> dict[str, Any]:
     """What must be equal for two measurements to be compared: the processor and the versions of the runtimes."""
-    return {"cpu": facts["cpu"], "cores": facts["cores"], "instruction_sets": facts["instruction_sets"], "gpu": facts["gpu"],
-            "driver": facts["driver"], **{f"version of {k}": v for k, v in sorted(versions.items())}}
+    return {
+        "cpu": facts["cpu"],
+        "cores": facts["cores"],
+        "instruction_sets": facts["instruction_sets"],
+        "gpu": facts["gpu"],
+        "driver": facts["driver"],
+        **{f"version of {k}": v for k, v in sorted(versions.items())},
+    }
 
 
 def _processor() -> tuple[str, str]:

@@ -15,8 +15,14 @@ from suites.support.compare import SCORE_FLOOR, compare
 from suites.support.detections import detector_output, match
 
 # Largest damage, as a share of the layer's standard deviation, that a comparison of this precision may miss.
-CAPS: Mapping[Precision, float] = {Precision.FP32: 0.01, Precision.TF32: 0.01, Precision.FP16: 0.05, Precision.BF16: 0.05,
-                                   Precision.FP8: 0.2, Precision.INT8: 0.2}
+CAPS: Mapping[Precision, float] = {
+    Precision.FP32: 0.01,
+    Precision.TF32: 0.01,
+    Precision.FP16: 0.05,
+    Precision.BF16: 0.05,
+    Precision.FP8: 0.2,
+    Precision.INT8: 0.2,
+}
 SIZES = (0.00125, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2)
 
 Outputs = Mapping[str, Array]
@@ -46,8 +52,15 @@ class Power:
         return asdict(self) | {"damages": [asdict(d) for d in self.damages]}
 
 
-def prove(reference: Outputs, damaged: Callable[[str, float], Outputs], layers: Sequence[str], model: ModelSpec, precision: Precision,
-          imgsz: tuple[int, int], overrides: Sequence[Mapping[str, Any]] = ()) -> Power:
+def prove(
+    reference: Outputs,
+    damaged: Callable[[str, float], Outputs],
+    layers: Sequence[str],
+    model: ModelSpec,
+    precision: Precision,
+    imgsz: tuple[int, int],
+    overrides: Sequence[Mapping[str, Any]] = (),
+) -> Power:
     """Tries damage that must be rejected at this precision's tolerances.
 
     Args:
@@ -86,11 +99,19 @@ def prove(reference: Outputs, damaged: Callable[[str, float], Outputs], layers: 
     missed = [a for a in attempts if not a.rejected]
     if missed:
         worst = missed[0]
-        what = f"noise of {worst.cap:.3g} of the standard deviation of {worst.layer}'s weights" if worst.kind == "noise" else worst.kind
+        what = (
+            f"noise of {worst.cap:.3g} of the standard deviation of {worst.layer}'s weights"
+            if worst.kind == "noise"
+            else worst.kind
+        )
         return Power(False, f"does not notice {what}", tuple(attempts))
     size = max((a.size for a in attempts if a.kind == "noise"), default=0.0)
     others = ", ".join(a.kind for a in attempts if a.kind != "noise")
-    return Power(True, f"notices noise of {size * 100:.3g} % of a layer's standard deviation" + (f"; {others}" if others else ""), tuple(attempts))
+    return Power(
+        True,
+        f"notices noise of {size * 100:.3g} % of a layer's standard deviation" + (f"; {others}" if others else ""),
+        tuple(attempts),
+    )
 
 
 def _silent(reference: Outputs, model: ModelSpec) -> str:
@@ -100,7 +121,9 @@ def _silent(reference: Outputs, model: ModelSpec) -> str:
         return ""
     score = next(g for g in spec.groups if g.kind == "score")
     best = float(np.asarray(reference[spec.name])[:, score.start : score.stop].max())
-    return "" if best >= SCORE_FLOOR else f"no anchor has a score of {SCORE_FLOOR} (best {best:.3g}), so boxes say nothing"
+    return (
+        "" if best >= SCORE_FLOOR else f"no anchor has a score of {SCORE_FLOOR} (best {best:.3g}), so boxes say nothing"
+    )
 
 
 def _chosen(layers: Sequence[str]) -> list[str]:
@@ -118,7 +141,11 @@ def _rearranged(reference: Outputs, model: ModelSpec) -> list[tuple[str, Outputs
     if output.ndim > 1:
         values = output[:, group.start : group.stop]
         if values.shape[1] > 1:
-            counts = (values >= SCORE_FLOOR).sum(axis=(0, *range(2, values.ndim))) if group.kind == "score" else values.mean(axis=(0, *range(2, values.ndim)))
+            counts = (
+                (values >= SCORE_FLOOR).sum(axis=(0, *range(2, values.ndim)))
+                if group.kind == "score"
+                else values.mean(axis=(0, *range(2, values.ndim)))
+            )
             order = np.argsort(-counts, kind="stable")
             a, b = int(order[0]) + group.start, int(order[1]) + group.start
             swapped = output.copy()

@@ -17,7 +17,18 @@ from exporters.version import __version__
 from suites.support.bench import Bench
 from suites.support.machine import fingerprint
 
-VERSIONS = ("torch", "torchvision", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxslim", "pytest", "pytest-benchmark", "hypothesis")
+VERSIONS = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxslim",
+    "pytest",
+    "pytest-benchmark",
+    "hypothesis",
+)
 
 
 def now() -> str:
@@ -53,10 +64,14 @@ class Record:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise BadRequest(f"the run record {self.path} cannot be written ({error.strerror})", "give another folder with --report") from None
+            raise BadRequest(
+                f"the run record {self.path} cannot be written ({error.strerror})", "give another folder with --report"
+            ) from None
 
 
-def run_head(identity: str, command: list[str], project: Path | None, release: bool, must_pass: list[str]) -> dict[str, Any]:
+def run_head(
+    identity: str, command: list[str], project: Path | None, release: bool, must_pass: list[str]
+) -> dict[str, Any]:
     """The first line's fields."""
     versions: dict[str, str] = {}
     for package in VERSIONS:
@@ -64,8 +79,16 @@ def run_head(identity: str, command: list[str], project: Path | None, release: b
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return {"run": identity, "command": command, "exportgate": __version__, "project": str(project) if project else None, "release": release,
-            "must_pass": must_pass, "machine": fingerprint(), "versions": versions}
+    return {
+        "run": identity,
+        "command": command,
+        "exportgate": __version__,
+        "project": str(project) if project else None,
+        "release": release,
+        "must_pass": must_pass,
+        "machine": fingerprint(),
+        "versions": versions,
+    }
 
 
 def case_event(bench: Bench) -> dict[str, Any]:
@@ -75,16 +98,35 @@ def case_event(bench: Bench) -> dict[str, Any]:
     hops: list[dict[str, Any]] = []
     if bench.made is not None:
         hops = [_hop(name, artifact, artifact.key in bench.run.pool.fresh) for name, _, artifact in bench.hops()]
-    return {"case": case.id, "model": spec.model.name, "format": spec.format, "precision": spec.precision.value, "runtime": case.runtime.id,
-            "device": case.device, "spec": options, "hops": hops, "artifact": str(bench.made.root) if bench.made else None}
+    return {
+        "case": case.id,
+        "model": spec.model.name,
+        "format": spec.format,
+        "precision": spec.precision.value,
+        "runtime": case.runtime.id,
+        "device": case.device,
+        "spec": options,
+        "hops": hops,
+        "artifact": str(bench.made.root) if bench.made else None,
+    }
 
 
 def _hop(name: str, artifact: Artifact, fresh: bool) -> dict[str, Any]:
     achieved = artifact.achieved
     parts = [f"{n} {k}" for k, n in achieved.counts.items()]
     return {
-        "name": name, "format": artifact.format, "precision": str(artifact.spec.get("precision", achieved.precision)), "seconds": round(artifact.seconds, 3),
-        "cached": not fresh, "digest": artifact.key, "files": [{"path": f.path, "bytes": f.bytes, "sha256": f.sha256} for f in artifact.files],
-        "toolchain": {"name": artifact.toolchain["name"], "packages": artifact.toolchain["packages"]} if artifact.toolchain else None,
-        "achieved": {"summary": (f"{achieved.precision}: " if achieved.precision else "") + ", ".join([*parts, *artifact.notes]), "counts": dict(achieved.counts)},
+        "name": name,
+        "format": artifact.format,
+        "precision": str(artifact.spec.get("precision", achieved.precision)),
+        "seconds": round(artifact.seconds, 3),
+        "cached": not fresh,
+        "digest": artifact.key,
+        "files": [{"path": f.path, "bytes": f.bytes, "sha256": f.sha256} for f in artifact.files],
+        "toolchain": {"name": artifact.toolchain["name"], "packages": artifact.toolchain["packages"]}
+        if artifact.toolchain
+        else None,
+        "achieved": {
+            "summary": (f"{achieved.precision}: " if achieved.precision else "") + ", ".join([*parts, *artifact.notes]),
+            "counts": dict(achieved.counts),
+        },
     }

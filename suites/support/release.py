@@ -13,7 +13,12 @@ from suites.support.cases import Case
 from suites.support.config import Project
 
 
-def check_waivers(project: Project, cases: Sequence[Case] | None, items: Sequence[pytest.Item], case_of: Callable[[pytest.Item], Case | None]) -> None:
+def check_waivers(
+    project: Project,
+    cases: Sequence[Case] | None,
+    items: Sequence[pytest.Item],
+    case_of: Callable[[pytest.Item], Case | None],
+) -> None:
     """A waiver that is expired, or names a case or claim that does not exist, is an error.
 
     Raises:
@@ -25,7 +30,10 @@ def check_waivers(project: Project, cases: Sequence[Case] | None, items: Sequenc
     for waiver in project.waivers:
         where = f"waiver of {waiver.case}::{waiver.claim}"
         if waiver.expires < today:
-            raise BadRequest(f"{where} expired on {waiver.expires}", f"ask {waiver.owner}, see {waiver.issue}; extend it or remove it")
+            raise BadRequest(
+                f"{where} expired on {waiver.expires}",
+                f"ask {waiver.owner}, see {waiver.issue}; extend it or remove it",
+            )
         if ids is not None and waiver.case not in ids and _is_whole(project, ids):
             raise BadRequest(f"{where}: no case has this id", "correct it, or remove the waiver")
         if waiver.case in (ids or ()) and claims and waiver.claim not in claims and len(claims) > 1:
@@ -59,8 +67,18 @@ def check_release(config: pytest.Config) -> None:
     Raises:
         BadRequest: names the option.
     """
-    refused = (("-k", "keyword"), ("-m", "markexpr"), ("-x or --maxfail", "maxfail"), ("--lf", "lf"), ("--ff", "failedfirst"), ("--deselect", "deselect"),
-               ("--reruns", "reruns"), ("--claim", "claim"), ("--ignore", "ignore"), ("--sw", "stepwise"))
+    refused = (
+        ("-k", "keyword"),
+        ("-m", "markexpr"),
+        ("-x or --maxfail", "maxfail"),
+        ("--lf", "lf"),
+        ("--ff", "failedfirst"),
+        ("--deselect", "deselect"),
+        ("--reruns", "reruns"),
+        ("--claim", "claim"),
+        ("--ignore", "ignore"),
+        ("--sw", "stepwise"),
+    )
     for name, option in refused:
         if getattr(config.option, option, None):
             raise BadRequest(f"a release run was given {name}, which leaves tests out or repeats them", "leave it out")

@@ -57,4 +57,8 @@ def verdict_of(error: BaseException | None) -> Verdict:
 def one_line(error: BaseException) -> str:
     """An exception as one line for the record, without what pytest's rewritten assert tells of its operands."""
     text = " ".join(str(error).partition("\nassert ")[0].split()) or type(error).__name__
-    return text if isinstance(error, (AssertionError, Judged)) or type(error).__module__.startswith("exporters") else f"{type(error).__name__}: {text}"
+    return (
+        text
+        if isinstance(error, (AssertionError, Judged)) or type(error).__module__.startswith("exporters")
+        else f"{type(error).__name__}: {text}"
+    )
