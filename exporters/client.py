@@ -185,14 +185,19 @@ class Worker(Caller):
 
     def kill(self) -> None:
         """Kills the process and its children; a session that it held is gone."""
-        if self.alive:
-            import psutil
+        if not self.alive:
+            return
+        if os.name != "nt":  # it leads a session of its own, so its children are in its group
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            return
+        import psutil
 
-            with suppress(psutil.Error):
-                for child in psutil.Process(self.process.pid).children(recursive=True):
-                    with suppress(psutil.Error):
-                        child.kill()
-            self.process.kill()
+        with suppress(psutil.Error):
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                with suppress(psutil.Error):
+                    child.kill()
+        self.process.kill()
 
     def close(self) -> None:
         """Kills the process and waits for its end."""

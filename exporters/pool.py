@@ -97,6 +97,13 @@ class RemoteSession:
             self._call("damaged", feeds=save(feeds, place / "in"), folder=str(place / "out"), damage=dict(damage))
         )
 
+    def run_rounded(self, feeds: Feeds, bits: int, seed: int) -> dict[str, Array]:
+        """Outputs of the reference in rounded arithmetic (sessions of the pytorch format only)."""
+        place = self._place()
+        return load(
+            self._call("rounded", feeds=save(feeds, place / "in"), folder=str(place / "out"), bits=bits, seed=seed)
+        )
+
     def excite(self, feeds: Feeds, steps: int, floor: float) -> dict[str, Array]:
         """Feeds changed until the model responds to them (sessions of the pytorch format only)."""
         import numpy as np
@@ -155,11 +162,14 @@ class Pool:
         return Worker(name, environment.python, imports, self.folder / f"{name}.log", self.limits)
 
     def start_early(self, format_id: str) -> None:
-        """Starts the workers of a format's FP32 export before the request is known, so that they import meanwhile."""
+        """Starts the worker of a format's first FP32 step before the request is known, so that it imports meanwhile.
+
+        Whether there are more steps depends on the model.
+        """
         entry = formats.get(format_id)
+        step = entry.steps(ExportSpec(ModelSpec("", ""), entry.id))[0]
         with suppress(ToolchainMissing):
-            for step in entry.steps(ExportSpec(ModelSpec("", ""), entry.id)):
-                self.worker(entry.toolchain, entry.id, step.role, step.imports)
+            self.worker(entry.toolchain, entry.id, step.role, step.imports)
 
     def export(self, spec: ExportSpec) -> Artifact:
         """The artifact of a request, from the cache or made now.
@@ -272,6 +282,12 @@ class Pool:
         worker = self.workers.pop((entry.toolchain, entry.id, role), None)
         if worker is not None:
             worker.close()
+
+    def leave(self) -> None:
+        """Kills the workers without waiting for their end (50 ms after torch): for a process that ends next."""
+        for worker in self.workers.values():
+            worker.kill()
+        self.workers.clear()
 
     def close(self) -> None:
         """Ends the workers and removes arrays and empty logs; the folder stays where something was logged."""

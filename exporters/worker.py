@@ -53,6 +53,7 @@ class Server:
                 "measure": self.measure,
                 "describe": self.describe,
                 "damaged": self.damaged,
+                "rounded": self.rounded,
                 "excite": self.excite,
                 "close": self.close,
             }[call["op"]]
@@ -73,7 +74,13 @@ class Server:
         folder = Path(call["folder"])
         steps, number = entry.steps(spec), int(call["step"])
         start = time.perf_counter()
-        made = steps[number].run(Job(spec, folder, parents, Metadata.of(spec)))
+        collecting = gc.isenabled()
+        gc.disable()  # a trace makes many objects that all live until its end
+        try:
+            made = steps[number].run(Job(spec, folder, parents, Metadata.of(spec)))
+        finally:
+            if collecting:
+                gc.enable()
         seconds = time.perf_counter() - start
         last = number == len(steps) - 1
         return {
@@ -131,6 +138,13 @@ class Server:
         if "damage" not in call:
             return {"layers": session.layers()}
         return save(session.run_damaged(load(call["feeds"]), Damage(**call["damage"])), Path(call["folder"]))
+
+    def rounded(self, call: Json) -> Json:
+        from exporters.models.reference import Reference
+
+        session = self.sessions[call["session"]]
+        assert isinstance(session, Reference)
+        return save(session.run_rounded(load(call["feeds"]), call["bits"], call["seed"]), Path(call["folder"]))
 
     def excite(self, call: Json) -> Json:
         from exporters.models.reference import Reference

@@ -20,7 +20,10 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns pytest's exit codes (0 good, 1 a verdict failed, 2 interrupted, 4 bad request, 5 nothing judged)."""
+    """Runs one command; returns pytest's exit codes.
+
+    0 good, 1 a verdict failed, 2 interrupted, 4 bad request, 5 nothing judged.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     words, further = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     options = _parser().parse_args(words)
@@ -168,22 +171,19 @@ def _export(options: argparse.Namespace, further: list[str]) -> int:
         model = find_model(project, Selection(options.model, task=options.task or ""))
         for name in names:
             start = time.perf_counter()
-            for path in _export_one(pool, model, name, options):
-                size = (
-                    sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-                    if path.is_dir()
-                    else path.stat().st_size
-                )
-                print(f"{name}: {path} ({size / 2**20:.1f} MiB, {time.perf_counter() - start:.1f} s)")
-                print(
-                    f"  check it: exportgate check {path} --model {options.model}"
-                    + (" --trust" if formats.get(name).is_code else "")
-                    + (f" --precision {options.precision}" if options.precision else "")
-                )
+            path = _export_one(pool, model, name, options, name == names[-1])
+            files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+            size = sum(p.stat().st_size for p in files) / 2**20
+            print(f"{name}: {path} ({size:.1f} MiB, {time.perf_counter() - start:.1f} s)")
+            print(
+                f"  check it: exportgate check {path} --model {options.model}"
+                + (" --trust" if formats.get(name).is_code else "")
+                + (f" --precision {options.precision}" if options.precision else "")
+            )
     return 0
 
 
-def _export_one(pool: Any, model: Any, name: str, options: argparse.Namespace) -> Iterator[Path]:
+def _export_one(pool: Any, model: Any, name: str, options: argparse.Namespace, last: bool) -> Path:
     """Exports to one format and puts its file where users look for it."""
     from exporters.placement import place
     from exporters.spec import request
@@ -192,7 +192,10 @@ def _export_one(pool: Any, model: Any, name: str, options: argparse.Namespace) -
     values = {k: getattr(options, k) for k in REQUEST_FIELDS}
     spec = request(model, name, precision=options.precision, half=options.half, int8=options.int8, **values)
     folder = Path(options.output) if options.output else (model.weights.parent if model.weights else Path.cwd())
-    yield place(pool.export(spec), folder, options.overwrite)
+    made = pool.export(spec)
+    if last:
+        pool.leave()
+    return place(made, folder, options.overwrite)
 
 
 @contextmanager
@@ -271,7 +274,8 @@ def _show_baselines(folder: Path) -> int:
         baseline = read_baseline(path)
         assert baseline is not None
         print(
-            f"{path.parent.name}/{baseline.case}: p50 {baseline.p50:.3f} ms, {len(baseline.processes)} processes, {baseline.date}, {baseline.reason}"
+            f"{path.parent.name}/{baseline.case}: p50 {baseline.p50:.3f} ms, {len(baseline.processes)} processes, "
+            f"{baseline.date}, {baseline.reason}"
         )
     print(f"{len(found)} baselines in {folder}")
     return 0

@@ -15,7 +15,7 @@ import pytest
 
 from exporters import formats
 from exporters.artifact import Artifact, foreign
-from exporters.errors import ExportgateError
+from exporters.errors import BadRequest, ExportgateError
 from exporters.pool import Pool
 from exporters.spec import ExportSpec
 from suites.options import add_options, brought_path, selection_of
@@ -53,6 +53,9 @@ class State:
             if given
             else Path(config.invocation_params.dir) / "reports" / "runs" / self.identity
         )
+        if not hasattr(config, "workerinput") and (self.folder / "record.jsonl").exists():
+            raise BadRequest(f"--report '{given}' holds a run already", "give another folder, or delete that one")
+        self.lines: list[str] = []  # the last ones that the run prints
         self.run: Run | None = None
         self.record: records.Record | None = None
         self.verdicts: Counter[Verdict] = Counter()
@@ -253,7 +256,7 @@ def _case_event(bench: Bench) -> dict[str, Any]:
     try:
         bench.artifact()
         return records.case_event(bench)
-    except Exception as error:  # the claim that asked first has reported it already; here only the line matters
+    except Exception as error:  # noqa: BLE001 (the claim that asked first has reported it; here only the line matters)
         bench.made = None
         return records.case_event(bench) | {"artifact": None, "spec": {"error": one_line(error)}}
 
@@ -320,6 +323,21 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
             seconds=round(time.monotonic() - state.started, 1),
             selftest={"passed": passed, "failed": state.selftest["failed"]},
         )
+        try:
+            state.lines = _report(state, bool(session.config.getoption("json")))
+        except ExportgateError as error:
+            state.lines = [f"the report could not be written: {error}"]
+            if int(session.exitstatus) == pytest.ExitCode.OK:  # nobody can sign what was not written
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _report(state: State, as_json: bool) -> list[str]:
+    """Writes the report and gives the lines that a log reader understands: where it is, and the headline."""
+    import reports
+
+    made = reports.write([state.folder], state.folder)
+    told = [made["json"].read_text(encoding="utf-8")] if as_json else []
+    return [*told, f"report: {made['html']}", _summary(state).headline]
 
 
 def _summary(state: State) -> Any:
@@ -329,21 +347,12 @@ def _summary(state: State) -> Any:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """The line that a log reader understands, and where the report is."""
+    """The report's lines, after pytest's own."""
     state = _active.get("state")
-    if state is None or state.record is None:
+    if state is None:
         return
-    import reports
-
-    try:
-        made = reports.write([state.folder], state.folder)
-        headline = _summary(state).headline
-        if config.getoption("json"):
-            terminalreporter.write_line(made["json"].read_text(encoding="utf-8"))
-        terminalreporter.write_line(f"report: {made['html']}")
-    except ExportgateError as error:
-        headline = f"the report could not be written: {error}"
-    terminalreporter.write_line(headline, bold=True)
+    for line in state.lines:
+        terminalreporter.write_line(line, bold=line is state.lines[-1])
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -26,14 +26,14 @@ def export(job: Job) -> Made:
     """Traces the model on an example of the request's shapes and saves it with its metadata."""
     import torch
 
-    from exporters.models.build import build, example, for_export
+    from exporters.models.build import build, example, for_export, one_thread
 
     spec = job.spec
-    module = for_export(build(spec.model), spec.dynamic)
-    if spec.precision is Precision.FP16:
-        module = _half(module, tuple(path for path, _ in spec.model.fp32))
-    with torch.no_grad(), warnings.catch_warnings():
+    with one_thread(), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecation of torch.jit, and tracer warnings about shapes that we mean
+        module = for_export(build(spec.model), spec.dynamic)
+        if spec.precision is Precision.FP16:
+            module = _half(module, tuple(path for path, _ in spec.model.fp32))
         # The trace is not checked here: comparing it with PyTorch is what the suite does.
         graph = cast("Any", torch.jit.trace(module, example(spec), strict=False, check_trace=False))
         name = f"{job.stem}.torchscript"

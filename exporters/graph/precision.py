@@ -40,14 +40,9 @@ def read_precision(path: Path) -> Achieved:
     if not graph.node:
         raise ArtifactError(f"'{path}' holds no graph", "export it again")
     stored = {i.name: TYPES.get(i.data_type, "other") for i in graph.initializer}
-    made_by = {output: node for node in graph.node for output in node.output}
-    types = {
-        v.name: TYPES.get(v.type.tensor_type.elem_type, "") for v in (*graph.value_info, *graph.input, *graph.output)
-    }
-    kinds: dict[str, str] = {}
-    for node in graph.node:
-        if node.op_type in HEAVY:
-            kinds[node.name or node.output[0]] = _kind(node, stored, made_by, types)
+    kinds = _kinds(graph, stored)
+    if "" in kinds.values():  # types of values are optional in a file
+        kinds = _kinds(onnx.shape_inference.infer_shapes(model).graph, stored)
     counts = Counter(kinds.values())
     weights = Counter(TYPES.get(i.data_type, "other") for i in graph.initializer if len(i.dims) >= 2)
     evidence = {f"operators {k or 'unknown'}": n for k, n in counts.items()} | {
@@ -61,6 +56,15 @@ def read_precision(path: Path) -> Achieved:
     evidence["opset"] = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
     main = counts.most_common(1)[0][0] if counts else next(iter(weights), "")
     return Achieved(main, evidence, tuple(sorted(name for name, kind in kinds.items() if kind != main)))
+
+
+def _kinds(graph: onnx.GraphProto, stored: dict[str, str]) -> dict[str, str]:
+    """Type that each convolution and matrix product computes in, by its name."""
+    made_by = {output: node for node in graph.node for output in node.output}
+    types = {
+        v.name: TYPES.get(v.type.tensor_type.elem_type, "") for v in (*graph.value_info, *graph.input, *graph.output)
+    }
+    return {n.name or n.output[0]: _kind(n, stored, made_by, types) for n in graph.node if n.op_type in HEAVY}
 
 
 def _kind(

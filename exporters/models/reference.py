@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from exporters.artifact import TensorInfo
 from exporters.errors import BadRequest, ExportError
 from exporters.metadata import Metadata
-from exporters.models.build import as_tuple
+from exporters.models.build import as_tuple, for_export
+from exporters.models.spec import belongs
 from exporters.session import Array, Execution, Feeds, Session
 from exporters.spec import ExportSpec
 
@@ -84,6 +87,35 @@ class Reference(Session):
             with torch.no_grad():
                 weight.copy_(kept)
 
+    def run_rounded(self, feeds: Feeds, bits: int, seed: int) -> dict[str, Array]:
+        """Outputs of Monte Carlo arithmetic: weights and every operator's result rounded at random.
+
+        The module is folded as exporters fold it, and what the request keeps in FP32 is not rounded. Rounding up or
+        down with the probability that keeps the mean is that of D. S. Parker, Monte Carlo Arithmetic (1997); its error
+        has a little more than the variance of rounding to nearest. Exponents are those of FP32: nothing overflows.
+
+        Args:
+            bits: of the stored fraction: 10 for FP16 and TF32, 7 for BF16.
+        """
+        rounding = _Rounding(bits, seed, self.device)
+        module = for_export(copy.deepcopy(self.module), dynamic=False)
+        kept = tuple(path for path, _ in self.spec.model.fp32)
+        for path in kept:
+            part = module.get_submodule(path)
+            part.register_forward_pre_hook(rounding.enter)
+            part.register_forward_hook(rounding.leave)
+        for name, weight in module.named_parameters():
+            if not belongs(name, kept) and weight.dtype == torch.float32:
+                weight.data = rounding.rounded(weight.data)
+        rounded = copy.copy(self)
+        rounded.module = module
+        floats = {k: v.dtype == np.float32 for k, v in feeds.items()}
+        with torch.inference_mode():
+            inputs = {k: torch.from_numpy(np.array(v)).to(self.device) for k, v in feeds.items()}
+            inputs = {k: rounding.rounded(v) if floats[k] else v for k, v in inputs.items()}
+        with rounding:
+            return rounded.run({k: v.cpu().numpy() for k, v in inputs.items()})
+
     def excite(self, feeds: Feeds, steps: int, floor: float) -> dict[str, Array]:
         """Feeds whose pixels were changed by Adam until scores rise: anchors of several classes above `floor`.
 
@@ -126,6 +158,37 @@ class Reference(Session):
 
     def close(self) -> None:
         del self.module
+
+
+class _Rounding(TorchDispatchMode):
+    """Rounds the FP32 result of every operator at random; what is representable already (views, copies) stays."""
+
+    def __init__(self, bits: int, seed: int, device: str) -> None:
+        super().__init__()
+        self.dropped = 23 - bits  # of the 23 bits of FP32's fraction
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.paused = 0
+
+    def enter(self, module: nn.Module, inputs: Any) -> None:
+        """Before a module that stays in FP32."""
+        self.paused += 1
+
+    def leave(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        """After it."""
+        self.paused -= 1
+
+    def rounded(self, values: Tensor) -> Tensor:
+        """A number below one unit of the last kept bit is added to the integer that the bits make; the rest is cut."""
+        values = values.contiguous()
+        bits = values.view(torch.int32)
+        noise = torch.empty_like(bits).random_(0, 1 << self.dropped, generator=self.generator)
+        return ((bits + noise) & -(1 << self.dropped)).view(torch.float32)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.paused or not isinstance(result, Tensor) or result.dtype != torch.float32 or func.is_view:
+            return result
+        return self.rounded(result)
 
 
 def exact_fp32(device: str) -> None:

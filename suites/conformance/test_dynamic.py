@@ -46,8 +46,8 @@ def test_random_shapes_match_reference(case: Bench) -> None:
         deadline=None,
         phases=[Phase.generate],
         report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck),
-    )  # pyright: ignore[reportArgumentType] (its metaclass hides the type)
+        suppress_health_check=list(HealthCheck),  # pyright: ignore[reportArgumentType] (its metaclass hides the type)
+    )
     @given(batch=st.integers(1, 3), h=st.integers(1, height + 1), w=st.integers(1, width + 1))
     def check(batch: int, h: int, w: int) -> None:
         size = (h * stride, w * stride) if case.model.has_images else case.spec.imgsz
@@ -125,6 +125,7 @@ def _within(case: Bench, expected: Outputs, observed: Outputs, feeds: FeedSet, w
         feeds=feeds.name,
         imgsz=case.spec.imgsz,
         overrides=case.run.project.tolerances,
+        rounding=case.rounding(feeds, case.spec.precision),
     )
     failed = next((r for r in rows if not r.passed), None)
     assert failed is None, f"{where}: {failed.line() if failed else ''}"

@@ -24,7 +24,8 @@ def test_class_names_survive_the_round_trip(case: Bench) -> None:
         return
     different = next(i for i in sorted({*names, *want}) if names.get(i) != want.get(i))
     raise AssertionError(
-        f"class names differ at index {different}: {names.get(different)!r}, expected {want.get(different)!r} ({len(names)} names, expected {len(want)})"
+        f"class names differ at index {different}: {names.get(different)!r}, expected {want.get(different)!r} "
+        f"({len(names)} names, expected {len(want)})"
     )
 
 

@@ -9,7 +9,7 @@ from suites.support.bench import Bench
 
 
 def test_achieved_precision_is_the_requested(case: Bench) -> None:
-    """Every convolution and matrix product in the file has the asked precision, but those that the model names with reasons."""
+    """Every convolution and matrix product has the asked precision, but those that the model names with reasons."""
     achieved = case.describe().achieved
     asked = case.spec.precision.value
     evidence = ", ".join(f"{n} {k}" for k, n in achieved.counts.items())
@@ -27,7 +27,8 @@ def test_executed_precision_is_the_requested(case: Bench) -> None:
         seen = "; ".join(execution.notes)
         raise NotSupported(f"{runtime.because} (seen: {seen})" if seen else runtime.because)
     assert execution.precision == asked.value, (
-        f"asked for {asked}, {execution.runtime} executes {execution.precision or 'unknown'} ({'; '.join(execution.notes)})"
+        f"asked for {asked}, {execution.runtime} executes {execution.precision or 'unknown'} "
+        f"({'; '.join(execution.notes)})"
     )
 
 

@@ -8,7 +8,7 @@ from suites.support.bench import Bench
 
 
 def test_input_signature_is_the_requested(case: Bench) -> None:
-    """Inputs have the model's names and types, and sizes that are fixed or vary as asked; a brought FP16 file may take FP16."""
+    """The model's names and types, and sizes that are fixed or vary as asked; a brought FP16 file may take FP16."""
     session = case.session()
     names = [i.name for i in session.inputs]
     expected = [i.name for i in case.model.inputs]
@@ -41,7 +41,8 @@ def test_output_shapes_match_reference(case: Bench) -> None:
         for name, want in expected.items():
             assert name in observed, f"output {name} is missing; there are {sorted(observed)}"
             assert observed[name].shape == want.shape, (
-                f"output {name} has shape {list(observed[name].shape)}, expected {list(want.shape)} (feeds {feeds.name})"
+                f"output {name} has shape {list(observed[name].shape)}, expected {list(want.shape)} "
+                f"(feeds {feeds.name})"
             )
 
 

@@ -49,7 +49,7 @@ def export_ours() -> Callable[[Call], Call]:
 
 def export_theirs() -> Callable[[Call], Call]:
     """`YOLO(...).export(...)` in this warm process; the checkpoint is loaded anew before the clock starts."""
-    from ultralytics import YOLO
+    from ultralytics import YOLO  # pyright: ignore[reportMissingImports] (installed by tox -e peer only)
 
     def answer(call: Call) -> Call:
         options = {"simplify": True} if call["format"] == "onnx" else {}
@@ -65,7 +65,7 @@ def export_theirs() -> Callable[[Call], Call]:
 def forward_theirs() -> Callable[[Call], Call]:
     """The peer's own PyTorch model in FP32 on each file of feeds: as trained, and with batch normalization folded."""
     import torch
-    from ultralytics import YOLO
+    from ultralytics import YOLO  # pyright: ignore[reportMissingImports] (installed by tox -e peer only)
 
     def run(model: Any, feeds: np.ndarray[Any, Any]) -> Any:
         with torch.no_grad():
@@ -91,7 +91,7 @@ def forward_theirs() -> Callable[[Call], Call]:
 
 def predict_theirs() -> Callable[[Call], Call]:
     """What the peer's `predict` says of an image (H, W, 3) BGR with one file: names, boxes, confidences, classes."""
-    from ultralytics import YOLO
+    from ultralytics import YOLO  # pyright: ignore[reportMissingImports] (installed by tox -e peer only)
 
     def answer(call: Call) -> Call:
         model: Any = YOLO(call["path"], task="detect")

@@ -52,7 +52,8 @@ def test_p50_within_baseline(case: Bench, benchmark: Any) -> None:
     if baseline is None:
         raise Judged(
             Verdict.NO_BASELINE,
-            f"no baseline {path.parent.name}/{path.name}: accept this measurement with 'exportgate baseline accept RUN --reason ...'",
+            f"no baseline {path.parent.name}/{path.name}: accept this measurement with "
+            "'exportgate baseline accept RUN --reason ...'",
         )
     case.evidence["baseline"] = {
         "path": f"{path.parent.name}/{path.name}",
@@ -103,7 +104,7 @@ def _replay(benchmark: Any, milliseconds: list[list[float]]) -> None:
         )
     samples = [m / 1e3 for process in milliseconds for m in process]
     clock = _clock(samples)
-    benchmark._timer = lambda: next(clock)  # noqa: SLF001 the fixture takes a timer by option only
+    benchmark._timer = lambda: next(clock)  # the fixture takes a timer by option only
     benchmark.pedantic(lambda: None, rounds=len(samples), iterations=1, warmup_rounds=0)
 
 

@@ -127,6 +127,15 @@ def test_an_option_that_cannot_be_met_is_refused(
     assert {p.name for p in tmp_path.iterdir()} <= {"cache"}
 
 
+def test_a_report_folder_that_holds_a_run_is_refused(trained: Path, tmp_path: Path) -> None:
+    """Two runs in one record would be a report of neither."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "record.jsonl").write_text("{}\n")
+    done = run(["qualify", str(trained), "--format", "onnx", "--report", "run"], tmp_path)
+    assert_refused(done, "--report 'run'", "holds a run already")
+    assert (tmp_path / "run" / "record.jsonl").read_text() == "{}\n"
+
+
 def test_class_names_with_a_gap_are_refused(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "exportgate.toml").write_text(
         f'[models.gap]\nweights = "{trained}"\nnames = {{ 0 = "a", 1 = "b", 3 = "d", 4 = "e", 5 = "f", 6 = "g" }}\n'
@@ -188,7 +197,8 @@ def test_a_folder_that_cannot_be_written_is_named(trained: Path, tmp_path: Path)
 def test_a_full_disk_is_one_line(trained: Path, tmp_path: Path) -> None:
     """A file system of 1 MiB where it can be made (root on Linux); elsewhere the export's own limit on file sizes."""
     code = (
-        "import resource,signal,sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20));"
+        "import resource,signal,sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20));"
         "from suites.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     variables = {**os.environ, "EXPORTGATE_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}

@@ -34,7 +34,7 @@ from suites.support.bench import Bench, Run
 from suites.support.verdict import Verdict, one_line, verdict_of
 
 if TYPE_CHECKING:
-    from conftest import Workshop  # pyright: ignore[reportMissingImports]
+    from suites.selftest.conftest import Workshop
 
 onnx = pytest.importorskip("onnx", reason="the toolchain onnx is not installed")
 pytestmark = pytest.mark.filterwarnings(
@@ -77,7 +77,7 @@ def graph_damage(change: Callable[..., None]) -> Callable[..., Damage]:
 
 
 def script_damage(change: Callable[..., Any]) -> Callable[..., Damage]:
-    """Makes `change(module, texts, ...)` a damage of a TorchScript file; it may return another module to be saved instead."""
+    """Makes `change(module, texts, ...)` a damage of a TorchScript file; it may return another module to be saved."""
 
     @wraps(change)
     def given(*arguments: Any, **options: Any) -> Damage:
@@ -272,9 +272,8 @@ def output_renamed(model: Any) -> None:
 
 @graph_damage
 def output_added(model: Any) -> None:
-    model.graph.output.append(
-        onnx.helper.make_tensor_value_info("/model.22/Concat_6_output_0", onnx.TensorProto.FLOAT, None)
-    )
+    name = next(n.output[0] for n in model.graph.node if n.name == "/model.22/Concat_3")
+    model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
 
 
 @graph_damage
@@ -520,7 +519,8 @@ def script_layer_left_in_fp32(path: Path, workshop: Workshop) -> None:
     texts: dict[str, Any] = {"config.txt": ""}
     torch.jit.load(str(path), _extra_files=texts)
     with torch.no_grad():
-        torch.jit.trace(module, torch.zeros(1, 3, 320, 320), check_trace=False).save(str(path), _extra_files=texts)
+        traced: Any = torch.jit.trace(module, torch.zeros(1, 3, 320, 320), check_trace=False)
+        traced.save(str(path), _extra_files=texts)
 
 
 COCO = str({i: f"coco {i}" for i in range(80)})
@@ -592,7 +592,7 @@ BROKEN = (
     # Signature
     Broken("output renamed", "onnx fp32", output_renamed(), output_names, "missing ['output0'], added ['detections']"),
     Broken("output renamed, by values", "onnx fp32", output_renamed(), values, "output0 is missing"),
-    Broken("output added", "onnx fp32", output_added(), output_names, "added ['/model.22/Concat_6_output_0']"),
+    Broken("output added", "onnx fp32", output_added(), output_names, "added ['/model.22/Concat_3_output_0']"),
     Broken(
         "output added, TorchScript",
         "torchscript fp32",

@@ -133,6 +133,63 @@ def test_matching_is_one_to_one_by_class(
     assert (len(found.lost), len(found.extra)) == (lost, extra)
 
 
+# Two anchors of one object: they overlap by 0.74, so NMS keeps the one with the higher score.
+PAIR = ((100.0, 100.0, 40.0, 60.0), (106.0, 100.0, 40.0, 60.0))
+
+
+@pytest.mark.parametrize(
+    ("scores", "others", "lost", "extra"),
+    [
+        ((0.9004, 0.9000), (0.9001, 0.9003), 0, 0),  # a tie: which of them stays is rounding
+        ((0.95, 0.90), (0.90, 0.95), 1, 1),  # no tie: the order of the scores changed
+        ((0.9004, 0.9000), (0.1, 0.9003), 1, 0),  # the first is not there at all
+    ],
+)
+def test_which_of_two_tied_anchors_nms_keeps_is_no_difference(
+    scores: tuple[float, float], others: tuple[float, float], lost: int, extra: int
+) -> None:
+    a, b = (_output([(*box, 0, score) for box, score in zip(PAIR, s, strict=True)]) for s in (scores, others))
+    found = match(a, b, DETECTOR.outputs[0], Precision.FP16)
+    assert (len(found.lost), len(found.extra)) == (lost, extra)
+
+
+def test_two_boxes_that_overlap_by_just_the_limit_of_nms_may_become_one() -> None:
+    apart, joined = (_output([(*PAIR[0], 0, 0.9), (100.0 + shift, *PAIR[0][1:], 0, 0.6)]) for shift in (7.2, 6.8))
+    assert match(apart, joined, DETECTOR.outputs[0], Precision.FP16).passed
+    assert match(joined, apart, DETECTOR.outputs[0], Precision.FP16).passed
+    assert not match(apart, _output([(*PAIR[0], 0, 0.9)]), DETECTOR.outputs[0], Precision.FP16).passed
+
+
+def test_only_the_box_that_rounding_moves_is_allowed_more() -> None:
+    """A box may move by six standard deviations of Monte Carlo arithmetic where that is more than the constant."""
+    reference = _output(GOOD)
+    spread = np.zeros_like(reference)
+    spread[0, :4, 1] = 0.5  # the second box: 3 px
+
+    def passes(anchor: int, pixels: float, precision: Precision = Precision.FP16) -> bool:
+        moved = reference.copy()
+        moved[0, 2, anchor] += pixels
+        outputs = {"output0": reference}, {"output0": moved}
+        rows = compare(*outputs, DETECTOR, precision, imgsz=(640, 640), rounding=lambda: {"output0": spread})
+        return all(r.passed for r in rows)
+
+    assert passes(0, 0.9) and passes(1, 2.9)
+    assert not passes(0, 1.1) and not passes(1, 3.1)
+    assert not passes(1, 0.9, Precision.FP32)
+
+
+def test_an_override_of_the_user_is_not_widened() -> None:
+    reference = _output(GOOD)
+    moved = reference.copy()
+    moved[0, 0, 0] += 0.2
+    override = {"precision": "fp16", "group": "boxes", "measure": "max_abs", "allowed": 0.1, "reason": "tight"}
+    rows = compare(
+        {"output0": reference}, {"output0": moved}, DETECTOR, Precision.FP16, imgsz=(640, 640), overrides=[override],
+        rounding=lambda: {"output0": np.ones_like(reference)},
+    )  # fmt: skip
+    assert not all(r.passed for r in rows)
+
+
 def test_boxes_that_overlap_by_half_have_an_iou_of_a_third() -> None:
     a, b = np.array([[0.0, 0, 10, 10]]), np.array([[5.0, 0, 15, 10]])
     assert iou(a, b)[0, 0] == pytest.approx(1 / 3)

@@ -43,7 +43,8 @@ def test_the_stored_outputs_tell_another_activation(trained: Path) -> None:
     model = from_checkpoint(trained)
     assert model.arguments["linear"] == ["model.9.cv1"]
     code = (
-        "import sys, numpy, torch; from exporters.models.build import build; from exporters.models.spec import ModelSpec;"
+        "import sys, numpy, torch; from exporters.models.build import build;"
+        "from exporters.models.spec import ModelSpec;"
         "from suites.selftest.test_real_checkpoint import EVERY, STORED, blocks; from pathlib import Path;"
         "m = build(ModelSpec('m', 'exporters.models.yolov8:build', {'scale': 'n', 'nc': 6}, Path(sys.argv[1])));"
         "e = abs(m(torch.from_numpy(blocks())).numpy()[..., ::EVERY] - numpy.load(STORED));"

@@ -144,9 +144,11 @@ def test_the_declared_toolchains_are_the_extras_of_the_project() -> None:
 def test_collection_imports_no_torch(trained: Path, tmp_path: Path) -> None:
     """The command line and collection stay light: only workers import torch."""
     code = (
-        "import sys, pytest\nclass Look:\n def pytest_collection_finish(self, session):\n  assert len(session.items) > 20\n  print('torch' in sys.modules)\n"
-        f"pytest.main(['--collect-only', '-qq', '-p', 'suites.plugin', '-c', '/dev/null', '--rootdir', {str(ROOT)!r}, '--model', {str(trained)!r}, '--format', 'onnx',"
-        f" {str(ROOT / 'suites/conformance')!r}], plugins=[Look()])"
+        "import sys, pytest\nclass Look:\n def pytest_collection_finish(self, session):\n"
+        "  assert len(session.items) > 20\n  print('torch' in sys.modules)\n"
+        "pytest.main(['--collect-only', '-qq', '-p', 'suites.plugin', '-c', '/dev/null', '--rootdir', "
+        f"{str(ROOT)!r}, '--model', {str(trained)!r}, '--format', 'onnx', {str(ROOT / 'suites/conformance')!r}], "
+        "plugins=[Look()])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False

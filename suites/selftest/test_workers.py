@@ -1,4 +1,6 @@
-"""Workers: what crashes, hangs, swells or babbles costs its own case and no other; artifacts are opened once; the cache is true."""
+"""Workers: what crashes, hangs, swells or babbles costs its own case and no other.
+
+Artifacts are opened once, and the cache is true."""
 
 from __future__ import annotations
 
@@ -227,7 +229,7 @@ def test_an_interrupted_export_leaves_nothing_and_can_be_repeated(tmp_path: Path
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (no thread runs here)
     )
     deadline = time.monotonic() + 90
     while not (marker.exists() and marker.read_text()) and process.poll() is None and time.monotonic() < deadline:
@@ -271,7 +273,10 @@ Pool.open = open
 
 
 def test_each_artifact_is_opened_once_a_case(tmp_path: Path) -> None:
-    """All claims of two cases, as pytest orders them. An FP16 case opens its FP32 parent too; latency has processes of its own."""
+    """All claims of two cases, as pytest orders them.
+
+    An FP16 case opens its FP32 parent too; latency has processes of its own.
+    """
     pytest.importorskip("onnx", reason="the toolchain onnx is not installed")
     (tmp_path / "counter.py").write_text(COUNTER, encoding="utf-8")
     (tmp_path / "misbehaving.py").write_text(MODULE, encoding="utf-8")
@@ -430,10 +435,11 @@ def test_a_module_that_changes_while_its_worker_is_warm_is_built_anew(cached: tu
 
 def test_an_export_that_changes_the_weights_is_caught(cached: tuple[Pool, ModelSpec], judge: Judge) -> None:
     pool, model = cached
-    assert model.weights is not None
+    weights = model.weights
+    assert weights is not None
 
     def damage(artifact: Artifact, spec: object) -> None:
-        with model.weights.open("ab") as file:
+        with weights.open("ab") as file:
             file.write(b"\0")
 
     case = Case(request(model, "torchscript"), formats.get("torchscript").runtimes[0])

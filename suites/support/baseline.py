@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -111,7 +110,7 @@ def accept(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(_compact(data), encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)
     return path, before.p50 if before else None, float(np.median(medians))
 
 

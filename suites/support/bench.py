@@ -1,4 +1,4 @@
-"""Bench: what a claim works with. A run's shared state (Run) and one case on it (Bench), each made when first asked for."""
+"""Bench: what a claim works with. A run's shared state (Run) and one case on it (Bench), made when first asked for."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from exporters.errors import ExportgateError, NotSupported, ToolchainMissing, Wo
 from exporters.models.spec import ModelSpec
 from exporters.pool import Description, Pool, RemoteSession
 from exporters.session import Array
-from exporters.spec import ExportSpec
+from exporters.spec import ExportSpec, Precision
 from suites.support.cases import Case
+from suites.support.compare import DRAWS, FRACTION_BITS, Rounding
 from suites.support.config import Project
 from suites.support.feeds import FeedSet, make_feeds
 
@@ -86,6 +87,25 @@ class Run:
             ("damaged", repr(model), _key(feeds), layer, size),
             lambda: self.reference(model).run_damaged(feeds.arrays, damage),
         )
+
+    def rounding(self, model: ModelSpec, feeds: FeedSet, precision: Precision) -> Rounding | None:
+        """Standard deviation of each element of the reference in Monte Carlo arithmetic; None for precisions without.
+
+        Kept once per model, feeds and width of the fraction; computed when it is called.
+        """
+        bits = FRACTION_BITS.get(precision)
+        if bits is None:
+            return None
+
+        def spread() -> Outputs:
+            expected = self.expected(model, feeds)
+            squares = {k: np.zeros(v.shape) for k, v in expected.items()}
+            for seed in range(DRAWS):
+                for name, drawn in self.reference(model).run_rounded(feeds.arrays, bits, seed).items():
+                    squares[name] += (drawn.astype(np.float64) - expected[name]) ** 2
+            return {k: np.sqrt(v / DRAWS) for k, v in squares.items()}
+
+        return lambda: self.kept(("rounding", repr(model), _key(feeds), bits), spread)
 
     def layers(self, model: ModelSpec) -> list[str]:
         """Layers of the reference that can be damaged, in order."""
@@ -180,6 +200,11 @@ class Bench:
 
     def expected(self, feeds: FeedSet) -> Outputs:
         return self.guard(lambda: self.run.expected(self.model, feeds))
+
+    def rounding(self, feeds: FeedSet, precision: Precision) -> Rounding | None:
+        """See Run.rounding."""
+        made = self.run.rounding(self.model, feeds, precision)
+        return made and (lambda: self.guard(made))
 
     def outputs(self, feeds: FeedSet) -> Outputs:
         """The artifact's outputs; feeds are cast to the floating type that its inputs have."""

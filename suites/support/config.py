@@ -48,7 +48,7 @@ class Project:
     matrix: Mapping[str, Any] = field(default_factory=dict[str, Any])
     tolerances: Sequence[Mapping[str, Any]] = ()
     latency: Latency = Latency()
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     waivers: tuple[Waiver, ...] = ()
     must_pass: tuple[str, ...] = ()
     baselines: Path = Path("baselines")
@@ -75,8 +75,7 @@ def find_project(given: str | None, start: Path) -> Project:
     own = next((p for p in (package.parent / FILE, package / FILE) if p.is_file()), None)
     if own is None:
         return Project(start)
-    project = read_project(own)
-    return project
+    return read_project(own)
 
 
 def read_project(path: Path) -> Project:

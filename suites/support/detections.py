@@ -41,8 +41,8 @@ def detector_output(model: ModelSpec) -> OutputSpec | None:
     return next((o for o in model.outputs if {"box", "score"} <= {g.kind for g in o.groups}), None)
 
 
-def detections(output: Array, spec: OutputSpec, floor: float = SCORE_FLOOR) -> list[Array]:
-    """Per image (N, 6): x1, y1, x2, y2 in pixels, score, class, after NMS within each class."""
+def candidates(output: Array, spec: OutputSpec, floor: float = SCORE_FLOOR) -> list[Array]:
+    """Per image (N, 6): x1, y1, x2, y2 in pixels, score, class of every anchor from `floor` on, before NMS."""
     boxes = next(g for g in spec.groups if g.kind == "box")
     scores = next(g for g in spec.groups if g.kind == "score")
     found: list[Array] = []
@@ -51,8 +51,8 @@ def detections(output: Array, spec: OutputSpec, floor: float = SCORE_FLOOR) -> l
         best, label = values.max(0), values.argmax(0)
         keep = best >= floor
         cx, cy, w, h = image[boxes.start : boxes.stop][:, keep]
-        rows = np.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2, best[keep], label[keep].astype(np.float64)], 1)
-        found.append(_nms(rows))
+        corners = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
+        found.append(np.stack([*corners, best[keep], label[keep].astype(np.float64)], 1))
     return found
 
 
@@ -79,37 +79,71 @@ def match(expected: Array, observed: Array, spec: OutputSpec, precision: Precisi
     """Matches the detections of two raw outputs (B, C, A), image by image.
 
     Every reference detection that is clearly above the score floor must be found with the same class and enough
-    overlap; every observed one clearly above it must be one of the reference's.
+    overlap; every observed one clearly above it must be one of the reference's. One that the other side suppressed for
+    another of nearly the same score, or of nearly the least overlap, is found among the candidates before NMS.
     """
     floor, margin = IOU_FLOOR.get(precision, 0.9), MARGIN.get(precision, 1e-2)
+    sure = SCORE_FLOOR + margin
     total = matched = 0
     lowest = 1.0
     lost: list[str] = []
     extra: list[str] = []
     # The other side is taken a margin lower, so that a detection that slipped under the floor is still there to match.
-    for number, (want, got) in enumerate(
-        zip(
-            detections(expected, spec, SCORE_FLOOR - margin),
-            detections(observed, spec, SCORE_FLOOR - margin),
-            strict=True,
-        )
-    ):
-        table = iou(want[:, :4], got[:, :4]) * (want[:, None, 5] == got[None, :, 5])
+    sides = (candidates(side, spec, SCORE_FLOOR - margin) for side in (expected, observed))
+    for number, (all_want, all_got) in enumerate(zip(*sides, strict=True)):
+        want, got = _nms(all_want), _nms(all_got)
+        table = _overlaps(want, got)
         free = np.ones(len(got), bool)
         for i in np.argsort(-want[:, 4], kind="stable"):
-            sure = want[i, 4] >= SCORE_FLOOR + margin
-            total += bool(sure)
-            candidates = np.where(free, table[i], 0.0) if len(got) else np.zeros(1)
-            j = int(candidates.argmax())
-            if candidates[j] >= floor:
+            overlaps = np.where(free, table[i], 0.0) if len(got) else np.zeros(1)
+            j = int(overlaps.argmax())
+            overlap = float(overlaps[j])
+            if overlap >= floor:
                 free[j] = False
-                matched += bool(sure)
-                lowest = min(lowest, float(candidates[j]))
-            elif sure:
-                lost.append(
-                    f"image {number}: class {int(want[i, 5])} score {want[i, 4]:.3f}, best IoU {candidates[j]:.3f}"
-                )
-        extra += [
-            f"image {number}: class {int(r[5])} score {r[4]:.3f}" for r in got[free] if r[4] >= SCORE_FLOOR + margin
-        ]
+            else:
+                overlap = max(overlap, _tied(want[i], all_want, all_got, got, floor, margin))
+            if want[i, 4] >= sure:
+                total += 1
+                matched += overlap >= floor
+                if overlap < floor:
+                    name = f"image {number}: class {int(want[i, 5])} score {want[i, 4]:.3f}"
+                    lost.append(f"{name}, best IoU {overlap:.3f}")
+            if overlap >= floor:
+                lowest = min(lowest, overlap)
+        for row in got[free & (got[:, 4] >= sure)]:
+            if _tied(row, all_got, all_want, want, floor, margin) < floor:
+                extra.append(f"image {number}: class {int(row[5])} score {row[4]:.3f}")
     return Matching(total, matched, floor, lowest, tuple(lost), tuple(extra))
+
+
+def _overlaps(a: Array, b: Array) -> Array:
+    """IoU of detections (N, 6) and (M, 6) -> (N, M), 0 where the classes differ."""
+    return iou(a[:, :4], b[:, :4]) * (a[:, None, 5] == b[None, :, 5])
+
+
+def _tied(row: Array, own: Array, others: Array, kept: Array, floor: float, margin: float) -> float:
+    """IoU with the candidate that is this detection and that NMS dropped by a hair, or 0.
+
+    Two anchors of one object often have scores that differ in the last digit only: which of them suppresses the other
+    is rounding, and says nothing of the artifact. So it is whether two that overlap by just NMS_IOU are both kept.
+
+    Args:
+        row: a detection (6,) of one side.
+        own: candidates of that side.
+        others, kept: candidates of the other side, and those that NMS kept.
+        floor: IoU from which two boxes are one.
+        margin: difference of scores that is a tie.
+    """
+    same = _overlaps(row[None], others)[0]
+    best = 0.0
+    for number in np.flatnonzero(same >= floor):
+        overlaps = _overlaps(others[number : number + 1], kept)[0]
+        over = np.flatnonzero(overlaps > NMS_IOU)
+        # A kept candidate overlaps itself wholly: it was there to be matched, and another took it.
+        tied = kept[over, 4] - others[number, 4] <= margin
+        # On its own side it stays beside the very box that suppresses it on the other.
+        beside = [_overlaps(row[None], own[_overlaps(k[None], own)[0] >= floor])[0] for k in kept[over]]
+        tied |= np.array([bool(len(b)) and float(b.max()) <= NMS_IOU for b in beside], bool)
+        if len(over) and overlaps[over].max() < 1 and tied.all():
+            best = max(best, float(same[number]))
+    return best

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +77,7 @@ def make_feeds(spec: ExportSpec, reference: RemoteSession, batch: int, imgsz: tu
 
 
 def _rows(images: Array, batch: int, stride: int) -> Array:
-    """`batch` different images from a few: each again rolled by multiples of the stride, so that it still makes the model fire."""
+    """`batch` different images from a few: each again rolled by multiples of the stride, so that it still fires."""
     rows = [np.roll(images[i % len(images)], (i // len(images)) * stride, axis=2) for i in range(batch)]
     return np.ascontiguousarray(np.stack(rows))
 
@@ -111,5 +110,5 @@ def _excited(model: ModelSpec, reference: RemoteSession, images: Array, name: st
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{uuid.uuid4().hex}.npy")
     np.save(temporary, made, allow_pickle=False)
-    os.replace(temporary, path)
+    temporary.replace(path)
     return made

@@ -1,4 +1,4 @@
-"""The latency gate: candidate against baseline by per-process medians, with a bootstrap interval and a published power."""
+"""The latency gate: candidate against baseline by per-process medians, with a bootstrap interval and its power."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def judge(
     mde = delta + 2.8 * cv * math.sqrt(1 / len(a) + 1 / len(b))
     if must_detect is not None and must_detect < mde:
         raise BadRequest(
-            f"[latency] must_detect = {must_detect:g} lies below what {len(a)} + {len(b)} processes can detect ({mde:.3f})",
+            f"[latency] must_detect = {must_detect:g} lies below what {len(a)} + {len(b)} processes "
+            f"can detect ({mde:.3f})",
             "measure more processes, on a quieter machine, or ask for less",
         )
     generator = np.random.default_rng(0)
@@ -80,7 +81,7 @@ def judge(
 
 
 def percentiles(processes: Sequence[Sequence[float]]) -> tuple[dict[str, dict[str, float] | None], list[str]]:
-    """Nearest-rank percentiles of all samples with 95 % intervals over resampled processes; None below the needed count."""
+    """Nearest-rank percentiles of all samples with 95 % intervals over resampled processes; None below their count."""
     values = np.sort(np.concatenate([np.asarray(p, float) for p in processes]))
     generator = np.random.default_rng(0)
     found: dict[str, dict[str, float] | None] = {}

@@ -15,7 +15,7 @@ import psutil
 
 @cache
 def fingerprint() -> dict[str, Any]:
-    """What this machine is. `id` names its folder below baselines/: the processor, its cores and its instruction sets."""
+    """What this machine is. `id` names its folder below baselines/: processor, cores and instruction sets."""
     name, flags = _processor()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     word = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40]

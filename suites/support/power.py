@@ -11,7 +11,7 @@ import numpy as np
 from exporters.models.spec import ModelSpec
 from exporters.session import Array
 from exporters.spec import Precision
-from suites.support.compare import SCORE_FLOOR, compare
+from suites.support.compare import SCORE_FLOOR, Rounding, compare
 from suites.support.detections import detector_output, match
 
 # Largest damage, as a share of the layer's standard deviation, that a comparison of this precision may miss.
@@ -60,6 +60,7 @@ def prove(
     precision: Precision,
     imgsz: tuple[int, int],
     overrides: Sequence[Mapping[str, Any]] = (),
+    rounding: Rounding | None = None,
 ) -> Power:
     """Tries damage that must be rejected at this precision's tolerances.
 
@@ -67,12 +68,13 @@ def prove(
         reference: the undamaged outputs.
         damaged: outputs with noise of a size on the weights of a layer.
         layers: names of layers, in the model's order.
+        rounding: as `compare` takes it.
     """
     cap = CAPS[precision]
 
     def rejected(outputs: Outputs) -> str:
         """What rejects these outputs, or ""."""
-        rows = compare(reference, outputs, model, precision, imgsz=imgsz, overrides=overrides)
+        rows = compare(reference, outputs, model, precision, imgsz=imgsz, overrides=overrides, rounding=rounding)
         bad = next((r for r in rows if not r.passed), None)
         if bad:
             return f"{bad.group} {bad.measure} {bad.observed:.3g}, allowed {bad.allowed:.3g}"

@@ -42,7 +42,10 @@ def run_id() -> str:
 
 
 class Record:
-    """Appends events to `folder`/record.jsonl; the folder is made with the first event, so that a refused run writes nothing."""
+    """Appends events to `folder`/record.jsonl.
+
+    The folder is made with the first event, so that a refused run writes nothing.
+    """
 
     def __init__(self, folder: Path, head: Mapping[str, Any]) -> None:
         self.folder, self.head = folder, head

@@ -1,0 +1,136 @@
+"""Graph passes on graphs of their own, and on the real model's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from exporters.errors import NotSupported
+from exporters.graph.fp16 import to_fp16
+from exporters.graph.simplify import fold_constants, simplify
+from exporters.models.catalog import from_checkpoint
+from exporters.pool import Pool
+from exporters.spec import OPSETS, ExportSpec, Precision
+
+
+def scaled(names: list[str]) -> onnx.ModelProto:
+    """x (1, 4) -> x + 1 -> times 1000 -> plus 0.1: nodes of these names, in FP32."""
+    constants = [numpy_helper.from_array(np.array([v], np.float32), f"c{i}") for i, v in enumerate((1, 1000, 0.1))]
+    values = ["x", "a", "b", "y"]
+    nodes = [
+        helper.make_node(op, [values[i], f"c{i}"], [values[i + 1]], name=names[i])
+        for i, op in enumerate(("Add", "Mul", "Add"))
+    ]
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 4]) for n in ("x", "y")]
+    graph = helper.make_graph(nodes, "scaled", ends[:1], ends[1:], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+def test_what_is_kept_in_fp32_is_not_rounded_between_its_nodes() -> None:
+    """2000.1 is no FP16 number: it comes out only where nothing between the kept nodes goes through FP16."""
+    import onnxruntime
+
+    made = to_fp16(scaled(["/body/Add", "/decode/Mul", "/decode/Add"]), ["decode"])
+    onnx.checker.check_model(made, full_check=True)
+    casts = [n for n in made.graph.node if n.op_type == "Cast"]
+    assert len(casts) == 2, "one into FP16 for the body, one back for what is kept"
+    session = onnxruntime.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
+    feeds = np.array([[1.046875, 0, 1, 2]], np.float32)  # FP16 holds these, and these plus 1
+    got = np.asarray(session.run(None, {"x": feeds})[0])
+    np.testing.assert_array_equal(got, (feeds + 1) * 1000 + np.float32(0.1))
+    assert not np.array_equal(got, got.astype(np.float16))
+
+
+def test_a_graph_that_is_all_fp16_has_casts_at_its_ends_only() -> None:
+    made = to_fp16(scaled(["/a/Add", "/b/Mul", "/c/Add"]), [])
+    onnx.checker.check_model(made, full_check=True)
+    assert [n.op_type for n in made.graph.node] == ["Cast", "Add", "Mul", "Add", "Cast"]
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    with Pool() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def raw(trained: Path, pool: Pool) -> onnx.ModelProto:
+    """The real model's graph as PyTorch's exporter makes it."""
+    return onnx.load(pool.export(ExportSpec(from_checkpoint(trained), "onnx", imgsz=(320, 320), simplify=False)).path)
+
+
+def test_onnxslim_finds_nothing_that_folding_left(raw: onnx.ModelProto) -> None:
+    """The short cut of `fold_constants` is one only while OnnxSlim would do no more; here it has as many nodes."""
+    folded = fold_constants(onnx.ModelProto.FromString(raw.SerializeToString()))
+    onnx.checker.check_model(folded, full_check=True)
+    assert len(folded.graph.node) < len(raw.graph.node)
+    slim = simplify(onnx.ModelProto.FromString(raw.SerializeToString()), dynamic=False)
+    assert len(folded.graph.node) <= len(slim.graph.node)
+
+
+def test_a_graph_that_computes_a_shape_goes_to_onnxslim(raw: onnx.ModelProto) -> None:
+    """A node that only constants feed is not left in the file: OnnxSlim gets the graph."""
+    graph = onnx.ModelProto.FromString(raw.SerializeToString())
+    first = next(n for n in graph.graph.node if n.op_type == "Conv")
+    doubled = numpy_helper.from_array(np.array([2], np.float32), "two")
+    graph.graph.initializer.append(doubled)
+    graph.graph.node.insert(0, helper.make_node("Mul", ["two", "two"], ["four"], name="/four"))
+    graph.graph.node.insert(1, helper.make_node("Mul", [first.input[0], "four"], ["scaled"], name="/scaled"))
+    next(n for n in graph.graph.node if n.op_type == "Conv").input[0] = "scaled"
+    made = fold_constants(graph)
+    assert "/four" not in {n.name for n in made.graph.node}
+
+
+@pytest.mark.parametrize("opset", range(OPSETS[0], OPSETS[1] + 1))
+def test_every_opset_gives_the_same_outputs(trained: Path, pool: Pool, opset: int) -> None:
+    """All opsets of the contract export, say so in the file, and compute what PyTorch does."""
+    model = from_checkpoint(trained)
+    spec = ExportSpec(model, "onnx", imgsz=(64, 96), opset=opset)
+    feeds = {"images": np.random.default_rng(0).uniform(0, 1, (1, 3, 64, 96)).astype(np.float32)}
+    made = pool.export(spec)
+    assert onnx.load(made.path).opset_import[0].version == opset
+    reference = ExportSpec(model, "pytorch", imgsz=(64, 96))
+    wanted = pool.open(pool.export(reference), reference, "eager", "cpu").run(feeds)["output0"]
+    got = pool.open(made, spec, "ort", "cpu").run(feeds)["output0"]
+    assert np.abs(got[:, :4] - wanted[:, :4]).max() <= 1e-4 * 96
+    assert np.abs(got[:, 4:] - wanted[:, 4:]).max() <= 1e-4
+
+
+def test_optimize_for_mobile_is_made_or_refused_with_the_reason(trained: Path, pool: Pool) -> None:
+    """PyTorch's mobile optimizer needs XNNPACK, which some builds lack: then the refusal names it."""
+    import torch
+    from torch.backends import xnnpack
+
+    spec = ExportSpec(from_checkpoint(trained), "torchscript", imgsz=(64, 96), optimize=True)
+    if xnnpack.enabled:  # pyright: ignore[reportAttributeAccessIssue]
+        assert pool.export(spec).achieved.precision == "fp32"
+    else:
+        with pytest.raises(NotSupported, match=f"{torch.__version__.partition('+')[0]}.*XNNPACK"):
+            pool.export(spec)
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
+def test_monte_carlo_arithmetic_rounds_as_the_precision_does(trained: Path, pool: Pool, precision: Precision) -> None:
+    """Its scatter is that of the precision: absent at 23 bits of fraction, and at 10 as large as FP16's own error."""
+    model = from_checkpoint(trained)
+    spec = ExportSpec(model, "pytorch", imgsz=(64, 64))
+    feeds = {"images": np.random.default_rng(0).uniform(0, 1, (1, 3, 64, 64)).astype(np.float32)}
+    bits = 23 if precision is Precision.FP32 else 10
+    session = pool.open(pool.export(spec), spec, "eager", "cpu")
+    plain = np.array(session.run(feeds)["output0"])
+    first, again, other = (np.array(session.run_rounded(feeds, bits, seed)["output0"]) for seed in (0, 0, 1))
+    after = np.array(session.run(feeds)["output0"])
+    np.testing.assert_array_equal(plain, after)
+    np.testing.assert_array_equal(first, again)
+    scores = np.abs(first - plain)[:, 4:] / np.maximum(np.abs(plain[:, 4:]), 1e-9)
+    if bits == 23:
+        assert scores.max() < 1e-3
+    else:
+        assert not np.array_equal(first, other)
+        # Below 2^-11 no rounding would have happened; a hundred operators deep it is far below 1.
+        assert 2**-11 < np.median(scores) < 0.2
