@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import time
 import uuid
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from exporters.errors import BadRequest
 from exporters.toolchain import cache_root
+
+ABANDONED = 86400.0  # seconds: longer than any limit on an export
 
 
 @contextmanager
@@ -37,15 +39,13 @@ def temporary_folder() -> Generator[Path]:
     Raises:
         BadRequest: it cannot be made.
     """
-    import psutil  # here, since a cold export does not wait for what it need not
-
-    folder = scratch() / f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    folder = scratch() / uuid.uuid4().hex
     with writing():
         scratch().mkdir(parents=True, exist_ok=True)
-        for stale in scratch().iterdir():  # of runs that were killed
-            owner = stale.name.partition("-")[0]
-            if owner.isdecimal() and not psutil.pid_exists(int(owner)):
-                shutil.rmtree(stale, ignore_errors=True)
+        for stale in scratch().iterdir():  # of runs that were killed; process ids say nothing between containers
+            with suppress(FileNotFoundError):
+                if time.time() - stale.stat().st_mtime > ABANDONED:
+                    shutil.rmtree(stale, ignore_errors=True)
         folder.mkdir()
     try:
         yield folder

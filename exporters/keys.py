@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib import metadata
+from modulefinder import ModuleFinder
 from pathlib import Path
+from typing import Any, cast
 
 from exporters.artifact import digest
 from exporters.errors import BadRequest, CheckpointError
@@ -65,7 +67,11 @@ def sources_digest() -> str:
 
 
 def factory_digest(model: ModelSpec) -> str:
-    """Digest of the code that builds the model: its own top package's source, or an installed package's version."""
+    """Digest of the code that builds the model: an installed package's version, or its own sources.
+
+    Those are its top package, and every module beside it that they import (found without running them, so that what is
+    imported by a computed name is not among them).
+    """
     module = model.factory.partition(":")[0]
     top = module.partition(".")[0]
     if top == "exporters":
@@ -78,7 +84,18 @@ def factory_digest(model: ModelSpec) -> str:
     if "site-packages" in source.parts:
         with suppress(KeyError, metadata.PackageNotFoundError):
             return f"{top} {metadata.version(metadata.packages_distributions()[top][0])}"
-    return _digest_files(sorted(source.rglob("*.py")) if source.is_dir() else [source])
+    own = set(source.rglob("*.py")) if source.is_dir() else {source}
+    return _digest_files(sorted(own | _imported(module, [source.parent, *model.search])))
+
+
+def _imported(module: str, folders: Sequence[Path]) -> set[Path]:
+    """Files in these folders that a module imports, directly or by others."""
+    finder = ModuleFinder([str(f) for f in folders])
+    # What cannot be imported or compiled fails when the worker calls the factory, with a better line.
+    with suppress(ImportError, SyntaxError, ValueError):
+        finder.import_hook(module)
+    found = cast("Iterable[Any]", finder.modules.values())
+    return {Path(m.__file__) for m in found if m.__file__ and m.__file__.endswith(".py")}
 
 
 def find_source(module: str, search: Iterable[Path]) -> Path | None:

@@ -23,6 +23,7 @@ from exporters.errors import (
     NotSupported,
     ParentFailed,
     ToolchainMissing,
+    UnsafeFile,
 )
 from exporters.keys import export_key, factory_digest, weights_digest
 from exporters.measure import MeasurementPlan, Samples
@@ -263,10 +264,17 @@ class Pool:
 
         Raises:
             ArtifactError: the files are not those of the manifest; FallbackError: another provider or device.
+            UnsafeFile: it is code and lies outside our cache: a manifest beside a stranger's file proves nothing.
         """
-        if artifact.has_manifest:
-            artifact.verify()
         entry = formats.get(spec.format)
+        if artifact.has_manifest:
+            inside = artifact.root.resolve().is_relative_to((toolchain.cache_root() / "artifacts").resolve())
+            if entry.is_code and not inside:
+                raise UnsafeFile(
+                    f"'{artifact.path}' is a {entry.id} file outside exportgate's cache: loading one runs its code",
+                    "export it again, or check it with --trust if you know who made it",
+                )
+            artifact.verify()
         runtime = entry.runtime(runtime_id, device)
         role = f"{runtime.id}-{runtime.device}" + (f"-{replicate}" if replicate else "")
         caller = self.worker(entry.toolchain, entry.id, role, runtime.imports, _source(spec))

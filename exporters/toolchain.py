@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -193,8 +192,3 @@ def _uv_beside_python() -> str | None:
     """uv installed in this interpreter's environment, which need not be on the PATH."""
     beside = Path(sys.executable).with_name("uv")
     return str(beside) if beside.is_file() else None
-
-
-def requirement_name(requirement: str) -> str:
-    """Distribution name of a requirement line, without extras, versions and markers."""
-    return re.split(r"[\s\[<>=!~;]", requirement.strip(), maxsplit=1)[0].lower()

@@ -6,17 +6,13 @@ that a library prints goes to the log. Arrays travel as .npy files, memory-mappe
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib
-import importlib.util
 import json
 import os
 import sys
-import threading
 import time
 import traceback
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -162,35 +158,15 @@ class Server:
         return {}
 
 
-def open_torch_libraries() -> None:
-    """Opens libtorch as `import torch` will, but without holding the interpreter, so that other imports go on.
-
-    That is a tenth of a cold export. Where a library lies elsewhere nothing is lost: the import opens it.
-    """
-    found = importlib.util.find_spec("torch")
-    folder = Path(next(iter(found.submodule_search_locations or ()), "")) / "lib" if found else Path()
-    with suppress(OSError):
-        # The order and mode of torch's own start.
-        ctypes.CDLL(str(folder / "libtorch_global_deps.so"), mode=ctypes.RTLD_GLOBAL)
-        ctypes.CDLL(str(folder / "libtorch_python.so"))
-
-
 def main() -> int:
     """Serves calls until standard input ends. Arguments: modules to import before the first call."""
     # Libraries print; what they print must not get between the answers, so they get the log's descriptor.
     channel: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     gc.disable()  # importing torch makes many objects and no garbage: 5 % of its import time
-    names = sys.argv[1:]
-    opening = threading.Thread(target=open_torch_libraries, daemon=True)
-    if "torch" in names:
-        opening.start()
     importlib.import_module("exporters.formats").registry()
-    for name in (n for n in names if n != "torch"):
+    for name in sys.argv[1:]:
         importlib.import_module(name)
-    if "torch" in names:
-        opening.join()
-        importlib.import_module("torch")
     gc.freeze()  # and what was imported never becomes garbage, so later collections need not walk it
     gc.enable()
     server = Server()

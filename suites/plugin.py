@@ -46,6 +46,7 @@ class State:
         self.selection = selection_of(config, self.project)
         # Made now, so that a mistake in the request is one line and exit 4 before anything is collected.
         self.cases: list[Case] = matrix(self.project, self.selection)
+        self.brought = _brought(config, self.cases)
         self.identity = records.run_id()
         given = config.getoption("report")
         self.folder = (
@@ -63,6 +64,16 @@ class State:
         self.started = time.monotonic()
         self.claims: set[tuple[str, str]] = set()
         self.told: dict[tuple[str, str], str] = {}  # (case, because) -> the claim that said it first
+
+
+def _brought(config: pytest.Config, cases: list[Case]) -> Artifact | None:
+    """The artifact that somebody else made, whose one case is judged."""
+    path = brought_path(config)
+    if path is None:
+        return None
+    spec = cases[0].spec
+    is_code = formats.get(spec.format).is_code
+    return foreign(path, spec.format, spec.to_dict(), bool(config.getoption("trust")), is_code)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -164,14 +175,7 @@ def exportgate_run(request: pytest.FixtureRequest) -> Iterator[Run]:
 @pytest.fixture(scope="session")
 def case(request: pytest.FixtureRequest, exportgate_run: Run) -> Iterator[Bench]:
     """The bench of one case; its sessions are closed before the next case."""
-    config = request.config
-    path = brought_path(config)
-    given: Case = request.param
-    brought = None
-    if path is not None:
-        entry = formats.get(given.spec.format)
-        brought = foreign(path, entry.id, given.spec.to_dict(), bool(config.getoption("trust")), entry.is_code)
-    bench = Bench(exportgate_run, given, brought)
+    bench = Bench(exportgate_run, request.param, request.config.stash[STATE].brought)
     yield bench
     bench.close()
 

@@ -18,6 +18,7 @@ from exporters.models.catalog import detect_outputs, from_checkpoint
 from exporters.models.spec import ModelSpec, OutputSpec
 from exporters.pool import Pool
 from exporters.spec import ExportSpec, request
+from exporters.toolchain import cache_root
 from suites.support.bench import Bench, Run
 from suites.support.cases import Case
 from suites.support.config import Project
@@ -152,7 +153,8 @@ class Workshop:
 
     def __init__(self, trained: Path, small: dict[str, ModelSpec], folder: Path) -> None:
         self.models = {"obstacles": from_checkpoint(trained), **small}
-        self.folder = folder
+        # Broken artifacts lie in the cache, since code is loaded from there only.
+        self.folder = cache_root() / "artifacts" / f"selftest-{uuid.uuid4().hex}"
         self.damage: Callable[[Path, Workshop], None] | None = None
         self.rewrites_manifest = True
         self.run = Run(Project(folder), Pool(), self._damaged)
@@ -187,13 +189,13 @@ class Workshop:
         finally:
             bench.close()
             self.damage = None
-            shutil.rmtree(self.folder / "broken", ignore_errors=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _damaged(self, artifact: Artifact, spec: ExportSpec) -> Artifact | None:
         """What a broken exporter would have made instead of the artifact: its manifest describes its own files."""
         if self.damage is None:
             return None
-        root = self.folder / "broken" / uuid.uuid4().hex
+        root = self.folder / uuid.uuid4().hex
         shutil.copytree(artifact.root, root)
         self.damage(root / artifact.primary, self)
         if not self.rewrites_manifest:

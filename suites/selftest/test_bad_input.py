@@ -136,6 +136,13 @@ def test_a_report_folder_that_holds_a_run_is_refused(trained: Path, tmp_path: Pa
     assert (tmp_path / "run" / "record.jsonl").read_text() == "{}\n"
 
 
+def test_code_that_somebody_else_made_is_refused_before_anything_is_judged(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "theirs.torchscript").write_bytes(b"PK")
+    done = run(["check", "theirs.torchscript", "--model", str(trained)], tmp_path)
+    assert_refused(done, "theirs.torchscript", "runs code", "--trust")
+    assert {p.name for p in tmp_path.iterdir()} <= {"cache", "theirs.torchscript"}
+
+
 def test_class_names_with_a_gap_are_refused(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "exportgate.toml").write_text(
         f'[models.gap]\nweights = "{trained}"\nnames = {{ 0 = "a", 1 = "b", 3 = "d", 4 = "e", 5 = "f", 6 = "g" }}\n'

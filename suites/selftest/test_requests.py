@@ -12,6 +12,7 @@ import pytest
 import sklearn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.requirements import Requirement
 
 from exporters import formats, toolchain
 from exporters.errors import ArtifactError, BadRequest
@@ -136,7 +137,7 @@ def test_the_declared_toolchains_are_the_extras_of_the_project() -> None:
         pytest.skip("pyproject.toml is in a checkout only")
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for name, chain in toolchain.TOOLCHAINS.items():
-        assert {toolchain.requirement_name(r) for r in extras[name]} <= set(chain.packages), name
+        assert {Requirement(r).name for r in extras[name]} <= set(chain.packages), name
         assert chain.lock.is_file(), chain.lock
     assert {f.toolchain for f in formats.registry().values()} <= set(toolchain.TOOLCHAINS)
 

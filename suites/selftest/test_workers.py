@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ import suites
 from exporters import formats
 from exporters.artifact import MANIFEST, Artifact, read_manifest
 from exporters.client import Limits, Worker
+from exporters.errors import UnsafeFile
+from exporters.keys import factory_digest
 from exporters.models.spec import ModelSpec
 from exporters.pool import Pool
 from exporters.spec import request
@@ -381,6 +384,34 @@ def test_what_changes_the_artifact_misses_the_cache_and_nothing_else_does(cached
         assert other.files[0].sha256 != first.files[0].sha256
     source.write_text(MODULE, encoding="utf-8")
     assert made(pool, model) == (first, False), "the source as it was"
+
+
+def test_what_the_factory_imports_from_beside_it_is_in_the_key(tmp_path: Path) -> None:
+    """Its own modules, also those that others of them import, but not a file that none of them names."""
+    (tmp_path / "own.py").write_text("import torch\nfrom layers import block\ndef make(): return block()\n")
+    (tmp_path / "layers.py").write_text("import deep.inner\ndef block(): ...\n")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "__init__.py").write_text("")
+    (tmp_path / "deep" / "inner.py").write_text("WIDTH = 1\n")
+    (tmp_path / "other.py").write_text("WIDTH = 1\n")
+    model = ModelSpec("own", "own:make", search=(tmp_path,))
+    before = factory_digest(model)
+    (tmp_path / "other.py").write_text("WIDTH = 2\n")
+    assert factory_digest(model) == before
+    for path in ("own.py", "layers.py", "deep/inner.py"):
+        text = (tmp_path / path).read_text()
+        (tmp_path / path).write_text(text + "X = 1\n")
+        assert factory_digest(model) != before, path
+        (tmp_path / path).write_text(text)
+    assert factory_digest(model) == before
+
+
+def test_code_is_loaded_from_our_cache_only(cached: tuple[Pool, ModelSpec], tmp_path: Path) -> None:
+    pool, model = cached
+    first, _ = made(pool, model)
+    shutil.copytree(first.root, tmp_path / "copy")
+    with pytest.raises(UnsafeFile, match=r"outside exportgate's cache.*--trust"):
+        pool.open(read_manifest(tmp_path / "copy"), request(model, "torchscript"), "libtorch", "cpu")
 
 
 def _byte_changed(artifact: Artifact) -> None:
