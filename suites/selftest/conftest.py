@@ -85,11 +85,12 @@ def scenes(spec):
     generator = np.random.default_rng(0)
     for _ in range(4):
         image = np.zeros((spec.batch, 3, *spec.imgsz), np.float32)
-        for y in range(8, spec.imgsz[0] - 8, 16):
-            for x in range(8, spec.imgsz[1] - 8, 16):
-                strong, weak = generator.permutation(3)[:2]
-                image[:, strong, y : y + 8, x : x + 8] = generator.uniform(0.3, 0.8)
-                image[:, weak, y : y + 8, x : x + 8] = generator.uniform(0.0, 0.2)
+        for row in image:
+            for y in range(8, spec.imgsz[0] - 8, 16):
+                for x in range(8, spec.imgsz[1] - 8, 16):
+                    strong, weak = generator.permutation(3)[:2]
+                    row[strong, y : y + 8, x : x + 8] = generator.uniform(0.3, 0.8)
+                    row[weak, y : y + 8, x : x + 8] = generator.uniform(0.0, 0.2)
         yield {"images": image}
 '''
 
