@@ -41,13 +41,19 @@ class Achieved:
     """The precision read back from the artifact: `precision` in a word, `counts` and `exceptions` as evidence.
 
     `counts` maps what was counted ("Conv int8", "initializer fp16") to its number; `exceptions` names what is in
-    another precision although the request covers it (empty when all is as asked); `kept` what is so on purpose.
+    another precision although the request covers it (empty when all is as asked); `rounded` names FP32 values that go
+    through FP16 on their way to FP32 operators.
     """
 
     precision: str
     counts: Mapping[str, int] = field(default_factory=dict[str, int])
     exceptions: tuple[str, ...] = ()
-    kept: tuple[str, ...] = ()
+    rounded: tuple[str, ...] = ()
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Achieved:
+        """The inverse of `asdict`, also after JSON."""
+        return Achieved(data["precision"], data["counts"], tuple(data["exceptions"]), tuple(data["rounded"]))
 
 
 @dataclass(frozen=True)
@@ -111,9 +117,7 @@ class Artifact:
         values["root"] = Path(values["root"])
         values["files"] = tuple(FileInfo(**f) for f in values["files"])
         achieved = values["achieved"]
-        values["achieved"] = Achieved(
-            achieved["precision"], achieved["counts"], tuple(achieved["exceptions"]), tuple(achieved["kept"])
-        )
+        values["achieved"] = Achieved.from_dict(achieved)
         values["parents"] = tuple(values["parents"])
         values["notes"] = tuple(values["notes"])
         return Artifact(**values)

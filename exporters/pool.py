@@ -79,11 +79,10 @@ class RemoteSession:
         data = self._call("describe", format=self.artifact.format, path=str(self.artifact.path))
         execution = data["execution"]
         execution.update(fallback=tuple(execution["fallback"]), notes=tuple(execution["notes"]))
-        achieved = data["achieved"]
         return Description(
             Execution(**execution),
             normalize(data["metadata"], str(self.artifact.path)) if data["metadata"] is not None else None,
-            Achieved(achieved["precision"], achieved["counts"], tuple(achieved["exceptions"]), tuple(achieved["kept"])),
+            Achieved.from_dict(data["achieved"]),
             data["metadata_error"],
         )
 
@@ -236,7 +235,6 @@ class Pool:
                 raise ExportError(
                     f"format {entry.id} said it made '{done['primary']}' and it is not there", "see the worker's log"
                 )
-            achieved = done["achieved"]
             artifact = Artifact(
                 folder,
                 key,
@@ -245,9 +243,7 @@ class Pool:
                 spec.to_dict(),
                 files,
                 {"name": entry.toolchain, "python": sys.version.split()[0], "packages": dict(environment.packages)},
-                Achieved(
-                    achieved["precision"], achieved["counts"], tuple(achieved["exceptions"]), tuple(achieved["kept"])
-                ),
+                Achieved.from_dict(done["achieved"]),
                 tuple(p.key for p in parents),
                 seconds,
                 notes,

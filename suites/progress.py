@@ -33,8 +33,11 @@ class Progress:
         self.doing(description)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        claim, _, case = nodeid.rpartition("::")[2].partition("[")
-        self.doing(f"{case.rstrip(']')}: {claim.removeprefix('test_').replace('_', ' ')}")
+        claim, _, case = nodeid.rpartition("::")[2].removesuffix("]").partition("[")
+        if case != self.case:
+            self.flush()
+            self.case = case
+        self.doing(f"{case}: {claim.removeprefix('test_').replace('_', ' ')}")
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
@@ -49,15 +52,11 @@ class Progress:
         data = dict(report.user_properties).get(PROPERTY)
         if not isinstance(data, dict) or report.when == "teardown":
             return
-        claim = data["claim"]
-        if claim["case"] != self.case:
-            self.flush()
-            self.case = claim["case"]
-        self.counts[claim["verdict"]] += 1
+        self.counts[data["claim"]["verdict"]] += 1
 
     def flush(self) -> None:
         """The line of the case that ended."""
-        if self.case:
+        if self.counts:
             words = ", ".join(f"{n} {v}" for v, n in self.counts.most_common())
             self.reporter.write_line(f"{self.case}: {words} ({time.monotonic() - self.since:.1f} s)")
         self.counts.clear()

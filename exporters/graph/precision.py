@@ -55,7 +55,24 @@ def read_precision(path: Path) -> Achieved:
     }
     evidence["opset"] = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
     main = counts.most_common(1)[0][0] if counts else next(iter(weights), "")
-    return Achieved(main, evidence, tuple(sorted(name for name, kind in kinds.items() if kind != main)))
+    others = tuple(sorted(name for name, kind in kinds.items() if kind != main))
+    return Achieved(main, evidence, others, _rounded(model))
+
+
+def _rounded(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Names of FP32 values that are cast to FP16 and back."""
+    casts = {n.output[0]: n for n in model.graph.node if n.op_type == "Cast"}
+
+    def is_to(node: onnx.NodeProto, dtype: int) -> bool:
+        return any(a.name == "to" and a.i == dtype for a in node.attribute)
+
+    back = [n.input[0] for n in casts.values() if is_to(n, onnx.TensorProto.FLOAT) and n.input[0] in casts]
+    through = {casts[name].input[0] for name in back if is_to(casts[name], onnx.TensorProto.FLOAT16)}
+    if not through:
+        return ()
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    floats = {v.name for v in graph.value_info if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
+    return tuple(sorted(through & floats))
 
 
 def _kinds(graph: onnx.GraphProto, stored: dict[str, str]) -> dict[str, str]:

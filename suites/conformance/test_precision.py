@@ -17,6 +17,11 @@ def test_achieved_precision_is_the_requested(case: Bench) -> None:
     kept = [path for path, _ in case.model.fp32]
     wrong = [name for name in achieved.exceptions if not belongs(name, kept)]
     assert not wrong, f"asked for {asked}, but {len(wrong)} operators are not: {', '.join(wrong[:5])} ({evidence})"
+    # What our request keeps in FP32 is to be kept between its operators too; others' files promise nothing there.
+    rounded = achieved.rounded if case.brought is None else ()
+    assert not rounded, (
+        f"{len(rounded)} values that stay in FP32 go through FP16: {', '.join(rounded[:3])} ({evidence})"
+    )
 
 
 def test_executed_precision_is_the_requested(case: Bench) -> None:

@@ -387,6 +387,19 @@ def one_layer_left_in_fp32(model: Any, layer: str) -> None:
     )
 
 
+@graph_damage
+def decode_rounded(model: Any) -> None:
+    """FP16 file: what the decode multiplies by the strides goes through FP16, as the converter itself would have it."""
+    node = next(n for n in model.graph.node if n.name == "/model.22/decode/Mul_1")
+    place = list(model.graph.node).index(node)
+    source, node.input[0] = node.input[0], "damage/back"
+    for name, taken, dtype in (("/damage/in", source, "FLOAT16"), ("/damage/out", "damage/there", "FLOAT")):
+        given = "damage/there" if dtype == "FLOAT16" else "damage/back"
+        kind = getattr(onnx.TensorProto, dtype)
+        model.graph.node.insert(place, onnx.helper.make_node("Cast", [taken], [given], name, to=kind))
+        place += 1
+
+
 def only_the_weights_in_fp16(path: Path, workshop: Workshop) -> None:
     """Every weight is stored in FP16 and cast to FP32 where it is used: a small file, and no FP16 arithmetic."""
     model = onnx.load(workshop.good("onnx fp32").path)
@@ -644,6 +657,7 @@ BROKEN = (
         achieved,
         "/model.6/cv1/conv/Conv",
     ),
+    Broken("the FP32 decode rounded to FP16", "onnx fp16", decode_rounded(), achieved, "go through FP16"),
     Broken("only the weights in FP16", "onnx fp16", only_the_weights_in_fp16, achieved, "the file is fp32"),
     Broken(
         "FP32 passed off as FP16, TorchScript",
