@@ -51,7 +51,8 @@ def place(artifact: Artifact, folder: Path, overwrite: bool = False) -> Path:
                 aside.replace(target)
         _remove(temporary)
         _remove(aside)
-    _remember(target)
+    told = next((f.sha256 for f in artifact.files if f.path == artifact.primary), "")  # of a file; none of a folder
+    _remember(target, told or _content(target))
     return target
 
 
@@ -63,12 +64,12 @@ def _remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _remember(target: Path) -> None:
+def _remember(target: Path, content: str) -> None:
     """Notes in the cache what exportgate put there, so that it may replace it the next time."""
     mark = _mark(target)
     with writing():
         mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.write_text(json.dumps({"path": str(target.resolve()), "content": _content(target)}), encoding="utf-8")
+        mark.write_text(json.dumps({"path": str(target.resolve()), "content": content}), encoding="utf-8")
 
 
 def _is_ours(target: Path) -> bool:

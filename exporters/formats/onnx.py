@@ -59,13 +59,16 @@ def trace(job: Job) -> Made:
     if spec.dynamic:
         axes = {i.name: {n: d for n, d in enumerate(i.shape) if isinstance(d, str)} for i in model.inputs}
         axes |= {o.name: dict(o.axes) for o in model.outputs}
+    inputs = example(spec)
+    if is_plain(spec):  # the layout that oneDNN convolves fastest; no node of the graph says it
+        inputs = tuple(i.contiguous(memory_format=torch.channels_last) for i in inputs)
     target = job.folder / f"{job.stem}.onnx"
     with one_thread(), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecation of this exporter, and tracer warnings about shapes that we mean
         # The TorchScript-based exporter: it works at all opsets of the contract, where the newer one starts at 18.
         torch.onnx.export(
             for_export(build(model), spec.dynamic),
-            example(spec),
+            inputs,
             str(target),
             input_names=[i.name for i in model.inputs],
             output_names=[o.name for o in model.outputs],
