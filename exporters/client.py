@@ -23,7 +23,15 @@ Json = dict[str, Any]
 PACKAGE = Path(__file__).parent
 # Imports exportgate's package from its own folder without adding that folder's neighbours (another environment's
 # site-packages) to the import path. Not isolated (-I): PYTHONPATH may carry TensorRT. -P: no surprises from the folder.
-BOOTSTRAP = """import importlib.util as u, sys
+# numpy first, with one thread for its OpenBLAS: starting one for each core is half of its import time, and nothing here
+# multiplies matrices with numpy. What is imported later (torch on ARM has an OpenBLAS too) sees the user's setting.
+BOOTSTRAP = """import importlib.util as u, os, sys
+v = "OPENBLAS_NUM_THREADS"
+given = os.environ.get(v)
+os.environ.setdefault(v, "1")
+import numpy
+if given is None:
+    del os.environ[v]
 s = u.spec_from_file_location("exporters", sys.argv[1] + "/__init__.py", submodule_search_locations=[sys.argv[1]])
 m = sys.modules["exporters"] = u.module_from_spec(s)
 s.loader.exec_module(m)

@@ -163,7 +163,9 @@ def main() -> int:
     # Libraries print; what they print must not get between the answers, so they get the log's descriptor.
     channel: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    if hasattr(os, "RTLD_LAZY"):  # functions of shared libraries are bound when first called: 4 % of torch's import time
+    if hasattr(
+        os, "RTLD_LAZY"
+    ):  # functions of shared libraries are bound when first called: 4 % of torch's import time
         sys.setdlopenflags(os.RTLD_LAZY)
     gc.disable()  # importing torch makes many objects and no garbage: 5 % of its import time
     importlib.import_module("exporters.formats").registry()

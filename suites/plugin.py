@@ -317,6 +317,11 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     passed = state.selftest["passed"]
     if int(exitstatus) == pytest.ExitCode.OK and not judged and not passed and not session.config.option.collectonly:
         session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+    if not state.cases:
+        state.lines = [
+            f"nothing was judged: {state.project.folder / 'exportgate.toml'} has no models with formats; "
+            "see README, 'A project of your own', or give a MODEL"
+        ]
     if state.record is not None:
         if state.release and int(session.exitstatus) == pytest.ExitCode.OK and _summary(state).unmet:
             # A must-pass claim that lacks PASS or WAIVED fails the release, though pytest calls it skipped.

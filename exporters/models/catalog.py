@@ -254,6 +254,9 @@ def _outputs(table: Mapping[str, Any], where: str) -> tuple[OutputSpec, ...]:
         _only(entry, frozenset({"name", "axes", "groups"}), f"{where} outputs")
         axes = tuple((int(a), str(n)) for a, n in entry.get("axes", {"0": "batch"}).items())
         groups = tuple(ChannelGroup(**g) for g in entry.get("groups", [])) or (ChannelGroup("values", "value"),)
+        kind = next((g.kind for g in groups if g.kind not in ("box", "score", "value")), None)
+        if kind is not None:
+            raise BadRequest(f"{where}: a channel group has the kind '{kind}'", "kinds: box, score, value")
         made.append(OutputSpec(str(entry["name"]), axes, groups))
     if not made:
         raise BadRequest(f"{where}: outputs is empty", "name every output, or leave the key out for one, output0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 import zipfile
@@ -11,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from exporters.errors import BadRequest
 from exporters.models.checkpoint import read_checkpoint
+from suites.support.cases import Selection, matrix
+from suites.support.config import read_project
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -170,6 +174,50 @@ def test_class_names_with_a_gap_are_refused(trained: Path, tmp_path: Path) -> No
 def test_a_mistake_in_the_configuration_is_refused(text: str, words: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "exportgate.toml").write_text(text)
     assert_refused(run(["qualify"], tmp_path), *words)
+
+
+TOLERANCE = "[[tolerances]]\nprecision='fp16'\ngroup='boxes'\nmeasure='max_abs'\nreason='r'\nallowed="
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("tolerances = 5", "tolerances = 5"),
+        ("waivers = ['a']", "waivers = ['a']"),
+        ("must_pass = 'detector'", "must_pass = 'detector'"),
+        ("baselines = 7", "baselines = 7"),
+        ("[latency]\ndelta = nan", "delta = nan"),
+        ("[latency]\nprocesses = 2.5", "processes = 2.5"),
+        ("[limits]\nexport = inf", "export = inf"),
+        (TOLERANCE + "nan", "allowed = nan"),
+        (TOLERANCE.replace("fp16", "fp61") + "1", "'fp61'"),
+        (TOLERANCE.replace("'max_abs'", "['max_abs']") + "1", "measure = ['max_abs']"),
+        ("[matrix]\nformats = 'onnx'", "formats = 'onnx'"),
+        ("[matrix]\nfromats = ['onnx']", "'fromats'"),
+        ("[matrix]\noptions = 3", "options is int"),
+        ("[matrix]\nalso = ['onnx']", "also = ['onnx']"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(text: str, words: str, tmp_path: Path) -> None:
+    """A text where a list belongs would be read letter by letter, and a limit of nan lets everything pass."""
+    (tmp_path / "exportgate.toml").write_text(text)
+    with pytest.raises(BadRequest, match=re.escape(words)):
+        read_project(tmp_path / "exportgate.toml")
+
+
+def test_what_the_matrix_would_pass_over_in_silence_is_refused(trained: Path, tmp_path: Path) -> None:
+    model = f"[models.a]\nweights = '{trained}'\n[matrix]\nformats = ['onnx']\n"
+    file = tmp_path / "exportgate.toml"
+    file.write_text(model + "[[matrix.also]]\nformat = 'torchscript'\nmodel = 'b'\n")
+    with pytest.raises(BadRequest, match="model 'b' is not one of the matrix; models: a"):
+        matrix(read_project(file), Selection())
+    file.write_text(model + TOLERANCE.replace("boxes", "boxez") + "1\n")
+    with pytest.raises(BadRequest, match="no output has the channel group 'boxez'; groups: box, boxes, score, scores"):
+        matrix(read_project(file), Selection())
+    file.write_text("")
+    done = run(["qualify"], tmp_path)
+    assert done.returncode == 5
+    assert "nothing was judged" in done.stdout
 
 
 def test_a_file_that_somebody_else_made_is_not_overwritten(trained: Path, tmp_path: Path) -> None:

@@ -96,6 +96,31 @@ def test_values_that_are_not_finite_never_pass(wrong: float) -> None:
         assert not any(r.passed for r in compare({"y": values}, {"y": damaged}, VALUES, precision))
 
 
+@pytest.mark.parametrize(
+    ("groups", "says"),
+    [
+        ((ChannelGroup("a", "value", "", 0, 3),), "channel 3 is in no group"),
+        ((ChannelGroup("a", "value"), ChannelGroup("b", "value", "", 5)), "none in group 'b'"),
+    ],
+)
+def test_a_channel_that_nothing_would_compare_is_refused(groups: tuple[ChannelGroup, ...], says: str) -> None:
+    values = np.zeros((2, 5))
+    with pytest.raises(BadRequest, match=says):
+        compare(
+            {"y": values}, {"y": values}, ModelSpec("m", "", outputs=(OutputSpec("y", (), groups),)), Precision.FP16
+        )
+
+
+@pytest.mark.parametrize("kind", ["score", "box"])
+def test_int8_scores_without_boxes_are_compared_by_value(kind: str) -> None:
+    """Detections are matched where there are both; alone, either would be compared by nothing."""
+    model = ModelSpec("classes", "", outputs=(OutputSpec("y", (), (ChannelGroup("scores", kind),)),))
+    values = np.linspace(0.3, 1, 100).reshape(2, 50)
+    damaged = values[:, ::-1]
+    assert [r.passed for r in compare({"y": values}, {"y": damaged}, model, Precision.INT8)] == [False]
+    assert [r.passed for r in compare({"y": values}, {"y": values}, model, Precision.INT8)] == [True]
+
+
 def test_cosine_alone_would_let_a_scale_error_pass_and_the_gate_does_not() -> None:
     values = np.linspace(1, 2, 100).reshape(2, 50)
     rows = compare({"y": values}, {"y": values * 1.02}, VALUES, Precision.FP16)

@@ -182,12 +182,15 @@ def _parsed(given: Mapping[str, Any]) -> dict[str, Any]:
 def _own(project: Project, selection: Selection, chosen: Sequence[str], precisions: Sequence[Precision]) -> list[Case]:
     """The project's matrix: [matrix] formats x precisions, and every [[matrix.also]]; options narrow or change it."""
     table = project.matrix
-    known = {"models", "formats", "precisions", "options", "also"}
-    unknown = next((k for k in table if k not in known), None)
-    if unknown:
-        raise BadRequest(f"exportgate.toml [matrix]: key '{unknown}' is not known", "keys: " + ", ".join(sorted(known)))
+    names: list[str] = table.get("models", list(project.models))
+    stray = next((r["model"] for r in table.get("also", []) if "model" in r and r["model"] not in names), None)
+    if stray is not None:
+        raise BadRequest(
+            f"exportgate.toml [[matrix.also]]: model '{stray}' is not one of the matrix",
+            "models: " + (", ".join(names) or "none"),
+        )
     cases: list[Case] = []
-    for name in table.get("models", list(project.models)):
+    for name in names:
         if name not in project.models:
             raise BadRequest(
                 f"exportgate.toml [matrix]: model '{name}' has no [models.{name}]", "add the table, or correct the name"
@@ -216,4 +219,16 @@ def _own(project: Project, selection: Selection, chosen: Sequence[str], precisio
                 continue
             made = _cases(model, format_id, precision, options, bool(selection.options))
             cases += [Case(c.spec, c.runtime, c.because, missing) for c in made]
+    _check_groups(project, cases if not chosen and not precisions else [])
     return list({c.id: c for c in cases}.values()) if selection.options else cases
+
+
+def _check_groups(project: Project, cases: Sequence[Case]) -> None:
+    """A tolerance for a group that no output of the matrix has would never be used."""
+    groups = {n for c in cases for o in c.spec.model.outputs for g in o.groups for n in (g.name, g.kind)}
+    for tolerance in project.tolerances if groups else ():
+        if tolerance["group"] not in groups:
+            raise BadRequest(
+                f"exportgate.toml [[tolerances]]: no output has the channel group '{tolerance['group']}'",
+                "groups: " + ", ".join(sorted(groups)),
+            )

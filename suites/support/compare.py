@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from exporters.models.spec import ChannelGroup, ModelSpec
+from exporters.errors import BadRequest
+from exporters.models.spec import ChannelGroup, ModelSpec, OutputSpec
 from exporters.spec import Precision
 
 Array = npt.NDArray[Any]
@@ -159,16 +160,23 @@ def compare(
 
     Box channels are compared on the anchors whose reference score is at least SCORE_FLOOR; where none is, they are
     left out (and the power check will say so).
+
+    Raises:
+        BadRequest: a channel of an output belongs to no group, so that nothing would compare it.
     """
     rows: list[Comparison] = []
     for spec in model.outputs:
         want, got = np.asarray(expected[spec.name], np.float64), np.asarray(observed[spec.name], np.float64)
+        _check_cover(spec, want)
         score = next((g for g in spec.groups if g.kind == "score"), None)
+        is_matched = {"box", "score"} <= {g.kind for g in spec.groups}  # by `detections.match`
         fires = (
             want[:, score.start : score.stop].max(1, keepdims=True) >= SCORE_FLOOR if score and want.ndim == 3 else None
         )
         for group in spec.groups:
             limits = tolerances(precision, group, overrides)
+            if not limits and not is_matched:
+                limits = DEFAULTS[precision, "value"]
             if not limits:
                 continue
             where = slice(group.start, group.stop)
@@ -188,6 +196,21 @@ def compare(
                     bound = np.maximum(bound, SIGMAS * spread)
                 rows.append(_row(a, b, mask, limit, bound, group, hop, feeds, spec.name))
     return rows
+
+
+def _check_cover(spec: OutputSpec, want: Array) -> None:
+    """Every channel is in a group, and every group has a channel."""
+    if want.ndim < 2:
+        return
+    channels = range(want.shape[1])
+    empty = next((g.name for g in spec.groups if not channels[g.start : g.stop]), None)
+    free = next((c for c in channels if not any(c in channels[g.start : g.stop] for g in spec.groups)), None)
+    if empty is not None or free is not None:
+        raise BadRequest(
+            f"output '{spec.name}' has {len(channels)} channels, "
+            + (f"none in group '{empty}'" if empty is not None else f"and channel {free} is in no group"),
+            "correct start and stop of its groups in exportgate.toml, so that every channel is compared",
+        )
 
 
 def _row(

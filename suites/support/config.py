@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 
 from exporters.client import Limits
 from exporters.errors import BadRequest
-from exporters.spec import near
+from exporters.spec import Precision, near
 
 FILE = "exportgate.toml"
 KEYS = {"models", "matrix", "tolerances", "latency", "limits", "waivers", "must_pass", "baselines"}
@@ -92,13 +93,13 @@ def read_project(path: Path) -> Project:
             str(k): _table(v, f"{path} [models.{k}]")
             for k, v in _table(data.get("models", {}), f"{path} models").items()
         },
-        matrix=_table(data.get("matrix", {}), f"{path} [matrix]"),
-        tolerances=tuple(_tolerance(t, f"{path} [[tolerances]]") for t in data.get("tolerances", [])),
+        matrix=_matrix(_table(data.get("matrix", {}), f"{path} [matrix]"), f"{path} [matrix]"),
+        tolerances=tuple(_tolerance(t, f"{path} [[tolerances]]") for t in _list(data, "tolerances", str(path), dict)),
         latency=_latency(_table(data.get("latency", {}), f"{path} [latency]"), f"{path} [latency]"),
         limits=_limits(_table(data.get("limits", {}), f"{path} [limits]"), f"{path} [limits]"),
-        waivers=tuple(_waiver(w, f"{path} [[waivers]]") for w in data.get("waivers", [])),
-        must_pass=tuple(str(m) for m in data.get("must_pass", [])),
-        baselines=folder / str(data.get("baselines", "baselines")),
+        waivers=tuple(_waiver(w, f"{path} [[waivers]]") for w in _list(data, "waivers", str(path), dict)),
+        must_pass=tuple(_list(data, "must_pass", str(path), str)),
+        baselines=folder / _text(data, "baselines", str(path), "baselines"),
     )
 
 
@@ -116,19 +117,46 @@ def _table(value: Any, where: str) -> Mapping[str, Any]:
     return value
 
 
+def _list(table: Mapping[str, Any], key: str, where: str, kind: type) -> list[Any]:
+    value = table.get(key, [])
+    if not isinstance(value, list) or not all(isinstance(v, kind) for v in value):
+        raise BadRequest(f"{where}: {key} = {value!r}", f"give a list of {'tables' if kind is dict else 'texts'}")
+    return value
+
+
+def _text(table: Mapping[str, Any], key: str, where: str, default: str) -> str:
+    value = table.get(key, default)
+    if not isinstance(value, str) or not value:
+        raise BadRequest(f"{where}: {key} = {value!r}", "give a text")
+    return value
+
+
 def _number(table: Mapping[str, Any], key: str, where: str, default: float, low: float) -> float:
     value = table.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < low:
+    # TOML has nan and inf: a limit that is either lets everything pass.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < low:
         raise BadRequest(f"{where}: {key} = {value!r}", f"give a number of at least {low:g}")
     return float(value)
+
+
+def _matrix(table: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    _only(table, {"models", "formats", "precisions", "options", "also"}, where)
+    for key in ("models", "formats", "precisions"):
+        _list(table, key, where, str)
+    _table(table.get("options", {}), f"{where} options")
+    _list(table, "also", where, dict)
+    return table
 
 
 def _latency(table: Mapping[str, Any], where: str) -> Latency:
     _only(table, {"delta", "processes", "seconds", "must_detect"}, where)
     must = _number(table, "must_detect", where, 0.0, 0.0) or None
+    processes = _number(table, "processes", where, 5, 2)
+    if processes != int(processes):
+        raise BadRequest(f"{where}: processes = {processes:g}", "give a whole number")
     return Latency(
         _number(table, "delta", where, 0.02, 0.0),
-        int(_number(table, "processes", where, 5, 2)),
+        int(processes),
         _number(table, "seconds", where, 1.0, 0.05),
         must,
     )
@@ -144,6 +172,8 @@ def _tolerance(value: Any, where: str) -> Mapping[str, Any]:
     table = _table(value, where)
     _only(table, {"precision", "group", "measure", "allowed", "reason", "relative"}, where)
     missing = next((k for k in ("precision", "group", "measure", "allowed", "reason") if k not in table), None)
+    for key in ("precision", "group", "measure", "reason"):
+        _text(table, key, where, "-")
     measures = {"max_abs", "mean_abs", "p99_abs", "max_rel", "mean_rel", "cosine", "snr_db"}
     if missing or not str(table["reason"]).strip():
         raise BadRequest(
@@ -155,7 +185,7 @@ def _tolerance(value: Any, where: str) -> Mapping[str, Any]:
             f"{where}: measure '{table['measure']}' is not known", "measures: " + ", ".join(sorted(measures))
         )
     _number(table, "allowed", where, 0.0, 0.0)
-    return table
+    return {**table, "precision": Precision.parse(table["precision"]).value}
 
 
 def _waiver(value: Any, where: str) -> Waiver:
