@@ -10,7 +10,9 @@ import gc
 import importlib
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from dataclasses import asdict
@@ -158,14 +160,21 @@ class Server:
         return {}
 
 
+def _follow(parent: int) -> None:
+    """Ends this process and its children when who started it is gone, even killed: a call may take minutes more."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.killpg(0, signal.SIGKILL)
+
+
 def main() -> int:
     """Serves calls until standard input ends. Arguments: modules to import before the first call."""
+    if os.name != "nt" and os.getpgrp() == os.getpid():
+        threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     # Libraries print; what they print must not get between the answers, so they get the log's descriptor.
     channel: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    if hasattr(
-        os, "RTLD_LAZY"
-    ):  # functions of shared libraries are bound when first called: 4 % of torch's import time
+    if os.name != "nt":  # functions of shared libraries are bound when first called: 4 % of torch's import time
         sys.setdlopenflags(os.RTLD_LAZY)
     gc.disable()  # importing torch makes many objects and no garbage: 5 % of its import time
     importlib.import_module("exporters.formats").registry()

@@ -24,9 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 good, 1 a verdict failed, 2 interrupted, 4 bad request, 5 nothing judged.
     """
+    from suites.options import stop_when_terminated
+
     words = list(sys.argv[1:] if arguments is None else arguments)
     words, further = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     options = _parser().parse_args(words)
+    stop_when_terminated()
     try:
         command: Callable[[argparse.Namespace, list[str]], int] = options.command
         return command(options, further)

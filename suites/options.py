@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +55,16 @@ RUN: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--in-process", {"action": "store_true", "help": "export and run in this process, for a debugger"}),
     ("--tracebacks", {"action": "store_true", "help": "show tracebacks of failed claims"}),
 )
+
+
+def stop_when_terminated() -> None:
+    """SIGTERM, by which a CI server cancels a job, ends a command as Ctrl-C does: workers ended, the record closed."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt("SIGTERM")
+
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, interrupt)
 
 
 def add_options(parser: pytest.Parser) -> None:

@@ -18,7 +18,7 @@ from exporters.artifact import Artifact, foreign
 from exporters.errors import BadRequest, ExportgateError
 from exporters.pool import Pool
 from exporters.spec import ExportSpec
-from suites.options import add_options, brought_path, selection_of
+from suites.options import add_options, brought_path, selection_of, stop_when_terminated
 from suites.support import record as records
 from suites.support.bench import Bench, Run
 from suites.support.cases import Case, matrix
@@ -93,6 +93,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
     if config.getoption("help", False) or config.getoption("version", 0):
         return
+    stop_when_terminated()
     try:
         state = config.stash[STATE] = State(config)
         if state.release:
