@@ -123,8 +123,11 @@ def _check(options: argparse.Namespace, further: list[str]) -> int:
 
 def _pytest(options: argparse.Namespace, words: list[str], further: list[str]) -> int:
     """Starts pytest on the claims, with the options given; a user's own pytest settings stay out of it."""
+    import tempfile
+
     import pytest
 
+    from exporters.toolchain import cache_root
     from suites.options import MATRIX, REQUEST, RUN
 
     for name, settings in (*MATRIX, *REQUEST, *RUN):
@@ -134,6 +137,8 @@ def _pytest(options: argparse.Namespace, words: list[str], further: list[str]) -
         elif value is not None:
             words += [f"{name}={value}"]
     claims = [str(p) for p in (PACKAGE / "conformance", PACKAGE / "accuracy", PACKAGE / "performance") if p.is_dir()]
+    # A user's folder gets the report and nothing else: not the folders .hypothesis and .benchmarks.
+    os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(cache_root() / "hypothesis"))
     os.environ["EXPORTGATE_COMMAND"] = json.dumps(["exportgate", *sys.argv[1:]])
     fixed = [
         "-p",
@@ -151,6 +156,7 @@ def _pytest(options: argparse.Namespace, words: list[str], further: list[str]) -
         "-q",
         "--benchmark-columns=min,median,max,rounds",
         "--benchmark-quiet",
+        f"--benchmark-storage=file://{tempfile.gettempdir()}",
         "--no-header",
         "-rN",
     ]
