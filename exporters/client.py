@@ -185,11 +185,13 @@ class Worker(Caller):
         if code < 0:
             with suppress(ValueError):
                 cause = f"signal {signal.Signals(-code).name}"
+        last: list[str] = []
         with suppress(OSError):
             last = self.log.read_text(errors="replace").strip().splitlines()
-            if last:
-                cause += f", last line of its log: {last[-1][:200]}"
-        return WorkerCrash(f"worker {self.name} died during {operation}: {cause}", f"its log is {self.log}")
+        if last:
+            cause += f", last line of its log: {last[-1][:200]}"
+        fix = f"its log is {self.log}" if last else "it wrote no log; was it killed, or out of memory?"
+        return WorkerCrash(f"worker {self.name} died during {operation}: {cause}", fix)
 
     def kill(self) -> None:
         """Kills the process and its children; a session that it held is gone."""

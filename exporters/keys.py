@@ -113,7 +113,7 @@ def find_source(module: str, search: Iterable[Path]) -> Path | None:
         return None
     if found.submodule_search_locations:
         return Path(next(iter(found.submodule_search_locations)))
-    return Path(found.origin) if found.origin else None
+    return Path(found.origin) if found.origin and found.has_location else None  # not built in, not frozen
 
 
 def _digest_files(paths: Sequence[Path]) -> str:

@@ -92,11 +92,20 @@ def near(text: str, known: list[str]) -> str:
 
 
 def user_path(text: str) -> Path:
-    """A path as a user types it, where ~ is a home folder if there is one of that name."""
+    """A path as a user types it, where ~ is a home folder if there is one of that name.
+
+    Raises:
+        BadRequest: no file can have this name.
+    """
     try:
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
     except RuntimeError:
-        return Path(text)
+        path = Path(text)
+    try:
+        path.exists()
+    except OSError as error:
+        raise BadRequest(f"path '{text[:80]}' is none ({error.strerror})", "name a file or folder") from None
+    return path
 
 
 def parse_imgsz(value: Any, stride: int) -> tuple[int, int]:
@@ -164,7 +173,7 @@ def parse_fraction(value: Any) -> float:
 
 def parse_precision(precision: Any = None, half: bool = False, int8: bool = False) -> Precision:
     """The one precision asked for; half means fp16. Two that disagree are refused: the peer drops one silently."""
-    asked = [("precision", Precision.parse(precision))] if precision else []
+    asked = [("precision", Precision.parse(precision))] if precision is not None else []
     asked += [("half", Precision.FP16)] if half else []
     asked += [("int8", Precision.INT8)] if int8 else []
     if len({p for _, p in asked}) > 1:
@@ -194,7 +203,7 @@ def parse_device(value: Any) -> str:
     if text == "cpu":
         return text
     number = text.removeprefix("cuda").removeprefix(":") or "0"
-    if not number.isdecimal():
+    if not text or not number.isdecimal():
         raise BadRequest(f"device '{value}' is not known", "use cpu, cuda, or a GPU's number")
     return f"cuda:{int(number)}"
 
@@ -233,6 +242,12 @@ def request(model: ModelSpec, format_id: str, **options: Any) -> ExportSpec:
         raise BadRequest(
             f"batch {values['batch']}: model '{model.name}' has no batch axis", "name an axis of its input 'batch'"
         )
+    unused = next((k for k in CALIBRATION if k in values), None) if precision is not Precision.INT8 else None
+    if unused:
+        raise BadRequest(
+            f"option '{unused}' ({given[unused]}) with {precision.value}: only INT8 is calibrated",
+            "leave it out, or ask for int8",
+        )
     chosen = formats.canonical(format_id)
     spec = ExportSpec(model, chosen, precision, size, **values)
     formats.get(chosen).check(spec)
@@ -243,6 +258,8 @@ def request(model: ModelSpec, format_id: str, **options: Any) -> ExportSpec:
         calibration.check(spec)
     return spec
 
+
+CALIBRATION = ("data", "split", "fraction")  # options that an INT8 artifact alone depends on
 
 # What makes an option's value of what a user typed; precision and imgsz need the model too, and stand in `request`.
 _PARSERS: Mapping[str, Callable[[Any], Any]] = {

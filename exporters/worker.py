@@ -6,6 +6,7 @@ that a library prints goes to the log. Arrays travel as .npy files, memory-mappe
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 import json
@@ -62,6 +63,11 @@ class Server:
             return {"error": told | ({"trace": traceback.format_exc()} if error.__cause__ else {})}
         except Exception as error:  # noqa: BLE001 (the worker's boundary)
             line = " ".join(str(error).split())[:600]
+            if isinstance(error, MemoryError):
+                return {"error": {"type": "BadRequest", "what": line, "fix": "ask for a smaller batch or image size"}}
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                fix = "make room, or set EXPORTGATE_CACHE to a folder with room"
+                return {"error": {"type": "BadRequest", "what": f"the cache cannot be written ({line})", "fix": fix}}
             told = {"type": "", "what": f"{type(error).__name__}: {line}", "fix": ""}
             return {"error": told | {"trace": traceback.format_exc()}}
 

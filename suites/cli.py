@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 good, 1 a verdict failed, 2 interrupted, 4 bad request, 5 nothing judged.
     """
-    from suites.options import stop_when_terminated
+    from suites.options import refuse_empty, stop_when_terminated
 
     words = list(sys.argv[1:] if arguments is None else arguments)
     words, further = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stop_when_terminated()
     try:
         command: Callable[[argparse.Namespace, list[str]], int] = options.command
+        refuse_empty(vars(options))
+        if further and command not in (_qualify, _check):
+            raise BadRequest(f"'-- {' '.join(further)}' is for pytest, which this command does not run", "leave it out")
         return command(options, further)
     except ExportgateError as error:
         print(f"exportgate: error: {error}", file=sys.stderr)
@@ -139,6 +143,7 @@ def _pytest(options: argparse.Namespace, words: list[str], further: list[str]) -
     claims = [str(p) for p in (PACKAGE / "conformance", PACKAGE / "accuracy", PACKAGE / "performance") if p.is_dir()]
     # A user's folder gets the report and nothing else: not the folders .hypothesis and .benchmarks.
     os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(cache_root() / "hypothesis"))
+    os.environ.pop("PYTEST_ADDOPTS", None)
     os.environ["EXPORTGATE_COMMAND"] = json.dumps(["exportgate", *sys.argv[1:]])
     fixed = [
         "-p",
@@ -166,13 +171,14 @@ def _pytest(options: argparse.Namespace, words: list[str], further: list[str]) -
 def _export(options: argparse.Namespace, further: list[str]) -> int:
     from exporters import formats
     from exporters.pool import Pool
+    from suites.options import names_in
     from suites.support.cases import Selection, find_model
     from suites.support.config import find_project
 
     if not options.format:
         raise BadRequest("export was given no format", "add --format, for example --format onnx")
     project = find_project(options.project, Path.cwd())
-    names = [formats.canonical(f) for f in options.format.split(",") if f.strip()]
+    names = [formats.canonical(f) for f in names_in("format", options.format)]
     with Pool(project.limits) as pool, _progress(pool):
         # Started before the checkpoint is read: importing torch is the longest part of a cold export.
         for name in names:
@@ -184,23 +190,46 @@ def _export(options: argparse.Namespace, further: list[str]) -> int:
             files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
             size = sum(p.stat().st_size for p in files) / 2**20
             print(f"{name}: {path} ({size:.1f} MiB, {time.perf_counter() - start:.1f} s)")
-            print(
-                f"  check it: exportgate check {path} --model {options.model}"
-                + (" --trust" if formats.get(name).is_code else "")
-                + (f" --precision {options.precision}" if options.precision else "")
-            )
+            words = ["exportgate", "check", str(path), "--model", options.model, "--format", name]
+            words += ["--trust"] if formats.get(name).is_code else []
+            print("  check it: " + shlex.join([*words, *_given(options)]))
     return 0
+
+
+def _given(options: argparse.Namespace) -> list[str]:
+    """The options of a request as they were given, but for the format."""
+    from suites.options import MATRIX, REQUEST
+
+    words: list[str] = []
+    for name, settings in (*MATRIX, *REQUEST):
+        value = getattr(options, settings.get("dest", name[2:].replace("-", "_")))
+        if name == "--format" or (value in (None, False) and settings.get("action") != "store_false"):
+            continue
+        if settings.get("action", "").startswith("store_"):
+            words += [name] if value == (settings["action"] == "store_true") else []
+        else:
+            words += [name, str(value)]
+    return words
 
 
 def _export_one(pool: Any, model: Any, name: str, options: argparse.Namespace, last: bool) -> Path:
     """Exports to one format and puts its file where users look for it."""
+    from exporters import formats
     from exporters.placement import place
     from exporters.spec import request
     from suites.options import REQUEST_FIELDS
 
     values = {k: getattr(options, k) for k in REQUEST_FIELDS}
+    if "," in (options.precision or ""):
+        raise BadRequest(
+            f"export was given the precisions '{options.precision}'",
+            "ask for one at a time: their files have the same name",
+        )
     spec = request(model, name, precision=options.precision, half=options.half, int8=options.int8, **values)
     folder = Path(options.output) if options.output else (model.weights.parent if model.weights else Path.cwd())
+    kind = spec.device.split(":")[0]
+    if not any(r.device == kind for r in formats.get(name).runtimes):
+        raise NotSupported(f"{formats.get(name).title} has no runtime on {kind}", "leave --device out")
     made = pool.export(spec)
     if last:
         pool.leave()
@@ -307,6 +336,7 @@ def _toolchain(options: argparse.Namespace, further: list[str]) -> int:
     from exporters.errors import ToolchainMissing
 
     if options.action == "sync":
+        toolchain.known(options.name)
         print(f"making toolchain {options.name} with uv ...", file=sys.stderr, flush=True)
         print(toolchain.sync(options.name))
         return 0

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporters import formats
 from exporters.errors import BadRequest
+from exporters.spec import user_path
 from suites.support.cases import Selection
 from suites.support.config import Project
 
@@ -87,6 +89,29 @@ def add_options(parser: pytest.Parser) -> None:
         group.addoption(name, **arguments)
 
 
+def refuse_empty(values: Mapping[str, Any]) -> None:
+    """An empty text is a shell variable that was not set: to take the default then would judge something else.
+
+    Raises:
+        BadRequest: names the first one.
+    """
+    empty = next((k for k, v in values.items() if v == ""), None)
+    if empty is not None:
+        raise BadRequest(f"{empty} is given and empty", "give a value, or leave it out")
+
+
+def names_in(option: str, text: str) -> tuple[str, ...]:
+    """The names in a comma-separated list.
+
+    Raises:
+        BadRequest: there is none.
+    """
+    names = tuple(w.strip() for w in text.split(",") if w.strip())
+    if not names:
+        raise BadRequest(f"--{option} '{text}' has no name in it", "give one or more, comma-separated")
+    return names
+
+
 def selection_of(config: pytest.Config, project: Project) -> Selection:
     """What the options ask for.
 
@@ -94,9 +119,11 @@ def selection_of(config: pytest.Config, project: Project) -> Selection:
         BadRequest: options that exclude each other.
     """
 
+    refuse_empty({k: config.getoption(k) for k in ("model", "artifact", "report", "project", "task", *REQUEST_FIELDS)})
+
     def words(name: str) -> tuple[str, ...]:
         text = config.getoption(name)
-        return tuple(w.strip() for w in text.split(",") if w.strip()) if text else ()
+        return names_in(name, text) if text is not None else ()
 
     precisions = (
         words("precision")
@@ -123,7 +150,7 @@ def selection_of(config: pytest.Config, project: Project) -> Selection:
 def brought_path(config: pytest.Config) -> Path | None:
     """The artifact that `--artifact` names."""
     text = config.getoption("artifact")
-    return Path(text).expanduser().resolve() if text else None
+    return user_path(text).resolve() if text else None
 
 
 def _for_artifact(selection: Selection, path: Path) -> Selection:

@@ -239,7 +239,7 @@ def pytest_runtest_makereport(
         "verdict": verdict.value,
         "because": because,
         "seconds": round(call.duration, 3),
-        "reproduce": case.command(_claim_of(item)),
+        "reproduce": _reproduce(item, case),
         **evidence,
     }
     report.user_properties.append((PROPERTY, {"claim": data, "case": event}))
@@ -253,7 +253,17 @@ def _failure_lines(item: pytest.Item, case: Case, verdict: Verdict, because: str
     first = told.setdefault((case.id, because), claim)
     if first != claim:
         return f"{verdict} {case.id} :: {claim}: the same as {first}"
-    return f"{verdict} {case.id} :: {claim}\n  {because}\n  reproduce: {case.command(claim)}"
+    return f"{verdict} {case.id} :: {claim}\n  {because}\n  reproduce: {_reproduce(item, case)}"
+
+
+def _reproduce(item: pytest.Item, case: Case) -> str:
+    """The command that judges this claim again."""
+    state = item.config.stash[STATE]
+    return case.command(
+        _claim_of(item),
+        state.brought.path if state.brought else None,
+        state.project.folder if item.config.getoption("project") else None,
+    )
 
 
 def _case_event(bench: Bench) -> dict[str, Any]:
@@ -264,6 +274,30 @@ def _case_event(bench: Bench) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001 (the claim that asked first has reported it; here only the line matters)
         bench.made = None
         return records.case_event(bench) | {"artifact": None, "spec": {"error": one_line(error)}}
+
+
+def _open_record(state: State) -> None:
+    """Begins the run record, unless it has begun.
+
+    Raises:
+        BadRequest: its folder cannot be written.
+    """
+    if state.record is None:
+        must_pass = must_pass_of(state.project, state.claims) if state.release else []
+        project = state.project.folder / "exportgate.toml"
+        state.record = records.Record(
+            state.folder, records.run_head(state.identity, _command(), project, state.release, must_pass)
+        )
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Before any work: a folder that cannot be written costs none, and a run that is killed early has a record."""
+    state = _active.get("state")
+    if state is not None and state.claims and not session.config.option.collectonly:
+        try:
+            _open_record(state)
+        except ExportgateError as error:
+            raise pytest.UsageError(str(error)) from None
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -278,20 +312,14 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         return
     if report.when == "teardown" and report.outcome == "passed":
         return
-    if state.record is None:
-        state.record = records.Record(
-            state.folder,
-            records.run_head(
-                state.identity,
-                _command(),
-                state.project.folder / "exportgate.toml",
-                state.release,
-                must_pass_of(state.project, state.claims) if state.release else [],
-            ),
-        )
-    if data["case"]:
-        state.record.write("case", **data["case"])
-    state.record.write("claim", **data["claim"])
+    try:
+        _open_record(state)
+        assert state.record is not None
+        if data["case"]:
+            state.record.write("case", **data["case"])
+        state.record.write("claim", **data["claim"])
+    except ExportgateError as error:  # a disk that is full by now
+        pytest.exit(f"exportgate: error: {error}", pytest.ExitCode.USAGE_ERROR)
     state.verdicts[Verdict(data["claim"]["verdict"])] += 1
 
 
@@ -327,13 +355,13 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         if state.release and int(session.exitstatus) == pytest.ExitCode.OK and _summary(state).unmet:
             # A must-pass claim that lacks PASS or WAIVED fails the release, though pytest calls it skipped.
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        state.record.write(
-            "end",
-            exit=int(session.exitstatus),
-            seconds=round(time.monotonic() - state.started, 1),
-            selftest={"passed": passed, "failed": state.selftest["failed"]},
-        )
         try:
+            state.record.write(
+                "end",
+                exit=int(session.exitstatus),
+                seconds=round(time.monotonic() - state.started, 1),
+                selftest={"passed": passed, "failed": state.selftest["failed"]},
+            )
             state.lines = _report(state, bool(session.config.getoption("json")))
         except ExportgateError as error:
             state.lines = [f"the report could not be written: {error}"]

@@ -33,9 +33,14 @@ def check(spec: ExportSpec) -> None:
     """Refuses at once a calibration set that would fail after minutes: no images, or a model that does not take them.
 
     Raises:
-        BadRequest: see `images_of`; or the model does not have one input that is an image.
+        BadRequest: see `images_of`; the factory's module is not found; or the model has another input than one image.
     """
     if is_factory(spec.data):
+        from exporters.keys import find_source
+
+        module = spec.data.partition(":")[0]
+        if find_source(module, spec.model.search) is None:
+            raise BadRequest(f"data '{spec.data}': module '{module}' is not found", "give an importable module:factory")
         return
     images_of(spec)
     if len(spec.model.inputs) > 1 or not spec.model.has_images:

@@ -234,6 +234,10 @@ def _inputs(table: Mapping[str, Any], where: str) -> tuple[InputSpec, ...]:
     made: list[InputSpec] = []
     for entry in table.get("inputs", [{"name": "images", "shape": ["batch", 3, "height", "width"]}]):
         _only(entry, frozenset({"name", "shape", "dtype", "low", "high"}), f"{where} inputs")
+        if not isinstance(entry["shape"], list):
+            raise BadRequest(
+                f"{where}: input '{entry['name']}' has the shape {entry['shape']!r}", "give a list of axes"
+            )
         name, shape, dtype = str(entry["name"]), tuple(entry["shape"]), str(entry.get("dtype", "float32"))
         odd = next((d for d in shape if not isinstance(d, str) and (type(d) is not int or d < 1)), None)
         if odd is not None:
@@ -290,6 +294,10 @@ def _overridden(spec: ModelSpec, table: Mapping[str, Any], folder: Path, where: 
         changes["preprocess"] = _preprocess(table["preprocess"], where)
     if "feeds" in table:
         feeds = str(table["feeds"])
+        if ":" not in feeds and not (folder / feeds).exists():
+            raise BadRequest(
+                f"{where}: feeds '{feeds}' is no folder in {folder}", "give a folder of images, or module:factory"
+            )
         changes["feeds"] = feeds if ":" in feeds else str((folder / feeds).resolve())
         changes["search"] = (folder.resolve(),)
     if "fp32" in table:

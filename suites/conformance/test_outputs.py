@@ -86,6 +86,7 @@ def test_same_feeds_give_the_same_outputs(case: Bench) -> None:
     second = case.guard(lambda: session.run(cast(session, feeds.arrays)))
     for name, want in first.items():
         largest = float(np.max(np.abs(np.asarray(second[name], np.float64) - want)))
+        assert np.isfinite(largest), f"output {name} is not finite"
         allowed = 1e-5 * max(float(np.max(np.abs(want))), 1.0)
         assert largest <= allowed, (
             f"output {name} changed by {largest:.3g} from one inference to the next, allowed {allowed:.3g}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -14,6 +15,8 @@ import pytest
 
 from exporters.errors import BadRequest
 from exporters.models.checkpoint import read_checkpoint
+from reports.events import Measurement
+from suites.support.baseline import accept
 from suites.support.cases import Selection, matrix
 from suites.support.config import read_project
 
@@ -120,6 +123,10 @@ def test_a_file_that_is_no_checkpoint_is_refused(
         (["--format", "onnx", "--device", "tpu"], ("device 'tpu'",)),
         (["--format", "onnx", "--project", "nowhere"], ("nowhere", "exportgate.toml")),
         (["--format", "onnx", "--colour"], ("--colour",)),
+        (["--format", ","], ("--format ','", "no name")),
+        (["--format", "onnx", "--device", ""], ("device is given and empty",)),
+        (["--format", "onnx", "--fraction", "0.5"], ("fraction", "INT8")),
+        (["--format", "onnx", "--int8", "--data", "os:system"], ("'os' is not found",)),
     ],
 )
 @pytest.mark.parametrize("command", ["export", "qualify"])
@@ -129,6 +136,67 @@ def test_an_option_that_cannot_be_met_is_refused(
     done = run([command, str(trained), *options], tmp_path)
     assert_refused(done, *words)
     assert {p.name for p in tmp_path.iterdir()} <= {"cache"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        # A shell variable that was not set: the default would judge something else, and pass.
+        (["check", "", "--model", "best.pt", "--format", "onnx"], ("artifact is given and empty",)),
+        (["qualify", ""], ("model is given and empty",)),
+        (["export", "a" * 300 + ".pt", "--format", "onnx"], ("name too long",)),
+        (["qualify", "a" * 300 + ".pt"], ("name too long",)),
+        (["export", "best.pt", "--format", "onnx", "--", "-x"], ("-x", "for pytest")),
+        (["toolchain", "sync", "nosuch"], ("'nosuch'", "onnx")),
+    ],
+)
+def test_an_argument_that_names_nothing_is_refused(
+    arguments: list[str], words: tuple[str, ...], tmp_path: Path
+) -> None:
+    assert_refused(run(arguments, tmp_path), *words)
+    assert {p.name for p in tmp_path.iterdir()} <= {"cache"}
+
+
+def test_a_report_folder_that_cannot_be_written_is_refused_before_any_work(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in ("file", "file/inner"):
+        done = run(["qualify", str(trained), "--format", "onnx", "--report", folder], tmp_path)
+        assert_refused(done, "record.jsonl", "cannot be written", "--report")
+    assert {p.name for p in tmp_path.iterdir()} <= {"cache", "file"}
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_baselines_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "baselines").write_text("")
+    measured = Measurement(((1.0, 1.0), (1.0, 1.0)), None, conditions={"comparable": {}})
+    with pytest.raises(BadRequest, match="cannot be written"):
+        accept(tmp_path / "baselines", "machine", "case", measured, "first")
+
+
+def test_a_project_that_cannot_be_read_is_not_passed_over(tmp_path: Path) -> None:
+    """exportgate's own matrix would be judged instead."""
+    (tmp_path / "exportgate.toml").symlink_to("nowhere.toml")
+    assert_refused(run(["qualify"], tmp_path), "exportgate.toml", "cannot be read")
+
+
+def test_commands_that_are_printed_can_be_typed(trained: Path, tmp_path: Path) -> None:
+    """`export` says how to check what it made, and a failed `check` how to judge that file again."""
+    folder = tmp_path / "a 'folder'"
+    options = ["--format", "onnx", "--imgsz", "64", "--batch", "2"]
+    made = run(["export", str(trained), *options, "--output", str(folder)], tmp_path)
+    line = next(line for line in made.stdout.splitlines() if "check it: " in line)
+    words = shlex.split(line.partition("check it: ")[2])
+    assert words[:2] == ["exportgate", "check"]
+    claim = ["--claim", "test_input_signature_is_the_requested"]
+    checked = run([*words[1:], *claim], tmp_path)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    words[words.index("--batch") + 1] = "1"
+    failed = run([*words[1:], *claim], tmp_path)
+    assert failed.returncode == 1
+    line = next(line for line in failed.stdout.splitlines() if "reproduce: " in line)
+    again = shlex.split(line.partition("reproduce: ")[2])
+    assert again[:3] == ["exportgate", "check", str(folder / words[2].rpartition("/")[2])]
+    assert run(again[1:], tmp_path).returncode == 1
 
 
 def test_a_report_folder_that_holds_a_run_is_refused(trained: Path, tmp_path: Path) -> None:

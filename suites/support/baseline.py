@@ -76,7 +76,8 @@ def accept(
     """Writes a measurement of a run record as the baseline of its case; returns (path, p50 before, p50 now).
 
     Raises:
-        BadRequest: no reason, or the measurement does not stand (not settled, throttled, too noisy to detect anything).
+        BadRequest: no reason, a folder that cannot be written, or the measurement does not stand (throttled, or too
+            noisy to detect anything).
     """
     if not reason.strip():
         raise BadRequest("a baseline is accepted without a reason", "say why with --reason")
@@ -107,10 +108,15 @@ def accept(
         },
         "milliseconds": [[round(x, 4) for x in p] for p in measurement.processes],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(_compact(data), encoding="utf-8")
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(_compact(data), encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise BadRequest(
+            f"baseline {path} cannot be written ({error.strerror})", "correct 'baselines' in exportgate.toml"
+        ) from None
     return path, before.p50 if before else None, float(np.median(medians))
 
 

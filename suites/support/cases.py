@@ -12,7 +12,7 @@ from exporters.errors import BadRequest, NotSupported, ToolchainMissing
 from exporters.formats import Runtime
 from exporters.models.catalog import from_checkpoint, from_table, locate
 from exporters.models.spec import ModelSpec
-from exporters.spec import ExportSpec, Precision, parse_device, request
+from exporters.spec import CALIBRATION, ExportSpec, Precision, parse_device, request, user_path
 from suites.support.config import Project
 
 
@@ -40,13 +40,16 @@ class Case:
     def device(self) -> str:
         return self.spec.device if self.runtime.device == "cuda" else "cpu"
 
-    def command(self, claim: str = "") -> str:
-        """The command that judges this case alone."""
+    def command(self, claim: str = "", artifact: Path | None = None, project: Path | None = None) -> str:
+        """The command that judges this case alone; of an artifact that was brought, and in a project that was named."""
         spec = self.spec
         model = (
             str(spec.model.weights) if spec.model.factory.startswith("exporters.models.yolov8:") else spec.model.name
         )
-        words = ["exportgate", "qualify", _quoted(model), "--format", spec.format, "--precision", spec.precision.value]
+        start = ["check", _quoted(str(artifact)), "--model"] if artifact is not None else ["qualify"]
+        words = ["exportgate", *start, _quoted(model), "--format", spec.format, "--precision", spec.precision.value]
+        words += ["--trust"] if artifact is not None and formats.get(spec.format).is_code else []
+        words += ["--project", _quoted(str(project))] if project is not None else []
         if spec.model.has_images:
             words += ["--imgsz", ",".join(map(str, spec.imgsz))]
         words += ["--batch", str(spec.batch)] if spec.batch != 1 else []
@@ -107,6 +110,9 @@ def matrix(project: Project, selection: Selection) -> list[Case]:
         if selection.model
         else _own(project, selection, chosen_formats, chosen_precisions)
     )
+    unused = next((k for k in CALIBRATION if k in dict(selection.options)), None)
+    if unused and not any(c.spec.precision is Precision.INT8 for c in cases):
+        raise BadRequest(f"option '{unused}' is given and no case is INT8", "leave it out, or add --precision int8")
     seen: dict[str, Case] = {}
     for case in cases:
         if case.id in seen:
@@ -121,7 +127,7 @@ def find_model(project: Project, selection: Selection) -> ModelSpec:
         return from_table(selection.model, project.models[selection.model], project.folder)
     if selection.model.startswith("package:"):
         return from_checkpoint(locate(selection.model, project.folder), task=selection.task)
-    path = Path(selection.model).expanduser()
+    path = user_path(selection.model)
     if not path.exists() and project.models and "/" not in selection.model and not path.suffix:
         raise BadRequest(
             f"model '{selection.model}' is neither a file nor one of the project's",
@@ -156,7 +162,7 @@ def _cases(
     entry = formats.get(format_id)
     given = dict(options)
     if precision is not Precision.INT8:  # calibration belongs to INT8 alone
-        given = {k: v for k, v in given.items() if k not in ("data", "split", "fraction")}
+        given = {k: v for k, v in given.items() if k not in CALIBRATION}
     device = parse_device(given.get("device", "cpu"))
     kind = device.split(":")[0]
     if several:  # an option that one of several formats does not take is meant for the others

@@ -66,8 +66,9 @@ class Comparison:
     def line(self) -> str:
         """ "boxes max_abs 1.7 px, allowed 1 px (pytorch -> onnx fp16, feeds photograph, worst at [0, 2, 811])" """
         unit = f" {self.unit}" if self.unit and self.measure.endswith("abs") else ""
+        observed = f"{self.observed:.4g}{unit}" if abs(self.observed) < 1e300 else "not finite"
         return (
-            f"{self.output} {self.group}: {self.measure} {self.observed:.4g}{unit}, allowed {self.allowed:.4g}{unit} "
+            f"{self.output} {self.group}: {self.measure} {observed}, allowed {self.allowed:.4g}{unit} "
             f"({self.hop}, feeds {self.feeds}, worst at {list(self.worst_index)})"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,7 +70,7 @@ def find_project(given: str | None, start: Path) -> Project:
                 f"write one, or name the folder that has it ({folder.resolve()} was looked at)",
             )
         return read_project(folder / FILE)
-    if (start / FILE).is_file():
+    if os.path.lexists(start / FILE):  # a broken link too: not to be passed over for another project
         return read_project(start / FILE)
     # In a checkout our own file lies at the top; in a wheel it is packed beside the suites.
     package = Path(__file__).resolve().parent.parent
@@ -82,7 +83,9 @@ def find_project(given: str | None, start: Path) -> Project:
 def read_project(path: Path) -> Project:
     """Parses and checks a file; every mistake is one line that names the key."""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise BadRequest(f"{path} cannot be read ({error.strerror})", "repair it, or remove it") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"{path} is not TOML ({error})", "correct that line") from None
     _only(data, KEYS, str(path))
@@ -198,7 +201,8 @@ def _waiver(value: Any, where: str) -> Waiver:
             f"{where}: the waiver of {table.get('case', '?')} has no {missing}", "a waiver has " + ", ".join(fields)
         )
     try:
-        expires = table["expires"] if isinstance(table["expires"], date) else date.fromisoformat(str(table["expires"]))
+        # TOML's dates and times, and texts: the day is what counts.
+        expires = date.fromisoformat(str(table["expires"])[:10])
     except ValueError:
         raise BadRequest(f"{where}: expires '{table['expires']}' is not a date", "write it as 2027-01-31") from None
     return Waiver(

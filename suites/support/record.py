@@ -42,24 +42,20 @@ def run_id() -> str:
 
 
 class Record:
-    """Appends events to `folder`/record.jsonl.
+    """Makes `folder` and appends events to `folder`/record.jsonl.
 
-    The folder is made with the first event, so that a refused run writes nothing.
+    Raises:
+        BadRequest: the folder or the file cannot be written.
     """
 
     def __init__(self, folder: Path, head: Mapping[str, Any]) -> None:
-        self.folder, self.head = folder, head
+        self.folder = folder
         self.path = folder / "record.jsonl"
-        self.started = False
+        self.write("run", schema=1, **head)
 
     def write(self, event: str, **values: Any) -> None:
         """One line, flushed, so that a killed run loses at most the line being written."""
-        if not self.started:
-            self.started = True
-            self._line({"event": "run", "schema": 1, "time": now(), **self.head})
-        self._line({"event": event, "time": now(), **values})
-
-    def _line(self, values: Mapping[str, Any]) -> None:
+        values = {"event": event, "time": now(), **values}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
