@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import numpy as np
@@ -31,7 +31,8 @@ def build(model: ModelSpec) -> nn.Module:
     factory = import_function(model.factory, model.search, "factory")
     # For what the factory itself imports when it is called; this process is the model's own.
     sys.path += [str(p) for p in model.search if str(p) not in sys.path]
-    with torch.random.fork_rng(devices=[]):
+    replaced = model.weights is not None and model.factory.startswith("exporters.models.")
+    with torch.random.fork_rng(devices=[]), _unfilled() if replaced else nullcontext():
         torch.manual_seed(model.seed)
         with telling(model.factory, "factory"):
             module: Any = factory(**model.arguments)
@@ -46,6 +47,17 @@ def build(model: ModelSpec) -> nn.Module:
         load_strictly(module, checkpoint.state, str(model.weights))
         agree(module, checkpoint.modules, str(model.weights))
     return module.float().eval().requires_grad_(False)
+
+
+@contextmanager
+def _unfilled() -> Generator[None]:
+    """Convolutions are made without random weights: a checkpoint's replace every tensor of our own models at once."""
+    own = nn.Conv2d.reset_parameters
+    nn.Conv2d.reset_parameters = lambda self: None
+    try:
+        yield
+    finally:
+        nn.Conv2d.reset_parameters = own
 
 
 def _is_fused(state: Mapping[str, Array]) -> bool:

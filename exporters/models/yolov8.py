@@ -47,8 +47,14 @@ class Conv(nn.Module):
 
     def fuse(self) -> None:
         """Folds the batch normalization into the convolution, in place: (w·x - mean)·gain/sqrt(var + eps) + bias."""
-        if self.bn is not None:
-            self.conv = torch.nn.utils.fuse_conv_bn_eval(self.conv, self.bn)
+        bn = self.bn
+        if bn is not None:
+            assert bn.running_mean is not None
+            assert bn.running_var is not None
+            # Not fuse_conv_bn_eval, which copies the convolution first.
+            self.conv.weight, self.conv.bias = torch.nn.utils.fuse_conv_bn_weights(
+                self.conv.weight, None, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+            )
             self.bn = None
 
 
