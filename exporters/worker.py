@@ -185,10 +185,11 @@ def main() -> int:
     gc.disable()  # importing torch makes many objects and no garbage: 5 % of its import time
     importlib.import_module("exporters.formats").registry()
     for name in sys.argv[1:]:
-        if name == "torch":  # it imports this package too, to annotate CUDA graphs: 5 % of its import time
+        hidden = name == "torch" and "cuda.bindings" not in sys.modules
+        if hidden:  # torch imports it too, to annotate CUDA graphs: 5 % of its import time
             sys.modules["cuda.bindings"] = cast("Any", None)
         importlib.import_module(name)
-        if sys.modules.get("cuda.bindings", sys) is None:
+        if hidden:
             del sys.modules["cuda.bindings"]
     gc.freeze()  # and what was imported never becomes garbage, so later collections need not walk it
     gc.enable()
