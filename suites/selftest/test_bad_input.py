@@ -282,6 +282,9 @@ def test_what_the_matrix_would_pass_over_in_silence_is_refused(trained: Path, tm
     file.write_text(model + TOLERANCE.replace("boxes", "boxez") + "1\n")
     with pytest.raises(BadRequest, match="no output has the channel group 'boxez'; groups: box, boxes, score, scores"):
         matrix(read_project(file), Selection())
+    file.write_text(model.replace("[matrix]", "feeds = 'nowhere'\n[matrix]"))
+    with pytest.raises(BadRequest, match="feeds 'nowhere' is no folder"):
+        matrix(read_project(file), Selection())
     file.write_text("")
     done = run(["qualify"], tmp_path)
     assert done.returncode == 5
