@@ -21,8 +21,14 @@ from exporters.spec import ExportSpec
 PACKAGE = Path(__file__).parent
 
 
-def export_key(spec: ExportSpec, parents: Sequence[str], packages: Mapping[str, str]) -> str:
-    """Digest of weights, factory source, exporters/ source, request, calibration set, parents and toolchain."""
+def export_key(
+    spec: ExportSpec, parents: Sequence[str], packages: Mapping[str, str], further: Mapping[str, str], state: str
+) -> str:
+    """Digest of weights, factory source, exporters/ source, request, calibration set, parents and toolchain.
+
+    `further` is what else the format says that it depends on, as the GPU. `state` is the digest of the weights that a
+    user's factory made, which it may have read from a file that only it knows.
+    """
     described = spec.to_dict()
     described["model"]["weights"] = spec.model.weights.name if spec.model.weights else None
     described.pop("verbose")
@@ -34,6 +40,8 @@ def export_key(spec: ExportSpec, parents: Sequence[str], packages: Mapping[str, 
         "calibration": _calibration_digest(spec) if spec.data else None,
         "parents": list(parents),
         "packages": dict(packages),
+        "further": dict(further),
+        "state": state,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -70,7 +78,7 @@ def factory_digest(model: ModelSpec) -> str:
     """Digest of the code that builds the model: an installed package's version, or its own sources.
 
     Those are its top package, and every module beside it that they import (found without running them, so that what is
-    imported by a computed name is not among them).
+    imported by a computed name is not among them); of installed packages that they import, the versions.
     """
     module = model.factory.partition(":")[0]
     top = module.partition(".")[0]
@@ -83,19 +91,29 @@ def factory_digest(model: ModelSpec) -> str:
         )
     if "site-packages" in source.parts:
         with suppress(KeyError, metadata.PackageNotFoundError):
-            return f"{top} {metadata.version(metadata.packages_distributions()[top][0])}"
+            return f"{top} {metadata.version(_distributions()[top][0])}"
     own = set(source.rglob("*.py")) if source.is_dir() else {source}
-    return _digest_files(sorted(own | _imported(module, [source.parent, *model.search])))
+    files, packages = _imported(module, [source.parent, *model.search])
+    return _digest_files(sorted(own | files), packages)
 
 
-def _imported(module: str, folders: Sequence[Path]) -> set[Path]:
-    """Files in these folders that a module imports, directly or by others."""
+def _imported(module: str, folders: Sequence[Path]) -> tuple[set[Path], list[str]]:
+    """Files in these folders that a module imports, directly or by others, and installed packages with versions."""
     finder = ModuleFinder([str(f) for f in folders])
     # What cannot be imported or compiled fails when the worker calls the factory, with a better line.
     with suppress(ImportError, SyntaxError, ValueError):
         finder.import_hook(module)
     found = cast("Iterable[Any]", finder.modules.values())
-    return {Path(m.__file__) for m in found if m.__file__ and m.__file__.endswith(".py")}
+    others = {name.partition(".")[0] for name in cast("Iterable[str]", finder.badmodules)}
+    known = _distributions()
+    versions = sorted(f"{d} {metadata.version(d)}" for name in others for d in set(known.get(name, ())))
+    return {Path(m.__file__) for m in found if m.__file__ and m.__file__.endswith(".py")}, versions
+
+
+@cache
+def _distributions() -> Mapping[str, Sequence[str]]:
+    """Top-level package -> distributions that brought it."""
+    return metadata.packages_distributions()
 
 
 def find_source(module: str, search: Iterable[Path]) -> Path | None:
@@ -116,8 +134,8 @@ def find_source(module: str, search: Iterable[Path]) -> Path | None:
     return Path(found.origin) if found.origin and found.has_location else None  # not built in, not frozen
 
 
-def _digest_files(paths: Sequence[Path]) -> str:
-    total = hashlib.sha256()
+def _digest_files(paths: Sequence[Path], further: Sequence[str] = ()) -> str:
+    total = hashlib.sha256("\n".join(further).encode())
     for path in paths:
         total.update(path.name.encode())
         total.update(path.read_bytes())

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from exporters.errors import MeasurementError
-from exporters.session import Feeds, Session
+from exporters.session import Array, Feeds, Session
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,11 @@ class MeasurementPlan:
 
 @dataclass(frozen=True)
 class Samples:
-    """Wall milliseconds of single inferences in one process, in order, and what the loop saw."""
+    """Milliseconds of single inferences in one process, in order (wall time, or what `timer` says), and what was seen.
+
+    On a GPU `figures` are medians reported beside the samples, `before` and `after` its clocks and temperature, and
+    `throttled` the reasons why its clocks were held down (None where nobody can tell).
+    """
 
     milliseconds: tuple[float, ...]
     warm_up: int
@@ -33,26 +38,40 @@ class Samples:
     settled: bool = True
     peak_rss: int = 0
     notes: tuple[str, ...] = ()
+    figures: Mapping[str, float] = field(default_factory=dict[str, float])
+    before: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    after: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    throttled: tuple[str, ...] | None = None
 
 
 def measure(session: Session, feeds: Sequence[Feeds], plan: MeasurementPlan) -> Samples:
-    """Times `session.run` on feeds in rotation: warm-up until two windows agree, then at least `plan.seconds`.
+    """Times inferences on feeds in rotation: warm-up until two windows agree, then at least `plan.seconds`.
 
-    The outputs of each set of feeds are checked against its first outputs during the loop, outside the timed part, so
-    that a session that stops computing can't be fast.
+    On a CPU it is the wall time of `session.run`; on a GPU see `exporters.cuda.measure`. The outputs of each set of
+    feeds are checked against its first outputs during the loop, outside the timed part, so that a session that stops
+    computing can't be fast.
 
     Raises:
-        MeasurementError: outputs changed while measuring.
+        MeasurementError: no feeds, or outputs changed while measuring.
     """
-    import numpy as np
-
     if not feeds:
         raise MeasurementError("a measurement needs feeds, got none", "give at least one set")
+    device = session.timed_on
+    if device:
+        from exporters.cuda.measure import measure_on_device
+
+        return measure_on_device(session, feeds, plan, device)
     start = time.perf_counter_ns()
     expected = [session.run(feeds[0])]
     first_call = (time.perf_counter_ns() - start) / 1e6
     expected += [session.run(f) for f in feeds[1:]]
-    warm, settled = _warm_up(session, feeds, plan)
+
+    def once(number: int) -> float:
+        start = time.perf_counter()
+        session.run(feeds[number % len(feeds)])
+        return time.perf_counter() - start
+
+    warm, settled = until_settled(once, plan)
     samples: list[float] = []
     begin = time.perf_counter()
     while time.perf_counter() - begin < plan.seconds or len(samples) < plan.inferences:
@@ -61,20 +80,32 @@ def measure(session: Session, feeds: Sequence[Feeds], plan: MeasurementPlan) -> 
         outputs = session.run(feeds[index])
         samples.append((time.perf_counter_ns() - start) / 1e6)
         if len(samples) % 16 == 1:
-            for name, value in expected[index].items():
-                if not np.array_equal(outputs[name], value, equal_nan=True):
-                    largest = float(np.max(np.abs(outputs[name].astype(np.float64) - value)))
-                    # Runtimes may sum in another order from one call to the next; anything larger is another result.
-                    if not largest <= 1e-3 * float(np.max(np.abs(value)) or 1.0):
-                        raise MeasurementError(
-                            f"output '{name}' changed by {largest:.3g} during the measurement",
-                            "the session is not deterministic or stopped computing; check the artifact",
-                        )
-    return Samples(tuple(samples), warm, first_call=first_call, settled=settled, peak_rss=_peak_rss())
+            check_unchanged(expected[index], outputs)
+    return Samples(tuple(samples), warm, first_call=first_call, settled=settled, peak_rss=peak_rss())
 
 
-def _warm_up(session: Session, feeds: Sequence[Feeds], plan: MeasurementPlan) -> tuple[int, bool]:
-    """Runs for `plan.warm_up` seconds and on until the medians of two windows agree; (inferences, whether they did)."""
+def check_unchanged(expected: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+    """Raises MeasurementError where outputs differ from the first ones by more than the order of a sum may."""
+    import numpy as np
+
+    for name, value in expected.items():
+        if np.array_equal(outputs[name], value, equal_nan=True):
+            continue
+        largest = float(np.max(np.abs(outputs[name].astype(np.float64) - value)))
+        # Runtimes may sum in another order from one call to the next; anything larger is another result.
+        if not largest <= 1e-3 * float(np.max(np.abs(value)) or 1.0):
+            raise MeasurementError(
+                f"output '{name}' changed by {largest:.3g} during the measurement",
+                "the session is not deterministic or stopped computing; check the artifact",
+            )
+
+
+def until_settled(once: Callable[[int], float], plan: MeasurementPlan) -> tuple[int, bool]:
+    """Warm-up: `once(n)` returns a time. For `plan.warm_up` seconds and on until the medians of two windows agree.
+
+    Returns:
+        How many inferences, and whether they agreed before `plan.longest_warm_up`.
+    """
     import numpy as np
 
     count, previous, begin = 0, 0.0, time.perf_counter()
@@ -82,9 +113,7 @@ def _warm_up(session: Session, feeds: Sequence[Feeds], plan: MeasurementPlan) ->
         window: list[float] = []
         opened = time.perf_counter()
         while time.perf_counter() - opened < plan.warm_up / 2 or len(window) < 2:
-            start = time.perf_counter()
-            session.run(feeds[count % len(feeds)])
-            window.append(time.perf_counter() - start)
+            window.append(once(count))
             count += 1
         median = float(np.median(window))
         spent = time.perf_counter() - begin
@@ -95,7 +124,7 @@ def _warm_up(session: Session, feeds: Sequence[Feeds], plan: MeasurementPlan) ->
         previous = median
 
 
-def _peak_rss() -> int:
+def peak_rss() -> int:
     """Peak resident memory of this process in bytes (0 where the system does not tell)."""
     try:
         import resource

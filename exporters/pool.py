@@ -8,7 +8,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from exporters.keys import export_key, factory_digest, weights_digest
 from exporters.measure import MeasurementPlan, Samples
 from exporters.metadata import Metadata, normalize
 from exporters.models.spec import ModelSpec
-from exporters.session import Execution
+from exporters.session import Execution, Layer
 from exporters.spec import ExportSpec
 
 
@@ -72,13 +72,18 @@ class RemoteSession:
         place = self._place()
         paths = [save(f, place / str(i)) for i, f in enumerate(feeds)]
         data = self._call("measure", feeds=paths, plan=asdict(plan))
-        data.update(milliseconds=tuple(data["milliseconds"]), notes=tuple(data["notes"]))
+        data.update({k: tuple(data[k]) for k in ("milliseconds", "notes")})
+        data["throttled"] = None if data["throttled"] is None else tuple(data["throttled"])
         return Samples(**data)
 
     def describe(self) -> Description:
         data = self._call("describe", format=self.artifact.format, path=str(self.artifact.path))
         execution = data["execution"]
-        execution.update(fallback=tuple(execution["fallback"]), notes=tuple(execution["notes"]))
+        execution.update(
+            fallback=tuple(execution["fallback"]),
+            notes=tuple(execution["notes"]),
+            layers=tuple(replace(Layer(**layer), parts=tuple(layer["parts"])) for layer in execution["layers"]),
+        )
         return Description(
             Execution(**execution),
             normalize(data["metadata"], str(self.artifact.path)) if data["metadata"] is not None else None,
@@ -138,6 +143,7 @@ class Pool:
     workers: dict[tuple[str, str, str], Caller] = field(default_factory=dict[tuple[str, str, str], Caller])
     fresh: list[str] = field(default_factory=list[str])  # keys of artifacts that this pool made, not found
     sources: dict[tuple[str, str, str], str] = field(default_factory=dict[tuple[str, str, str], str])
+    states: dict[str, str] = field(default_factory=dict[str, str])  # digest of what each factory made
     weights: dict[str, str] = field(default_factory=dict[str, str])  # digest of each weights file when first seen
 
     def worker(self, chain: str, format_id: str, role: str, imports: Sequence[str] = (), source: str = "") -> Caller:
@@ -192,8 +198,8 @@ class Pool:
                 ) from error
         if spec.model.weights is not None and str(spec.model.weights) not in self.weights:
             self.weights[str(spec.model.weights)] = weights_digest(spec.model) or ""
-        environment = toolchain.resolve(entry.toolchain)
-        key = export_key(spec, [p.key for p in parents], environment.packages)
+        environment = toolchain.resolve(entry.chain(spec.device))
+        key = export_key(spec, [p.key for p in parents], environment.packages, entry.depends(spec), self._state(spec))
         final = (
             toolchain.cache_root()
             / "artifacts"
@@ -209,6 +215,22 @@ class Pool:
                     discard(final, cache.scratch())
         return self._make(spec, key, parents, environment, final)
 
+    def _state(self, spec: ExportSpec) -> str:
+        """Digest of the weights that a user's factory makes, computed once a run; "" where a file has the weights.
+
+        A factory may read files that no key knows of: weights that changed there must not be taken from the cache.
+        """
+        if spec.model.weights is not None or not _source(spec):
+            return ""
+        model = repr(spec.model)
+        if model not in self.states:
+            self.progress(f"building {spec.model.name}")
+            pytorch = formats.get("pytorch")
+            step = pytorch.steps(spec)[0]
+            worker = self.worker(pytorch.toolchain, pytorch.id, step.role, step.imports, _source(spec))
+            self.states[model] = worker.call("state", spec=spec.to_dict())["digest"]
+        return self.states[model]
+
     def _make(
         self, spec: ExportSpec, key: str, parents: Sequence[Artifact], environment: toolchain.Environment, final: Path
     ) -> Artifact:
@@ -216,7 +238,8 @@ class Pool:
         self.progress(f"exporting {spec.model.name} to {entry.title} {spec.precision.value}")
         source = _source(spec)
         workers = [
-            self.worker(entry.toolchain, entry.id, step.role, step.imports, source) for step in entry.steps(spec)
+            self.worker(entry.chain(spec.device), entry.id, step.role, step.imports, source)
+            for step in entry.steps(spec)
         ]
         with cache.temporary_folder() as folder:
             seconds, notes, done = 0.0, (), dict[str, Any]()
@@ -242,7 +265,11 @@ class Pool:
                 done["primary"],
                 spec.to_dict(),
                 files,
-                {"name": entry.toolchain, "python": sys.version.split()[0], "packages": dict(environment.packages)},
+                {
+                    "name": entry.chain(spec.device),
+                    "python": sys.version.split()[0],
+                    "packages": dict(environment.packages),
+                },
                 Achieved.from_dict(done["achieved"]),
                 tuple(p.key for p in parents),
                 seconds,
@@ -273,7 +300,7 @@ class Pool:
             artifact.verify()
         runtime = entry.runtime(runtime_id, device)
         role = f"{runtime.id}-{runtime.device}" + (f"-{replicate}" if replicate else "")
-        caller = self.worker(entry.toolchain, entry.id, role, runtime.imports, _source(spec))
+        caller = self.worker(entry.chain(device), entry.id, role, runtime.imports, _source(spec))
         opened = caller.call(
             "open", spec=spec.to_dict(), artifact=artifact.to_dict(), runtime=runtime_id, device=device
         )
@@ -283,7 +310,7 @@ class Pool:
         """Ends the worker of one replicate."""
         entry = formats.get(spec.format)
         role = f"{runtime_id}-{device.partition(':')[0]}-{replicate}"
-        worker = self.workers.pop((entry.toolchain, entry.id, role), None)
+        worker = self.workers.pop((entry.chain(device), entry.id, role), None)
         if worker is not None:
             worker.close()
 

@@ -11,7 +11,22 @@ from exporters.artifact import TensorInfo
 from exporters.errors import FeedError
 from exporters.metadata import Metadata
 
-__all__ = ["Array", "Execution", "Feeds", "Session", "check_feeds"]
+__all__ = ["Array", "Execution", "Feeds", "Layer", "OnDevice", "Session", "check_feeds"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of what executes: name, kind, precision ("" where it has none), milliseconds a run, what it is made of.
+
+    `channels` is the larger number of those that it reads and writes (0 where that is not told).
+    """
+
+    name: str
+    kind: str
+    precision: str
+    milliseconds: float | None = None
+    parts: tuple[str, ...] = ()
+    channels: int = 0
 
 
 @dataclass(frozen=True)
@@ -19,7 +34,8 @@ class Execution:
     """What really executes: runtime and version, provider, device, precision of the arithmetic, and the evidence.
 
     `providers` counts the nodes that each execution provider took; `fallback` names what ran elsewhere than asked.
-    `precision` is "" where the runtime does not tell.
+    `precision` is "" where the runtime does not tell; `layers` are told by runtimes that know them, with the time of
+    each. `figures` are sizes, by name and unit.
     """
 
     runtime: str
@@ -30,6 +46,36 @@ class Execution:
     fallback: tuple[str, ...] = ()
     threads: int = 0
     notes: tuple[str, ...] = ()
+    layers: tuple[Layer, ...] = ()
+    figures: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+class OnDevice(ABC):
+    """One set of feeds in GPU memory, ready to be timed again and again without transfers."""
+
+    @abstractmethod
+    def enqueue(self, graph: bool = False) -> None:
+        """One inference, without waiting for it; `graph` replays the captured CUDA graph."""
+
+    @abstractmethod
+    def capture(self) -> bool:
+        """Captures a CUDA graph of it; False where that cannot be done."""
+
+    @abstractmethod
+    def compute_ms(self, graph: bool = False) -> float:
+        """GPU milliseconds of one inference, by CUDA events on its stream."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Until everything enqueued is done."""
+
+    @abstractmethod
+    def outputs(self) -> dict[str, Array]:
+        """Outputs of the last inference, by name."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives the memory back."""
 
 
 class Session(ABC):
@@ -38,11 +84,13 @@ class Session(ABC):
     Attributes:
         inputs, outputs: signature as the runtime reports it; an axis that may vary is a name instead of a size.
         stride: sizes of the axes height and width must be multiples of it.
+        timed_on: "cuda:N" where `on_device` gives something to time there; "" where wall time is what counts.
     """
 
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     stride: int = 1
+    timed_on: str = ""
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
         """Outputs by name for feeds by name; every array as the signature says.
@@ -65,6 +113,10 @@ class Session(ABC):
     @abstractmethod
     def metadata(self) -> Metadata:
         """The metadata that the artifact's own files hold."""
+
+    def on_device(self, feeds: Feeds) -> OnDevice:
+        """Feeds in GPU memory, to be timed by CUDA events; sessions with `timed_on` have it."""
+        raise NotImplementedError(f"{type(self).__name__} does not run on a GPU")
 
     def close(self) -> None:
         """Frees what the session holds; it is not used afterwards."""

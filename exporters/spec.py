@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from exporters.errors import BadRequest
 from exporters.models.spec import ModelSpec
+from exporters.tensorrt import options as engine
 
 
 class Precision(StrEnum):
@@ -35,6 +36,8 @@ class Precision(StrEnum):
             ) from None
 
 
+Shape = tuple[int, int, int]  # batch, height, width
+Profiles = tuple[tuple[Shape, Shape, Shape], ...]
 OPSETS = (17, 20)  # oldest and newest that were verified with torch 2.13 and ONNX Runtime 1.31
 
 
@@ -60,6 +63,18 @@ class ExportSpec:
     data: str = ""
     split: str = "val"
     fraction: float = 1.0
+    batch_axis: bool = False
+    workspace: float = 4.0
+    profiles: Profiles = ()
+    builder_level: int = 3
+    timing_cache: str = ""
+    hardware_compatibility: str = "none"
+    version_compatible: bool = False
+    refit: bool = False
+    dla: int | None = None
+    trt_quant_algo: str = ""
+    calibration_cache: str = ""
+    compute_capability: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `from_dict` is its inverse."""
@@ -73,11 +88,12 @@ class ExportSpec:
         values["model"] = ModelSpec.from_dict(values["model"])
         values["precision"] = Precision(values["precision"])
         values["imgsz"] = (values["imgsz"][0], values["imgsz"][1])
+        values["profiles"] = tuple(tuple((s[0], s[1], s[2]) for s in p) for p in values["profiles"])
         return ExportSpec(**values)
 
     def changed(self) -> tuple[str, ...]:
         """Names of the options that differ from their defaults, in the order of their declaration."""
-        own = {"model", "format", "precision", "imgsz"}
+        own = {"model", "format", "precision", "imgsz", "batch_axis"}
         return tuple(f.name for f in fields(self) if f.name not in own and getattr(self, f.name) != f.default)
 
     def but(self, **changes: Any) -> ExportSpec:
@@ -223,7 +239,7 @@ def request(model: ModelSpec, format_id: str, **options: Any) -> ExportSpec:
     from exporters import formats
 
     given = {k: v for k, v in options.items() if v is not None}
-    known = {f.name for f in fields(ExportSpec)} - {"model", "format"} | {"half", "int8"}
+    known = {f.name for f in fields(ExportSpec)} - {"model", "format", "batch_axis"} | {"half", "int8"}
     unknown = next((k for k in given if k not in known), None)
     if unknown:
         raise BadRequest(
@@ -242,10 +258,10 @@ def request(model: ModelSpec, format_id: str, **options: Any) -> ExportSpec:
         raise BadRequest(
             f"batch {values['batch']}: model '{model.name}' has no batch axis", "name an axis of its input 'batch'"
         )
-    unused = next((k for k in CALIBRATION if k in values), None) if precision is not Precision.INT8 else None
+    unused = next((k for k in CALIBRATION if k in values), None) if precision not in CALIBRATED else None
     if unused:
         raise BadRequest(
-            f"option '{unused}' ({given[unused]}) with {precision.value}: only INT8 is calibrated",
+            f"option '{unused}' ({given[unused]}) with {precision.value}: only INT8 and FP8 are calibrated",
             "leave it out, or ask for int8",
         )
     chosen = formats.canonical(format_id)
@@ -259,7 +275,8 @@ def request(model: ModelSpec, format_id: str, **options: Any) -> ExportSpec:
     return spec
 
 
-CALIBRATION = ("data", "split", "fraction")  # options that an INT8 artifact alone depends on
+CALIBRATED = (Precision.INT8, Precision.FP8)
+CALIBRATION = ("data", "split", "fraction", "trt_quant_algo", "calibration_cache")  # options of those alone
 
 # What makes an option's value of what a user typed; precision and imgsz need the model too, and stand in `request`.
 _PARSERS: Mapping[str, Callable[[Any], Any]] = {
@@ -268,7 +285,19 @@ _PARSERS: Mapping[str, Callable[[Any], Any]] = {
     "fraction": parse_fraction,
     "device": parse_device,
     **{name: partial(parse_text, name=name) for name in ("data", "split")},
-    **{name: partial(parse_switch, name=name) for name in ("dynamic", "simplify", "optimize", "verbose")},
+    **{
+        name: partial(parse_switch, name=name)
+        for name in ("dynamic", "simplify", "optimize", "verbose", "version_compatible", "refit")
+    },
+    "workspace": engine.parse_workspace,
+    "profiles": engine.parse_profiles,
+    "builder_level": engine.parse_builder_level,
+    "timing_cache": engine.parse_timing_cache,
+    "hardware_compatibility": engine.parse_hardware_compatibility,
+    "dla": engine.parse_dla,
+    "trt_quant_algo": engine.parse_algorithm,
+    "calibration_cache": engine.parse_calibration_cache,
+    "compute_capability": engine.parse_compute_capability,
 }
 
 

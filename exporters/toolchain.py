@@ -37,15 +37,24 @@ class Toolchain:
 
 
 # Distributions by toolchain; a selftest holds them against the extras of pyproject.toml. onnxruntime and
-# onnxruntime-gpu exclude each other, so either one counts for the other.
+# onnxruntime-gpu exclude each other, so either one counts for the other; TensorRT's bindings come under the names of
+# the CUDA that they were built with, and TensorRT-RTX does where TensorRT is not.
 TOOLCHAINS: Mapping[str, Toolchain] = {
     t.name: t
     for t in (
         Toolchain("pytorch", ("torch", "numpy", "safetensors")),
         Toolchain("onnx", ("onnx", "onnxruntime", "onnxscript", "onnxslim")),
+        Toolchain("tensorrt", ("onnx", "onnxruntime", "tensorrt", "pycuda", "nvidia-ml-py")),
+        Toolchain("rtx", ("onnx", "onnxruntime", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs")),
     )
 }
-EITHER = {"onnxruntime": "onnxruntime-gpu"}
+RTX = ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings", "tensorrt-rtx")
+EITHER: Mapping[str, tuple[str, ...]] = {
+    "onnxruntime": ("onnxruntime-gpu",),
+    "tensorrt": ("tensorrt-cu13-bindings", "tensorrt-cu12-bindings", "tensorrt-bindings", *RTX),
+    "tensorrt-rtx-cu13-bindings": RTX[1:],
+    "tensorrt-rtx-cu13-libs": ("tensorrt-rtx-cu12-libs", "tensorrt-rtx"),
+}
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,7 @@ def resolve(name: str) -> Environment:
         return Environment(toolchain, Path(sys.executable), _versions(toolchain, _version_here))
     python = environment_python(name)
     if python.is_file():
-        installed = _versions_of(python, [*toolchain.packages, *EITHER.values()])
+        installed = _versions_of(python, [*toolchain.packages, *(n for names in EITHER.values() for n in names)])
         absent = _missing(toolchain, installed.get)
         if not absent:
             return Environment(toolchain, python, _versions(toolchain, installed.get))
@@ -109,13 +118,13 @@ def environment_python(name: str) -> Path:
 
 
 def _missing(toolchain: Toolchain, version: Callable[[str], str | None]) -> list[str]:
-    return [p for p in toolchain.packages if not version(p) and not version(EITHER.get(p, p))]
+    return [p for p in toolchain.packages if not any(version(n) for n in (p, *EITHER.get(p, ())))]
 
 
 def _versions(toolchain: Toolchain, version: Callable[[str], str | None]) -> dict[str, str]:
     found: dict[str, str] = {}
     for package in toolchain.packages:
-        name = package if version(package) else EITHER.get(package, package)
+        name = next((n for n in (package, *EITHER.get(package, ())) if version(n)), package)
         found[name] = version(name) or ""
     return found
 

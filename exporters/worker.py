@@ -47,6 +47,7 @@ class Server:
         try:
             operation = {
                 "export": self.export,
+                "state": self.state,
                 "open": self.open,
                 "run": self.run,
                 "measure": self.measure,
@@ -93,6 +94,12 @@ class Server:
             "seconds": seconds,
             "achieved": asdict(entry.inspect(folder / made.primary)) if last else None,
         }
+
+    def state(self, call: Json) -> Json:
+        """Digest of the weights that a factory makes."""
+        from exporters.models.build import state_digest
+
+        return {"digest": state_digest(ExportSpec.from_dict(call["spec"]).model)}
 
     def open(self, call: Json) -> Json:
         spec = ExportSpec.from_dict(call["spec"])

@@ -236,15 +236,28 @@ def _must_pass(rows: Sequence[Row], runs: Sequence[Run]) -> tuple[int, tuple[Unm
         if not run.start.release:
             continue
         entries = [_entry(text) for text in run.start.must_pass]
-        for case, claim in entries or [(claim.case, claim.claim) for claim in run.claims]:
-            wanted[case, claim] = None
+        for case, claim in entries or sorted({(claim.case, "*") for claim in run.claims}):
             own = release.get((run.start.run, case))
+            if claim == "*" and own:
+                for name, ran in own.claims.items():
+                    if _by_nature(own, ran):
+                        continue
+                    wanted[case, name] = None
+                    if _rank(ran.verdict) == 1:
+                        unmet[case, name, run.start.run] = Unmet(case, name, own)
+                continue
+            wanted[case, claim] = None
             if own and claim in own.claims:
                 if _rank(own.claims[claim].verdict) == 1:
                     unmet[case, claim, run.start.run] = Unmet(case, claim, own)
-            elif not any(name == case and claim in row.claims for (_, name), row in release.items()):
+            elif not any(name == case and claim in ("*", *row.claims) for (_, name), row in release.items()):
                 unmet[case, claim, ""] = Unmet(case, claim, None)
     return len(wanted), tuple(unmet.values())
+
+
+def _by_nature(row: Row, claim: Claim) -> bool:
+    """Whether a claim of a case that is wanted as a whole is let by: its format cannot have it, and others passed."""
+    return claim.verdict == "NOT_SUPPORTED" and any(other.verdict in GOOD for other in row.claims.values())
 
 
 def _entry(text: str) -> tuple[str, str]:

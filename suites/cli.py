@@ -73,14 +73,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     qualify.add_argument("model", nargs="?", metavar="MODEL", help="a checkpoint, or a model of exportgate.toml")
     for name, settings in (*MATRIX, *REQUEST, *RUN):
-        qualify.add_argument(name, **settings)
+        qualify.add_argument(*_names(name), **settings)
+    qualify.add_argument("--json", action="store_true", help="print the report as JSON, and all else to standard error")
 
     check = add("check", _check, "Judge an artifact that somebody else's exporter made.")
     check.add_argument("artifact", metavar="ARTIFACT")
     check.add_argument("--model", required=True, metavar="MODEL", help="the checkpoint that it was made from")
     check.add_argument("--trust", action="store_true", help="load it although loading it runs code that is in it")
     for name, settings in (*MATRIX, *REQUEST, *RUN):
-        check.add_argument(name, **settings)
+        check.add_argument(*_names(name), **settings)
+    check.add_argument("--json", action="store_true", help="print the report as JSON, and all else to standard error")
 
     export = add(
         "export", _export, "Export a model; the files go beside it or into --output, under the names that users know."
@@ -89,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--output", metavar="DIR", help="folder for the files (default: beside the checkpoint)")
     export.add_argument("--overwrite", action="store_true", help="replace files that exportgate did not make")
     for name, settings in (*MATRIX, *REQUEST):
-        export.add_argument(name, **settings)
+        export.add_argument(*_names(name), **settings)
 
     shown = add("formats", _formats, "What this machine can do, cell by cell.")
     shown.add_argument("--json", action="store_true", help="as JSON")
@@ -116,6 +118,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _names(name: str) -> tuple[str, ...]:
+    """An option's names: users of the Ultralytics exporter know one as --verbose, which is another one of pytest's."""
+    return (name, "--verbose") if name == "--toolchain-log" else (name,)
+
+
 def _qualify(options: argparse.Namespace, further: list[str]) -> int:
     return _pytest(options, ["--model", options.model] if options.model else [], further)
 
@@ -132,10 +139,10 @@ def _pytest(options: argparse.Namespace, words: list[str], further: list[str]) -
     import pytest
 
     from exporters.toolchain import cache_root
-    from suites.options import MATRIX, REQUEST, RUN
+    from suites.options import MATRIX, REQUEST, RUN, dest
 
     for name, settings in (*MATRIX, *REQUEST, *RUN):
-        value = getattr(options, settings.get("dest", name[2:].replace("-", "_")))
+        value = getattr(options, dest(name, settings))
         if settings.get("action", "").startswith("store_"):
             words += [name] if value == (settings["action"] == "store_true") else []
         elif value is not None:
@@ -165,6 +172,9 @@ def _pytest(options: argparse.Namespace, words: list[str], further: list[str]) -
         "--no-header",
         "-rN",
     ]
+    if options.json:  # the report alone is standard output; what pytest tells goes to standard error
+        os.environ["EXPORTGATE_JSON"] = str(os.dup(1))
+        os.dup2(2, 1)
     return int(pytest.main([*fixed, *words, *further, *claims]))
 
 
@@ -198,11 +208,11 @@ def _export(options: argparse.Namespace, further: list[str]) -> int:
 
 def _given(options: argparse.Namespace) -> list[str]:
     """The options of a request as they were given, but for the format."""
-    from suites.options import MATRIX, REQUEST
+    from suites.options import MATRIX, REQUEST, dest
 
     words: list[str] = []
     for name, settings in (*MATRIX, *REQUEST):
-        value = getattr(options, settings.get("dest", name[2:].replace("-", "_")))
+        value = getattr(options, dest(name, settings))
         if name == "--format" or (value in (None, False) and settings.get("action") != "store_false"):
             continue
         if settings.get("action", "").startswith("store_"):
@@ -219,7 +229,7 @@ def _export_one(pool: Any, model: Any, name: str, options: argparse.Namespace, l
     from exporters.spec import request
     from suites.options import REQUEST_FIELDS
 
-    values = {k: getattr(options, k) for k in REQUEST_FIELDS}
+    values = {k: getattr(options, v) for k, v in REQUEST_FIELDS.items()}
     if "," in (options.precision or ""):
         raise BadRequest(
             f"export was given the precisions '{options.precision}'",
@@ -296,7 +306,8 @@ def _baseline(options: argparse.Namespace, further: list[str]) -> int:
             "give a run whose latency claims were judged",
         )
     for case, measurement in claims:
-        path, before, after = accept(project.baselines, run.machine, case, measurement, options.reason)
+        machine = str(measurement.conditions.get("machine", run.machine))
+        path, before, after = accept(project.baselines, machine, case, measurement, options.reason)
         print(
             f"{path}: p50 {after:.3f} ms"
             + (f", before {before:.3f} ms ({after / before - 1:+.1%})" if before else ", new")

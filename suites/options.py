@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporters import formats
 from exporters.errors import BadRequest
-from exporters.spec import user_path
+from exporters.spec import ExportSpec, user_path
 from suites.support.cases import Selection
 from suites.support.config import Project
 
@@ -36,8 +36,49 @@ REQUEST: tuple[tuple[str, dict[str, Any]], ...] = (
     ),
     ("--split", {"metavar": "NAME", "help": "split of the data set (default val)"}),
     ("--fraction", {"metavar": "F", "help": "share of the data set, above 0 to 1"}),
+    ("--workspace", {"metavar": "GIB", "help": "TensorRT: memory for the builder's tactics in GiB (default 4)"}),
+    (
+        "--profiles",
+        {"metavar": "LIST", "help": "TensorRT: min:opt:max of a dynamic engine, each batch x height x width"},
+    ),
+    ("--builder-level", {"metavar": "N", "help": "TensorRT: builder optimization level, 0 to 5 (default 3)"}),
+    ("--timing-cache", {"metavar": "FILE", "help": "TensorRT: timing cache to begin with, or off"}),
+    (
+        "--hardware-compatibility",
+        {"metavar": "LEVEL", "help": "TensorRT: none (default), ampere_plus or same_compute_capability"},
+    ),
+    (
+        "--version-compatible",
+        {"action": "store_true", "default": None, "help": "TensorRT: an engine that later versions run, too"},
+    ),
+    ("--refit", {"action": "store_true", "default": None, "help": "TensorRT: an engine whose weights can be replaced"}),
+    ("--dla", {"metavar": "CORE", "help": "TensorRT: number of a DLA core"}),
+    (
+        "--trt-quant-algo",
+        {"metavar": "NAME", "help": "TensorRT 8.6 to 10: calibrator of implicit INT8, as ENTROPY_CALIBRATION_2"},
+    ),
+    ("--calibration-cache", {"metavar": "FILE", "help": "TensorRT 8.6 to 10: scales that another export left"}),
+    ("--compute-capability", {"metavar": "LIST", "help": "TensorRT-RTX: GPUs to build for, as in 8.6,8.9,12.0"}),
+    (
+        "--toolchain-log",  # the contract's verbose; pytest has an option of that name
+        {
+            "action": "store_true",
+            "default": None,
+            "help": "keep the toolchain's own full log beside the artifact",
+        },
+    ),
 )
-REQUEST_FIELDS = ("imgsz", "batch", "dynamic", "device", "simplify", "opset", "optimize", "data", "split", "fraction")
+
+
+def dest(name: str, settings: Mapping[str, Any]) -> str:
+    """Under which name an option's value is found after parsing."""
+    return str(settings.get("dest", name[2:].replace("-", "_")))
+
+
+# Field of a request -> where its option's value is found. They differ in one: pytest has a --verbose of its own.
+REQUEST_FIELDS: Mapping[str, str] = {
+    {"toolchain_log": "verbose"}.get(dest(n, s), dest(n, s)): dest(n, s) for n, s in REQUEST
+}
 MATRIX: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--format", {"metavar": "LIST", "help": "formats, comma-separated: onnx,torchscript"}),
     ("--precision", {"metavar": "LIST", "help": "precisions, comma-separated: fp32,fp16,int8"}),
@@ -52,11 +93,29 @@ MATRIX: tuple[tuple[str, dict[str, Any]], ...] = (
 RUN: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--report", {"metavar": "DIR", "help": "where the run record and the reports go (default reports/runs/<run>)"}),
     ("--release", {"action": "store_true", "help": "every must-pass claim needs PASS or a valid waiver"}),
-    ("--json", {"action": "store_true", "help": "print the report as JSON at the end"}),
     ("--claim", {"metavar": "TEST", "help": "judge this claim alone"}),
+    ("--replicates", {"metavar": "N", "help": "processes of each latency measurement (default [latency] processes)"}),
     ("--in-process", {"action": "store_true", "help": "export and run in this process, for a debugger"}),
     ("--tracebacks", {"action": "store_true", "help": "show tracebacks of failed claims"}),
 )
+
+
+def request_words(spec: ExportSpec) -> list[str]:
+    """The options of a request as a user types them, but for format, precision and device."""
+    words: list[str] = []
+    for field, (name, _) in zip(REQUEST_FIELDS, REQUEST, strict=True):
+        value = getattr(spec, field)
+        if field == "imgsz":
+            words += [name, ",".join(map(str, value))] if spec.model.has_images else []
+        elif field == "device" or field not in spec.changed():
+            continue
+        elif isinstance(value, bool):
+            words += [name]
+        elif field == "profiles":
+            words += [name, ",".join(":".join("x".join(map(str, s)) for s in p) for p in value)]
+        else:
+            words += [name, f"{value:g}" if isinstance(value, float) else str(value)]
+    return words
 
 
 def stop_when_terminated() -> None:
@@ -89,6 +148,17 @@ def add_options(parser: pytest.Parser) -> None:
         group.addoption(name, **arguments)
 
 
+def with_replicates(project: Project, text: str) -> Project:
+    """The project with another number of processes for each latency measurement.
+
+    Raises:
+        BadRequest: no whole number from 1.
+    """
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise BadRequest(f"replicates '{text}' is no number of processes", "give a whole number from 1")
+    return replace(project, latency={k: replace(v, processes=int(text)) for k, v in project.latency.items()})
+
+
 def refuse_empty(values: Mapping[str, Any]) -> None:
     """An empty text is a shell variable that was not set: to take the default then would judge something else.
 
@@ -119,7 +189,9 @@ def selection_of(config: pytest.Config, project: Project) -> Selection:
         BadRequest: options that exclude each other.
     """
 
-    refuse_empty({k: config.getoption(k) for k in ("model", "artifact", "report", "project", "task", *REQUEST_FIELDS)})
+    refuse_empty(
+        {k: config.getoption(k) for k in ("model", "artifact", "report", "project", "task", *REQUEST_FIELDS.values())}
+    )
 
     def words(name: str) -> tuple[str, ...]:
         text = config.getoption(name)
@@ -135,7 +207,7 @@ def selection_of(config: pytest.Config, project: Project) -> Selection:
             "two precisions are asked for: " + ", ".join(dict.fromkeys(precisions)),
             "ask for them with --precision fp16,int8 alone",
         )
-    options = {k: config.getoption(k) for k in REQUEST_FIELDS if config.getoption(k) is not None}
+    options = {k: config.getoption(v) for k, v in REQUEST_FIELDS.items() if config.getoption(v) is not None}
     selection = Selection(
         config.getoption("model") or "", words("format"), precisions, options, config.getoption("task") or ""
     )

@@ -15,10 +15,10 @@ import pytest
 
 from exporters import formats
 from exporters.artifact import Artifact, foreign
-from exporters.errors import BadRequest, ExportgateError
+from exporters.errors import BadRequest, ExportgateError, NotSupported
 from exporters.pool import Pool
 from exporters.spec import ExportSpec
-from suites.options import add_options, brought_path, selection_of, stop_when_terminated
+from suites.options import add_options, brought_path, selection_of, stop_when_terminated, with_replicates
 from suites.support import record as records
 from suites.support.bench import Bench, Run
 from suites.support.cases import Case, matrix
@@ -41,8 +41,13 @@ class State:
     """What the plugin knows during a run."""
 
     def __init__(self, config: pytest.Config) -> None:
-        self.project: Project = find_project(config.getoption("project"), Path(config.invocation_params.dir))
+        self.project: Project = find_project(
+            config.getoption("project"), Path(config.invocation_params.dir), own=not config.getoption("model")
+        )
         self.release: bool = bool(config.getoption("release"))
+        replicates = config.getoption("replicates")
+        if replicates is not None:
+            self.project = with_replicates(self.project, replicates)
         self.selection = selection_of(config, self.project)
         # Made now, so that a mistake in the request is one line and exit 4 before anything is collected.
         self.cases: list[Case] = matrix(self.project, self.selection)
@@ -155,6 +160,13 @@ def _waiver_of(project: Project, item: pytest.Item) -> Waiver | None:
     return next((w for w in project.waivers if case and w.case == case.id and w.claim == _claim_of(item)), None)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A row of the matrix may say that nothing but latency is judged, and why."""
+    case = _case_of(item)
+    if case is not None and case.only and item.get_closest_marker("latency") is None:
+        raise NotSupported(f"only the latency of this case is judged: {case.only}")
+
+
 @pytest.fixture(scope="session")
 def exportgate_run(request: pytest.FixtureRequest) -> Iterator[Run]:
     """The run's workers, ended with the session."""
@@ -202,13 +214,6 @@ def pytest_runtest_makereport(
         verdict = Verdict.WAIVED
     elif waiver and verdict is Verdict.PASS:
         verdict, because = Verdict.FAIL, "waived, and it passes: remove the waiver"
-    elif (
-        not isinstance(error, (AssertionError, Judged))
-        and error is not None
-        and verdict is Verdict.ERROR
-        and not isinstance(error, ExportgateError)
-    ):
-        because = one_line(error)
     if verdict.is_neutral:
         report.outcome = "skipped"
         report.longrepr = (str(item.path), item.location[1] or 0, f"{verdict}: {because}")
@@ -261,6 +266,8 @@ def _reproduce(item: pytest.Item, case: Case) -> str:
     state = item.config.stash[STATE]
     return case.command(
         _claim_of(item),
+        # As the user said it: a name of the project's brings its table along, and the id is the same again.
+        state.selection.model or case.spec.model.name,
         state.brought.path if state.brought else None,
         state.project.folder if item.config.getoption("project") else None,
     )
@@ -362,20 +369,22 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
                 seconds=round(time.monotonic() - state.started, 1),
                 selftest={"passed": passed, "failed": state.selftest["failed"]},
             )
-            state.lines = _report(state, bool(session.config.getoption("json")))
+            state.lines = _report(state)
         except ExportgateError as error:
             state.lines = [f"the report could not be written: {error}"]
             if int(session.exitstatus) == pytest.ExitCode.OK:  # nobody can sign what was not written
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def _report(state: State, as_json: bool) -> list[str]:
+def _report(state: State) -> list[str]:
     """Writes the report and gives the lines that a log reader understands: where it is, and the headline."""
     import reports
 
     made = reports.write([state.folder], state.folder)
-    told = [made["json"].read_text(encoding="utf-8")] if as_json else []
-    return [*told, f"report: {made['html']}", _summary(state).headline]
+    if "EXPORTGATE_JSON" in os.environ:  # the command line's standard output: see suites.cli
+        with os.fdopen(os.dup(int(os.environ["EXPORTGATE_JSON"])), "w", encoding="utf-8") as output:
+            output.write(made["json"].read_text(encoding="utf-8") + "\n")
+    return [f"report: {made['html']}", _summary(state).headline]
 
 
 def _summary(state: State) -> Any:

@@ -23,7 +23,8 @@ class Runtime:
     """What executes a format: id ("ort"), device ("cpu" or "cuda"), and the modules that its worker imports first.
 
     `executes` names the precisions whose arithmetic it really does; for another one of the format's precisions the
-    claim about executed precision is NOT_SUPPORTED, with `because`.
+    claim about executed precision is NOT_SUPPORTED, with `because`. Where it `runs` nothing at all, artifacts are made
+    for elsewhere, and every claim that needs a session is NOT_SUPPORTED with `because`.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Runtime:
     executes: tuple[Precision, ...]
     because: str = ""
     imports: tuple[str, ...] = ()
+    runs: bool = True
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,11 @@ def no_parents(spec: ExportSpec) -> tuple[ExportSpec, ...]:
     return ()
 
 
+def nothing_further(spec: ExportSpec) -> Mapping[str, str]:
+    """A format whose artifact depends on nothing but what every format's depends on."""
+    return {}
+
+
 def no_refusal(spec: ExportSpec) -> str:
     """A format that can do every combination of the options and precisions that it declares."""
     return ""
@@ -89,6 +96,7 @@ class Format:
         precisions: that it can hold.
         options: fields of ExportSpec that it takes; anything else is refused.
         toolchain: environment that exports and runs it.
+        toolchains: another one on a kind of device ("cpu"), by that.
         runtimes: what can execute it.
         steps: parts of an export of this request, in order.
         load: `load(artifact, spec, runtime, device)` opens a session, in a worker.
@@ -97,7 +105,10 @@ class Format:
         refusal: why a combination is not supported by its nature, or "".
         is_code: loading it runs code that is in it.
         keeps_metadata: whether the file holds metadata.
+        keeps_signature: whether the file holds names and shapes of its inputs, so that its runtime refuses others.
         gone: precision -> why the format does not have it.
+        depends: what else its artifact depends on, by name, for the cache.
+        smaller_batches: whether `batch` is the largest batch, and smaller ones run, too.
     """
 
     id: str
@@ -115,7 +126,15 @@ class Format:
     aliases: tuple[str, ...] = ()
     is_code: bool = False
     keeps_metadata: bool = True
+    keeps_signature: bool = True
     gone: Mapping[Precision, str] = field(default_factory=dict[Precision, str])
+    depends: Callable[[ExportSpec], Mapping[str, str]] = nothing_further
+    smaller_batches: bool = False
+    toolchains: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def chain(self, device: str) -> str:
+        """Name of the toolchain on this device ("cpu", "cuda:0")."""
+        return self.toolchains.get(device.partition(":")[0], self.toolchain)
 
     def check(self, spec: ExportSpec) -> None:
         """Raises BadRequest for an option that the format does not take, NotSupported for what it cannot do."""

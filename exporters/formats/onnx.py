@@ -39,7 +39,7 @@ def steps(spec: ExportSpec) -> tuple[Step, ...]:
 
 def is_plain(spec: ExportSpec) -> bool:
     """Whether the traced graph needs its constants folded and nothing else: our YOLOv8 of fixed shape computes none."""
-    return spec.model.factory.startswith("exporters.models.yolov8:") and not spec.dynamic
+    return spec.model.factory.startswith("exporters.models.yolov8:") and not (spec.dynamic or spec.batch_axis)
 
 
 def trace_and_finish(job: Job) -> Made:
@@ -56,9 +56,11 @@ def trace(job: Job) -> Made:
 
     spec, model = job.spec, job.spec.model
     axes: dict[str, dict[int, str]] | None = None
-    if spec.dynamic:
+    if spec.dynamic or spec.batch_axis:
+        varies = None if spec.dynamic else ("batch",)
         axes = {i.name: {n: d for n, d in enumerate(i.shape) if isinstance(d, str)} for i in model.inputs}
         axes |= {o.name: dict(o.axes) for o in model.outputs}
+        axes = {k: {n: d for n, d in v.items() if varies is None or d in varies} for k, v in axes.items()}
     inputs = example(spec)
     if is_plain(spec):  # the layout that oneDNN convolves fastest; no node of the graph says it
         inputs = tuple(i.contiguous(memory_format=torch.channels_last) for i in inputs)
@@ -91,7 +93,9 @@ def finish(job: Job) -> Made:
         from exporters.graph.simplify import fold_constants, simplify
 
         before = len(graph.graph.node)
-        graph = fold_constants(graph) if is_plain(job.spec) else simplify(graph, job.spec.dynamic)
+        graph = (
+            fold_constants(graph) if is_plain(job.spec) else simplify(graph, job.spec.dynamic or job.spec.batch_axis)
+        )
         notes = (f"simplified from {before} to {len(graph.graph.node)} nodes",)
     return _save(graph, target, job, notes)
 
@@ -167,6 +171,20 @@ FORMAT = Format(
             "where the output is quantized too, which TensorRT's placement (Conv, SiLU unquantized between them) does "
             "not do",
             imports=("onnxruntime",),
+        ),
+        Runtime(
+            "ort",
+            "cuda",
+            (Precision.FP32, Precision.FP16),
+            "ONNX Runtime's CUDA provider has no INT8 convolutions: it runs Q/DQ in floating point",
+            imports=("torch", "onnxruntime"),
+        ),
+        Runtime(
+            "ort-trt",
+            "cuda",
+            (),
+            "ONNX Runtime tells which provider runs a subgraph, not in which precision TensorRT runs it",
+            imports=("torch", "onnxruntime"),
         ),
     ),
     steps=steps,

@@ -63,10 +63,11 @@ FORMAT = Format(
     # The reference takes every shape: batch and dynamic are the cases', not the file's.
     options=frozenset({"batch", "dynamic", "device"}),
     toolchain="pytorch",
-    runtimes=(Runtime("eager", "cpu", (Precision.FP32,), imports=("torch",)),),
+    runtimes=tuple(Runtime("eager", device, (Precision.FP32,), imports=("torch",)) for device in ("cpu", "cuda")),
     steps=steps,
     load=load,
     inspect=inspect,
     keeps_metadata=False,
+    keeps_signature=False,
     gone={Precision.FP16: "it is the FP32 reference", Precision.INT8: "it is the FP32 reference"},
 )

@@ -13,7 +13,7 @@ from exporters.artifact import Achieved, Artifact, TensorInfo
 from exporters.errors import ArtifactError, BadRequest, NotSupported, first_line
 from exporters.formats import Format, Job, Made, Runtime, Step
 from exporters.metadata import Metadata, read_json
-from exporters.session import Array, Execution, Feeds, Session
+from exporters.session import Array, Execution, Feeds, OnDevice, Session
 from exporters.spec import ExportSpec, Precision
 
 if TYPE_CHECKING:
@@ -115,6 +115,7 @@ class TorchScriptSession(Session):
         import torch
 
         self.path, self.device = path, device
+        self.timed_on = "" if device == "cpu" else device
         self.graph, self.config = _open(path, device)
         self.stride = spec.model.stride
         self.inputs = tuple(
@@ -123,11 +124,11 @@ class TorchScriptSession(Session):
         )
         self.names = tuple(o.name for o in spec.model.outputs)
         with torch.inference_mode():
-            zeros = [
+            self.zeros = [
                 torch.zeros(spec.model.shape(i, spec.batch, spec.imgsz), dtype=getattr(torch, i.dtype), device=device)
                 for i in spec.model.inputs
             ]
-            values = self._outputs(self.graph(*zeros))
+            values = self._outputs(self.graph(*self.zeros))
         # A surplus output gets a name of its own, so that the claim on names sees it.
         names = [*self.names, *(f"unnamed{i}" for i in range(len(self.names), len(values)))][: len(values)]
         self.names = tuple(names)
@@ -152,12 +153,23 @@ class TorchScriptSession(Session):
             values = self._outputs(self.graph(*tensors))
         return {n: v.cpu().numpy() for n, v in zip(self.names, values, strict=True)}
 
+    def on_device(self, feeds: Feeds) -> OnDevice:
+        import torch
+
+        from exporters.cuda.torch_feeds import TorchFeeds
+
+        tensors = [torch.from_numpy(feeds[i.name].copy()).to(self.device) for i in self.inputs]
+        return TorchFeeds(lambda *given: self._outputs(self.graph(*given)), tensors, self.names)
+
     def execution(self) -> Execution:
         import torch
 
-        # libtorch runs the graph as it is written: the arithmetic has the precision of the weights.
+        from exporters.models.executed import executed
+
+        with torch.inference_mode():
+            precision, notes = executed(lambda: self.graph(*self.zeros))
         return Execution(
-            "libtorch", torch.__version__, self.device, inspect(self.path).precision, threads=torch.get_num_threads()
+            "libtorch", torch.__version__, self.device, precision, threads=torch.get_num_threads(), notes=notes
         )
 
     def metadata(self) -> Metadata:
@@ -220,11 +232,14 @@ FORMAT = Format(
     precisions=(Precision.FP32, Precision.FP16),
     options=frozenset({"batch", "dynamic", "device", "optimize"}),
     toolchain="pytorch",
-    runtimes=(Runtime("libtorch", "cpu", (Precision.FP32, Precision.FP16), imports=("torch",)),),
+    runtimes=tuple(
+        Runtime("libtorch", device, (Precision.FP32, Precision.FP16), imports=("torch",)) for device in ("cpu", "cuda")
+    ),
     steps=steps,
     load=load,
     inspect=inspect,
     refusal=refusal,
     is_code=True,
+    keeps_signature=False,
     gone={Precision.INT8: "PyTorch's eager quantization is gone from the exporter's contract; use onnx or engine"},
 )

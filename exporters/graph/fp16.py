@@ -43,6 +43,35 @@ def to_fp16(graph: onnx.ModelProto, kept: Sequence[str]) -> onnx.ModelProto:
     return made
 
 
+def to_bf16(graph: onnx.ModelProto, kept: Sequence[str]) -> onnx.ModelProto:
+    """The graph with BF16 weights and arithmetic: converted as for FP16, then every FP16 type made BF16.
+
+    Weights are rounded once, from FP32 to nearest even.
+
+    Raises:
+        ExportError: the converter failed.
+    """
+    import numpy as np
+
+    originals = {i.name: onnx.numpy_helper.to_array(i) for i in graph.graph.initializer}
+    made = to_fp16(graph, kept)
+    half, brain = onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16
+    for tensor in made.graph.initializer:
+        if tensor.data_type == half:
+            values = originals.get(tensor.name, onnx.numpy_helper.to_array(tensor)).astype(np.float32)
+            bits = values.view(np.uint32)
+            rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+            tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, brain, values.shape, rounded.tobytes(), raw=True))
+    for node in made.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == half:
+                attribute.i = brain
+    for info in made.graph.value_info:
+        if info.type.tensor_type.elem_type == half:
+            info.type.tensor_type.elem_type = brain
+    return made
+
+
 def _merge_casts(graph: onnx.GraphProto) -> None:
     """Drops repeated casts, in place: the converter adds one a consumer, all of one name, which is an invalid file."""
     seen: set[str] = set()

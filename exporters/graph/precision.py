@@ -14,6 +14,7 @@ from exporters.artifact import Achieved
 from exporters.errors import ArtifactError, first_line
 
 HEAVY = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
+VECTOR = 32  # channels in a vector of TensorRT's 8-bit kernels
 TYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT: "fp32",
     onnx.TensorProto.FLOAT16: "fp16",
@@ -56,7 +57,26 @@ def read_precision(path: Path) -> Achieved:
     evidence["opset"] = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
     main = counts.most_common(1)[0][0] if counts else next(iter(weights), "")
     others = tuple(sorted(name for name, kind in kinds.items() if kind != main))
-    return Achieved(main, evidence, others, _rounded(model))
+    return Achieved(main, evidence, others, _rounded(model), _narrow(graph, others))
+
+
+def _narrow(graph: onnx.GraphProto, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the named convolutions that have too few channels for 8-bit kernels, where most others have enough."""
+    shapes = {i.name: tuple(i.dims) for i in graph.initializer}
+    made_by = {n.output[0]: n for n in graph.node if n.op_type == "DequantizeLinear"}
+    nodes = {n.name or n.output[0]: n for n in graph.node if n.op_type == "Conv"}
+    narrow: set[str] = set()
+    for name, node in nodes.items():
+        weight = made_by[node.input[1]].input[0] if node.input[1] in made_by else node.input[1]
+        if weight in shapes and is_narrow(node, shapes[weight]):
+            narrow.add(name)
+    return tuple(n for n in names if n in narrow) if len(narrow) <= len(nodes) / 2 else ()
+
+
+def is_narrow(node: onnx.NodeProto, shape: tuple[int, ...]) -> bool:
+    """Whether a convolution with weights of this shape has fewer than VECTOR channels on both sides."""
+    groups = next((a.i for a in node.attribute if a.name == "group"), 1)
+    return max(shape[0], shape[1] * groups) < VECTOR
 
 
 def _rounded(model: onnx.ModelProto) -> tuple[str, ...]:

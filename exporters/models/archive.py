@@ -17,7 +17,7 @@ from exporters.models.tensors import NUMPY
 from exporters.models.unpickle import MAX_PICKLE
 
 _MAX_ENTRIES = 2**17
-_CHECK = "it is an exported model, not weights: check it with `exportgate check FILE`"
+_CHECK = "it is an exported model, not weights: check it with `exportgate check FILE --model WEIGHTS`"
 
 
 class Archive:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -144,9 +145,19 @@ def for_export(module: nn.Module, dynamic: bool) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
+def state_digest(model: ModelSpec) -> str:
+    """SHA-256 of the names, types and bytes of everything in the module's state."""
+    total = hashlib.sha256()
+    for name, value in build(model).state_dict().items():
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
 def example(spec: ExportSpec) -> tuple[Tensor, ...]:
     """Inputs to trace with, of the request's shapes; a dynamic graph is traced on batch 2: no axis is 1 by chance."""
-    batch = max(spec.batch, 2) if spec.dynamic and spec.model.has_batch else spec.batch
+    varies = spec.dynamic or spec.batch_axis
+    batch = max(spec.batch, 2) if varies and spec.model.has_batch else spec.batch
     generator = np.random.default_rng(0)
     made: list[Tensor] = []
     for entry in spec.model.inputs:

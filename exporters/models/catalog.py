@@ -81,7 +81,7 @@ def locate(weights: str, folder: Path, requires: str = "") -> Path:
     return Path(next(iter(found.submodule_search_locations))) / inner
 
 
-def from_checkpoint(path: Path, name: str = "", task: str = "") -> ModelSpec:
+def from_checkpoint(path: Path | str, name: str = "", task: str = "") -> ModelSpec:
     """The ModelSpec of a YOLOv8 checkpoint: scale, classes, stride, image size and owner are read from the file.
 
     Raises:
@@ -90,6 +90,7 @@ def from_checkpoint(path: Path, name: str = "", task: str = "") -> ModelSpec:
     """
     from exporters.models.checkpoint import read_checkpoint  # with numpy
 
+    path = user_path(str(path))
     checkpoint = read_checkpoint(path)
     if task and checkpoint.task and task != checkpoint.task:
         raise BadRequest(f"task '{task}': '{path}' is a {checkpoint.task} model", "leave the task out")

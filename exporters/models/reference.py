@@ -20,7 +20,7 @@ from exporters.errors import BadRequest, ExportError
 from exporters.metadata import Metadata
 from exporters.models.build import as_tuple, for_export
 from exporters.models.spec import belongs
-from exporters.session import Array, Execution, Feeds, Session
+from exporters.session import Array, Execution, Feeds, OnDevice, Session
 from exporters.spec import ExportSpec
 
 
@@ -39,6 +39,7 @@ class Reference(Session):
     def __init__(self, module: nn.Module, spec: ExportSpec, device: str) -> None:
         self.module = module.to(device)
         self.spec, self.device = spec, device
+        self.timed_on = "" if device == "cpu" else device
         self.stride = spec.model.stride
         # Eager PyTorch takes any size: every named axis varies.
         self.inputs = tuple(TensorInfo(i.name, i.shape, i.dtype) for i in spec.model.inputs)
@@ -56,8 +57,22 @@ class Reference(Session):
             )
         return {o.name: v.cpu().numpy() for o, v in zip(self.outputs, values, strict=True)}
 
+    def on_device(self, feeds: Feeds) -> OnDevice:
+        from exporters.cuda.torch_feeds import TorchFeeds
+
+        tensors = [torch.from_numpy(np.array(feeds[i.name])).to(self.device) for i in self.inputs]
+        return TorchFeeds(lambda *given: as_tuple(self.module(*given)), tensors, [o.name for o in self.outputs])
+
     def execution(self) -> Execution:
-        return Execution("eager", torch.__version__, self.device, "fp32", threads=torch.get_num_threads())
+        from exporters.models.build import example
+        from exporters.models.executed import executed
+
+        inputs = [tensor.to(self.device) for tensor in example(self.spec)]
+        with torch.inference_mode():
+            precision, notes = executed(lambda: self.module(*inputs))
+        return Execution(
+            "eager", torch.__version__, self.device, precision, threads=torch.get_num_threads(), notes=notes
+        )
 
     def metadata(self) -> Metadata:
         return Metadata.of(self.spec)

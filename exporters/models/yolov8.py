@@ -122,9 +122,9 @@ class DFL(nn.Module):
         self.conv.weight.data[:] = torch.arange(REG_MAX, dtype=torch.float32).view(1, REG_MAX, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, _, a = x.shape
-        bins = x.view(b, 4, REG_MAX, a).transpose(2, 1).softmax(1)
-        return self.conv(bins).view(b, 4, a)
+        a = x.shape[2]
+        bins = x.view(-1, 4, REG_MAX, a).transpose(2, 1).softmax(1)
+        return self.conv(bins).view(-1, 4, a)
 
 
 class Decode(nn.Module):
@@ -162,9 +162,10 @@ class Detect(nn.Module):
     def forward(self, *xs: Tensor) -> Tensor:
         maps = [torch.cat((box(x), cls(x)), 1) for x, box, cls in zip(xs, self.cv2, self.cv3, strict=True)]
         anchors, strides = self.anchors(xs)
-        # flatten() leaves a computation of the shape in an ONNX graph even where the shape is fixed.
+        # flatten() leaves a computation of the shape in an ONNX graph even where the image size is fixed.
         flat = torch.cat(
-            [m.flatten(2) if self.dynamic else m.view(int(m.shape[0]), int(m.shape[1]), -1) for m in maps], 2
+            [m.flatten(2) if self.dynamic else m.view(-1, int(m.shape[1]), int(m.shape[2] * m.shape[3])) for m in maps],
+            2,
         )
         box, logits = cast("tuple[Tensor, ...]", flat.split((4 * REG_MAX, self.nc), 1))
         return self.decode(self.dfl(box), logits, anchors, strides)

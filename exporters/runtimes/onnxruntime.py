@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,13 +17,19 @@ import numpy as np
 import onnxruntime as ort
 
 from exporters.artifact import TensorInfo
-from exporters.errors import ArtifactError, FallbackError, first_line
+from exporters.errors import ArtifactError, FallbackError, ToolchainMissing, first_line
 from exporters.formats import Runtime
 from exporters.metadata import Metadata, normalize
-from exporters.session import Array, Execution, Feeds, Session
-from exporters.spec import ExportSpec
+from exporters.session import Array, Execution, Feeds, OnDevice, Session
+from exporters.spec import ExportSpec, Precision
+from exporters.toolchain import cache_root
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# Execution providers by runtime and device.
+PROVIDERS = {
+    ("ort", "cpu"): "CPUExecutionProvider",
+    ("ort", "cuda"): "CUDAExecutionProvider",
+    ("ort-trt", "cuda"): "TensorrtExecutionProvider",
+}
 TYPES = {
     "float": "float32",
     "float16": "float16",
@@ -58,7 +66,9 @@ class OnnxRuntimeSession(Session):
 
     def __init__(self, path: Path, spec: ExportSpec, runtime: Runtime, device: str) -> None:
         self.path, self.device, self.spec = path, device, spec
-        self.provider = PROVIDERS[runtime.device]
+        self.provider = PROVIDERS[runtime.id, runtime.device]
+        self.timed_on = "" if device == "cpu" else device
+        self.stream: Any = _prepare_cuda(device) if device != "cpu" else None
         self.session = self._open(self._options())
         got: list[str] = self.session.get_providers()
         if got[0] != self.provider:
@@ -78,13 +88,35 @@ class OnnxRuntimeSession(Session):
 
     def _open(self, options: Any) -> Any:
         try:
-            return cast("Any", ort.InferenceSession(str(self.path), options, providers=[self.provider]))
+            # No second provider: what the asked one cannot run makes the session fail instead of falling back.
+            providers = [(self.provider, self._provider_options())]
+            return cast("Any", ort.InferenceSession(str(self.path), options, providers=providers))
         except Exception as error:
             # ONNX Runtime's exception types are generated and share no base but Exception.
             if not type(error).__module__.startswith("onnxruntime"):
                 raise
             what = f"'{self.path}' cannot be loaded by ONNX Runtime ({first_line(error)})"
             raise ArtifactError(what, "export it again") from None
+
+    def _provider_options(self) -> dict[str, str]:
+        """Which GPU, our stream, and for TensorRT the precision, its engine cache and its timing cache."""
+        if self.stream is None:
+            return {}
+        options = {"device_id": self.device.partition(":")[2], "user_compute_stream": str(self.stream.cuda_stream)}
+        if self.provider == "CUDAExecutionProvider":
+            return options | {"use_tf32": "1" if self.spec.precision is Precision.TF32 else "0"}
+        folder = cache_root() / "ort-trt"
+        folder.mkdir(parents=True, exist_ok=True)
+        return options | {
+            "trt_fp16_enable": "1" if self.spec.precision in (Precision.FP16, Precision.INT8) else "0",
+            "trt_int8_enable": "1" if self.spec.precision is Precision.INT8 else "0",
+            "trt_timing_cache_enable": "1",
+            "trt_timing_cache_path": str(folder),
+            "trt_max_workspace_size": str(4 << 30),
+        }
+
+    def on_device(self, feeds: Feeds) -> OnDevice:
+        return _Bound(self, feeds)
 
     def _run(self, feeds: Feeds) -> dict[str, Array]:
         names = [o.name for o in self.outputs]
@@ -144,6 +176,67 @@ class OnnxRuntimeSession(Session):
 
     def close(self) -> None:
         del self.session
+
+
+class _Bound(OnDevice):
+    """Feeds and outputs bound to GPU memory, run on the session's own stream."""
+
+    def __init__(self, session: OnnxRuntimeSession, feeds: Feeds) -> None:
+        import torch
+
+        self.session, self.stream = session, session.stream
+        number = int(session.device.partition(":")[2])
+        self.binding = session.session.io_binding()
+        self.held = [ort.OrtValue.ortvalue_from_numpy(feeds[i.name], "cuda", number) for i in session.inputs]
+        for info, value in zip(session.inputs, self.held, strict=True):
+            self.binding.bind_ortvalue_input(info.name, value)
+        for info in session.outputs:
+            self.binding.bind_output(info.name, "cuda", number)
+        self.options = ort.RunOptions()
+        self.options.add_run_config_entry("disable_synchronize_execution_providers", "1")  # events time it instead
+        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def enqueue(self, graph: bool = False) -> None:
+        self.session.session.run_with_iobinding(self.binding, self.options)
+
+    def capture(self) -> bool:
+        return False
+
+    def compute_ms(self, graph: bool = False) -> float:
+        self.start.record(self.stream)
+        self.enqueue()
+        self.end.record(self.stream)
+        self.end.synchronize()
+        return float(self.start.elapsed_time(self.end))
+
+    def wait(self) -> None:
+        self.stream.synchronize()
+
+    def outputs(self) -> dict[str, Array]:
+        self.wait()
+        values = self.binding.copy_outputs_to_cpu()
+        return {info.name: value for info, value in zip(self.session.outputs, values, strict=True)}
+
+    def close(self) -> None:
+        self.held.clear()
+        del self.binding
+
+
+def _prepare_cuda(device: str) -> Any:
+    """Loads the CUDA libraries that PyTorch brings, where ONNX Runtime finds them, and makes a stream.
+
+    Raises:
+        ToolchainMissing: PyTorch sees no GPU.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ToolchainMissing("PyTorch sees no NVIDIA GPU", "run it on a machine with an NVIDIA GPU and driver")
+    torch.cuda.set_device(device)
+    cast("Any", ort).preload_dlls()
+    with suppress(ImportError):
+        importlib.import_module("tensorrt_libs")  # loads libnvinfer, which TensorrtExecutionProvider links against
+    return torch.cuda.Stream(device)
 
 
 def _info(value: Any) -> TensorInfo:

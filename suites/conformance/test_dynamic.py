@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from exporters import formats
 from exporters.errors import ExportError, FeedError, NotSupported
 from suites.support.bench import Bench, Outputs, cast
 from suites.support.compare import compare
@@ -64,8 +65,27 @@ def test_random_shapes_match_reference(case: Bench) -> None:
     check()
 
 
+def test_smaller_batches_match_reference(case: Bench) -> None:
+    """Where `batch` is the largest batch, every smaller one runs, too: the first rows alone give their own outputs."""
+    entry = formats.get(case.spec.format)
+    if not entry.smaller_batches or case.spec.batch == 1 or not case.model.has_batch:
+        raise NotSupported("the batch is 1" if entry.smaller_batches else f"{entry.title} takes its own batch alone")
+    whole = case.feeds()[0]
+    for count in sorted({1, case.spec.batch - 1}):
+        some = FeedSet(f"{whole.name}, {count} rows", {k: v[:count] for k, v in whole.arrays.items()}, whole.fires)
+        observed, expected = _run(case, some), case.expected(some)
+        for name, want in expected.items():
+            assert observed[name].shape == want.shape, (
+                f"output {name} has shape {list(observed[name].shape)} for batch {count}, expected {list(want.shape)}"
+            )
+        _within(case, expected, observed, some, f"batch {count} of at most {case.spec.batch}")
+
+
 def test_other_shapes_are_refused(case: Bench) -> None:
     """An artifact of fixed shape refuses another one, or a dynamic one a size that is no multiple of the stride."""
+    entry = formats.get(case.spec.format)
+    if not entry.keeps_signature:
+        raise NotSupported(f"a {entry.title} file holds no shapes: its runtime takes what it is given")
     feeds = case.feeds()[0].arrays
     name = case.model.inputs[0].name
     array = feeds[name]

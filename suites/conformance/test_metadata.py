@@ -30,12 +30,20 @@ def test_class_names_survive_the_round_trip(case: Bench) -> None:
 
 
 def test_metadata_describes_the_request(case: Bench) -> None:
-    """Stride, task, batch and image size are those that were asked for."""
+    """Stride, task, batch, image size and the options under `args` are those that were asked for."""
     found = _metadata(case)
     want = {"stride": case.model.stride, "task": case.model.task, "batch": case.spec.batch, "imgsz": case.spec.imgsz}
     for key, value in want.items():
         got = getattr(found, key)
         assert got == value, f"metadata {key} is {got!r}, expected {value!r}"
+    # Artifacts of older exporters lack args, and those of others have some of them only.
+    asked = Metadata.of(case.spec).args
+    told = {key: value for key, value in found.args.items() if key in asked}
+    missing = sorted(set(asked) - set(told)) if case.brought is None else []
+    assert not missing, f"metadata args lack {', '.join(missing)}"
+    # Which operator set and simplifier a brought file was made with is not part of what it is checked for.
+    for key in (k for k in told if case.brought is None or k not in ("opset", "simplify")):
+        assert told[key] == asked[key], f"metadata args say {key} = {told[key]!r}, expected {asked[key]!r}"
 
 
 def test_metadata_names_the_owner(case: Bench) -> None:

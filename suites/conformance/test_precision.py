@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from exporters import formats
 from exporters.errors import NotSupported
 from exporters.models.spec import belongs
+from exporters.spec import CALIBRATED
 from suites.support.bench import Bench
 
 
 def test_achieved_precision_is_the_requested(case: Bench) -> None:
     """Every convolution and matrix product has the asked precision, but those that the model names with reasons."""
-    achieved = case.describe().achieved
+    achieved = case.achieved()
     asked = case.spec.precision.value
     evidence = ", ".join(f"{n} {k}" for k, n in achieved.counts.items())
     assert achieved.precision == asked, f"asked for {asked}, the file is {achieved.precision or 'unknown'} ({evidence})"
     kept = [path for path, _ in case.model.fp32]
-    wrong = [name for name in achieved.exceptions if not belongs(name, kept)]
+    # 8-bit kernels work on vectors of 32 channels: a convolution with fewer on both sides may stay in floating point.
+    narrow = achieved.narrow if case.spec.precision in CALIBRATED else ()
+    wrong = [name for name in achieved.exceptions if not belongs(name, kept) and name not in narrow]
     assert not wrong, f"asked for {asked}, but {len(wrong)} operators are not: {', '.join(wrong[:5])} ({evidence})"
     # What our request keeps in FP32 is to be kept between its operators too; others' files promise nothing there.
     rounded = achieved.rounded if case.brought is None else ()
@@ -28,6 +33,8 @@ def test_executed_precision_is_the_requested(case: Bench) -> None:
     """The runtime computes in the asked precision, by its own account."""
     asked, runtime = case.spec.precision, case.case.runtime
     execution = case.describe().execution
+    if execution.layers:
+        case.evidence["layers"] = [asdict(layer) for layer in execution.layers]
     if asked not in runtime.executes:
         seen = "; ".join(execution.notes)
         raise NotSupported(f"{runtime.because} (seen: {seen})" if seen else runtime.because)
@@ -40,11 +47,12 @@ def test_executed_precision_is_the_requested(case: Bench) -> None:
 def test_every_node_runs_on_the_requested_provider(case: Bench) -> None:
     """No node of the graph fell back to another provider or device."""
     execution = case.describe().execution
-    counts = ", ".join(f"{n} on {p}" for p, n in execution.providers.items()) or execution.device
+    if not execution.providers:
+        raise NotSupported(f"{execution.runtime} has no execution providers: it runs on the device that it is given")
+    counts = ", ".join(f"{n} on {p}" for p, n in execution.providers.items())
     assert not execution.fallback, (
         f"{len(execution.fallback)} nodes run elsewhere ({counts}): {', '.join(execution.fallback[:5])}"
     )
-    assert execution.device == case.case.device, f"asked for {case.case.device}, the session runs on {execution.device}"
 
 
 def test_opset_is_the_requested(case: Bench) -> None:
@@ -52,6 +60,8 @@ def test_opset_is_the_requested(case: Bench) -> None:
     if "opset" not in formats.get(case.spec.format).options:
         raise NotSupported(f"format {case.spec.format} has no operator set")
     found = case.describe().achieved.counts.get("opset", 0)
+    if case.spec.format != "onnx":
+        raise NotSupported("the operator set is that of the ONNX file that it was made from")
     if case.brought is not None and "opset" not in case.spec.changed():
         raise NotSupported(f"no operator set was asked for (the file has {found})")
     assert found == case.spec.opset, f"the file's opset is {found}, asked for {case.spec.opset}"

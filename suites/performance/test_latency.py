@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
-from exporters.errors import ExportgateError
+from exporters.errors import ExportgateError, MeasurementError, NotSupported
 from exporters.measure import MeasurementPlan, Samples
+from exporters.session import Execution
+from exporters.spec import Precision
 from suites.support.baseline import baseline_path, read_baseline
 from suites.support.bench import Bench, cast
-from suites.support.gate import NEEDED, Gate, judge, percentiles
-from suites.support.machine import comparable, fingerprint
+from suites.support.config import Latency
+from suites.support.gate import NEEDED, Gate, judge, percentiles, ratio_of
+from suites.support.machine import baseline_folder, comparable, fingerprint
 from suites.support.verdict import Judged, Verdict
 
 pytestmark = pytest.mark.latency
+# The precisions that a lower one has to beat, the next higher one first.
+HIGHER = {
+    Precision.TF32: (Precision.FP32,),
+    Precision.FP16: (Precision.FP32,),
+    Precision.BF16: (Precision.FP32,),
+    Precision.FP8: (Precision.FP16, Precision.FP32),
+    Precision.INT8: (Precision.FP16, Precision.FP32),
+}
 ROUNDS = 3  # of so many processes, before an interval that straddles the limit is INCONCLUSIVE
 
 
 def test_p50_within_baseline(case: Bench, benchmark: Any) -> None:
     """The median of per-process medians has not slowed down by more than delta, and the gate could have seen it."""
-    settings = case.run.project.latency
+    settings = case.run.project.latency_on(case.case.device)
     processes = _processes(case, 0)
     execution = case.describe().execution
-    packages = {k: str(v) for k, v in case.artifact().toolchain.get("packages", {}).items()} | {
-        execution.runtime: execution.version
-    }
-    here = comparable(fingerprint(), packages)
-    path = baseline_path(case.run.project.baselines, str(fingerprint()["id"]), case.case.id)
+    here = comparable(case.case.device, _versions(case, execution))
+    folder = baseline_folder(case.case.device)
+    path = baseline_path(case.run.project.baselines, folder, case.case.id)
     baseline = read_baseline(path)
     differences = baseline.differs(here) if baseline is not None else []
     gate: Gate | None = None
@@ -43,9 +52,13 @@ def test_p50_within_baseline(case: Bench, benchmark: Any) -> None:
             processes += _processes(case, len(processes))
             gate = judged()
     milliseconds = [list(p.milliseconds) for p in processes]
+    case.run.measured[case.case.id] = milliseconds
     _replay(benchmark, milliseconds)
     found, notes = percentiles(milliseconds)
     notes += [f"process {i}: warm-up did not settle" for i, p in enumerate(processes) if not p.settled]
+    notes += list(dict.fromkeys(note for p in processes for note in p.notes))
+    throttled = sorted({reason for p in processes for reason in p.throttled or ()})
+    notes += [f"throttled: {', '.join(throttled)}"] if throttled else []
     case.evidence["measurement"] = {
         "unit": "ms",
         "processes": milliseconds,
@@ -53,14 +66,24 @@ def test_p50_within_baseline(case: Bench, benchmark: Any) -> None:
         "warm_up": max(p.warm_up for p in processes),
         "timer": processes[0].timer,
         "threads": execution.threads or fingerprint()["cores"],
-        "throttled": None,
+        "throttled": bool(throttled) if all(p.throttled is not None for p in processes) else None,
         "notes": notes,
         "conditions": {
             "first call ms": round(float(np.median([p.first_call for p in processes])), 3),
             "peak RSS MiB": round(max(p.peak_rss for p in processes) / 2**20),
+            **_medians([p.figures for p in processes]),
+            **execution.figures,
+            **{f"GPU before, process {i}": dict(p.before) for i, p in enumerate(processes) if p.before},
+            **{f"GPU after, process {i}": dict(p.after) for i, p in enumerate(processes) if p.after},
+            "machine": folder,
             "comparable": here,
         },
     }
+    if throttled:
+        raise MeasurementError(
+            f"the GPU held its clocks down ({', '.join(throttled)}), so this measurement does not stand",
+            "measure again on a cool GPU that nobody else uses",
+        )
     if baseline is None:
         raise Judged(
             Verdict.NO_BASELINE,
@@ -82,15 +105,49 @@ def test_p50_within_baseline(case: Bench, benchmark: Any) -> None:
         raise Judged(Verdict.INCONCLUSIVE, f"{gate.line()}, after {len(processes)} processes")
 
 
+def test_faster_than_the_next_precision(case: Bench) -> None:
+    """On a GPU a lower precision pays for its accuracy with speed: measured in this run, beside the next higher one."""
+    if case.case.device == "cpu":
+        raise NotSupported("on a CPU a lower precision saves memory, not time")
+    if case.spec.precision not in HIGHER:
+        raise NotSupported(f"{case.spec.precision} is the highest precision that is measured")
+    if case.case.id not in case.run.measured:
+        raise NotSupported("this case was not measured in this run")
+    for precision in HIGHER[case.spec.precision]:
+        other = case.case.sibling(precision)
+        theirs = case.run.measured.get(other)
+        if theirs is None:
+            continue
+        found = ratio_of(theirs, case.run.measured[case.case.id])
+        assert found.low <= 1.0, f"slower than {other}: ratio {found.ratio:.3f} [{found.low:.3f}, {found.high:.3f}]"
+        return
+    raise NotSupported("no higher precision of this case was measured in this run before it")
+
+
+def _versions(case: Bench, execution: Execution) -> dict[str, str]:
+    """Versions that a latency depends on: of the runtime, and on a CPU of what is loaded beside it."""
+    own = {execution.runtime: execution.version}
+    if case.case.device != "cpu":
+        return own
+    return {k: str(v) for k, v in case.artifact().toolchain.get("packages", {}).items()} | own
+
+
+def _medians(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Each figure's median over the processes."""
+    return {k: round(float(np.median([f[k] for f in figures if k in f])), 4) for k in dict.fromkeys(figures[0])}
+
+
 def _processes(case: Bench, done: int) -> list[Samples]:
     """As many replicates as the project asks for, numbered after those that are done."""
-    settings = case.run.project.latency
-    return [_process(case, n, settings.seconds) for n in range(done + 1, done + settings.processes + 1)]
+    settings = case.run.project.latency_on(case.case.device)
+    return [_process(case, n, settings) for n in range(done + 1, done + settings.processes + 1)]
 
 
-def _process(case: Bench, number: int, seconds: float) -> Samples:
+def _process(case: Bench, number: int, settings: Latency) -> Samples:
     """One replicate: a fresh process that opens the artifact and measures."""
     pool, runtime, device = case.run.pool, case.case.runtime.id, case.case.device
+    if not case.case.runtime.runs:
+        raise NotSupported(case.case.runtime.because)
     artifact, feeds = case.artifact(), case.feeds()[:2]
     try:
         session = case.guard(lambda: pool.open(artifact, case.spec, runtime, device, number))
@@ -98,7 +155,7 @@ def _process(case: Bench, number: int, seconds: float) -> Samples:
             return case.guard(
                 lambda: session.measure(
                     [cast(session, f.arrays) for f in feeds],
-                    MeasurementPlan(seconds=seconds, inferences=-(-NEEDED[50] // case.run.project.latency.processes)),
+                    MeasurementPlan(seconds=settings.seconds, inferences=-(-NEEDED[50] // settings.processes)),
                 )
             )
         finally:

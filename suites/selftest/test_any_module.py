@@ -10,8 +10,12 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import torch
 
 import reports
+from exporters.models.spec import InputSpec, ModelSpec, OutputSpec
+from exporters.pool import Pool
+from exporters.spec import request
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = '''
@@ -94,7 +98,7 @@ def test_a_module_with_three_inputs_and_two_outputs_qualifies(
 ) -> None:
     _, done = judged
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert "QUALIFIED: 0 of 130 claims failed" in done.stdout, done.stdout[-600:]
+    assert "QUALIFIED: 0 of 140 claims failed" in done.stdout, done.stdout[-600:]
     assert "NO_BASELINE" in done.stdout
 
 
@@ -137,6 +141,56 @@ def test_a_measurement_becomes_a_baseline_and_gates_the_next_run(
     )
     assert done.returncode == 1, done.stdout[-2000:]
     assert "slower than the baseline: ratio to the baseline" in done.stdout
+
+
+def test_standard_output_is_the_report_where_json_is_asked_for(
+    judged: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = judged
+    done = qualify(
+        folder,
+        "--json",
+        "--format",
+        "onnx",
+        "--precision",
+        "fp32",
+        "--claim",
+        "test_outputs_are_finite",
+        "--report",
+        "j",
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["verdict"] == "QUALIFIED"
+    assert "report: " in done.stderr
+
+
+def test_weights_that_a_factory_reads_from_a_file_are_not_taken_from_the_cache(tmp_path: Path) -> None:
+    """Only the factory knows of its file: no key could."""
+    (tmp_path / "own.py").write_text(
+        "import torch\nfrom pathlib import Path\n\n\ndef make():\n    module = torch.nn.Linear(4, 2)\n"
+        '    module.load_state_dict(torch.load(Path(__file__).with_name("own.pt")))\n    return module\n'
+    )
+    inputs = (InputSpec("x", ("batch", 4)),)
+    model = ModelSpec("own", "own:make", search=(tmp_path,), inputs=inputs, outputs=(OutputSpec("y", ((0, "batch"),)),))
+    made: list[bytes] = []
+    for number in (1.0, 1.0, 2.0):
+        torch.save({"weight": torch.full((2, 4), number), "bias": torch.zeros(2)}, tmp_path / "own.pt")
+        with Pool() as pool:
+            artifact = pool.export(request(model, "onnx"))
+            made.append(artifact.path.read_bytes())
+            assert bool(pool.fresh) is (number != 1.0 or len(made) == 1)
+    assert made[0] == made[1]
+    assert made[1] != made[2]
+
+
+def test_a_folder_without_a_configuration_has_baselines_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from suites import cli
+
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["baseline", "show"]) == 0
+    assert f"0 baselines in {tmp_path / 'baselines'}" in capsys.readouterr().out
 
 
 def test_a_factory_that_raises_is_one_line(tmp_path: Path) -> None:

@@ -42,6 +42,16 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 Damage = Callable[[Path, "Workshop"], None]
+ARGS = {
+    "batch": 1,
+    "precision": "fp32",
+    "half": False,
+    "int8": False,
+    "dynamic": False,
+    "simplify": True,
+    "opset": 20,
+    "optimize": False,
+}
 ANCHORS, LAST_SCALE = 2100, 100  # of a 320x320 image: 40 x 40 + 20 x 20 + 10 x 10
 
 
@@ -446,7 +456,39 @@ def noise_on_the_state(path: Path, workshop: Workshop) -> None:
     save_file(state, path)
 
 
+@script_damage
+def script_computes_in_fp32(module: Any, texts: dict[str, Any]) -> Any:
+    """The weights stay FP16, so that the file is as small as asked, and every convolution is computed in FP32."""
+    import torch
+    from torch.nn import functional
+
+    class Changed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.state = torch.nn.ParameterList(p.clone() for p in module.state_dict().values())
+
+        def forward(self, images: Any) -> Any:
+            weights = [p.float() for p in self.state]
+            pairs = (sorted(weights[i : i + 2], key=lambda w: -w.ndim) for i in (0, 2))
+            return tuple(functional.conv2d(images, weight, bias) for weight, bias in pairs)
+
+    return torch.jit.trace(Changed(), torch.zeros(1, 3, 32, 32), check_trace=False)
+
+
 # ---- metadata ------------------------------------------------------------------------------------------------------
+
+
+@graph_damage
+def added(model: Any, value: np.ndarray[Any, Any]) -> None:
+    """Something is added to the output."""
+    at_the_end(model, "Add", value)
+
+
+def silent_boxes(pixels: float) -> np.ndarray[Any, Any]:
+    """An offset of the boxes of 20 anchors in a corner of the image, where the model sees nothing."""
+    value = np.zeros((1, 10, ANCHORS), np.float32)
+    value[:, :2, :20] = pixels
+    return value
 
 
 @graph_damage
@@ -627,6 +669,13 @@ BROKEN = (
     Broken("input in FP64", "onnx fp32", input_cast("DOUBLE"), robustness.test_wrong_dtype_is_refused, "float64"),
     Broken("input renamed", "onnx fp32", input_renamed(), signature, "['x']"),
     # Shapes that vary, and batches
+    Broken(
+        "boxes moved where nothing fires",
+        "onnx fp32",
+        added(silent_boxes(50.0)),
+        values,
+        "output0 boxes: max_abs",
+    ),
     Broken("first row for all", "onnx fp32 pair", first_row_for_all(), rows, "row 1 of a batch of 2"),
     Broken("first row for all, by values", "onnx fp32 pair", first_row_for_all(), values, "output0"),
     Broken("first row for any batch", "onnx fp32 dynamic", first_row_for_any_batch(), rows, "row 1 of a batch of 3"),
@@ -658,6 +707,13 @@ BROKEN = (
         "/model.6/cv1/conv/Conv",
     ),
     Broken("the FP32 decode rounded to FP16", "onnx fp16", decode_rounded(), achieved, "go through FP16"),
+    Broken(
+        "only the weights in FP16, TorchScript",
+        "twins torchscript fp16",
+        script_computes_in_fp32(),
+        executed,
+        "executes fp32",
+    ),
     Broken("only the weights in FP16", "onnx fp16", only_the_weights_in_fp16, achieved, "the file is fp32"),
     Broken(
         "FP32 passed off as FP16, TorchScript",
@@ -716,6 +772,14 @@ BROKEN = (
         request,
         "imgsz is (640, 640)",
     ),
+    Broken(
+        "metadata of another precision",
+        "onnx fp32",
+        property_changed("args", str({**ARGS, "half": True, "precision": "fp16"})),
+        request,
+        "args say precision = 'fp16', expected 'fp32'",
+    ),
+    Broken("metadata without the options", "onnx fp32", property_changed("args", "{}"), request, "args lack batch"),
     Broken("metadata of another stride", "onnx fp32", property_changed("stride", "16"), request, "stride is 16"),
     Broken(
         "author is the exporter's",

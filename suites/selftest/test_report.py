@@ -443,6 +443,21 @@ def test_a_machine_that_judged_nothing_does_not_hide_behind_another(tmp_path: Pa
     assert summary.verdict == "NOT QUALIFIED" and "on nvidia-h100 judged nothing" in summary.headline
 
 
+def test_a_whole_case_is_let_by_what_its_format_cannot_have(tmp_path: Path) -> None:
+    whole = ["best-onnx-fp32-ort-cpu::*"]
+    lines = one_case("PASS", "NOT_SUPPORTED", "NO_BASELINE", code=1, release=True, must_pass=whole)
+    summary = summarize(tmp_path, lines)
+    assert [entry.verdict for entry in summary.unmet] == ["NO_BASELINE"]
+
+
+def test_a_whole_case_that_its_format_cannot_have_is_not_let_by(tmp_path: Path) -> None:
+    whole = ["best-onnx-fp32-ort-cpu::*", "other::*"]
+    lines = one_case("NOT_SUPPORTED", "NOT_SUPPORTED", code=1, release=True, must_pass=whole)
+    summary = summarize(tmp_path, lines)
+    assert len(summary.unmet) == 3
+    assert "1 never ran" in summary.headline
+
+
 def test_a_must_pass_claim_may_run_on_another_machine(tmp_path: Path) -> None:
     wanted = ["best-onnx-fp32-ort-cpu::test_0", "best-onnx-fp32-ort-cpu::test_1"]
     start = {"release": True, "must_pass": wanted}

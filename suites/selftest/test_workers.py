@@ -199,7 +199,10 @@ import torch
 
 def make():
     marker = Path(os.environ["MARKER"])
-    if not marker.exists():
+    first = marker.with_suffix(".first")
+    if not first.exists():  # for the digest of the weights, before the export
+        first.touch()
+    elif not marker.exists():
         marker.write_text(str(os.getpid()))
         time.sleep(120)
     return torch.nn.Conv2d(3, 4, 3)

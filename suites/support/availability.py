@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict, dataclass
 
 from exporters import formats, toolchain
 from exporters.errors import ToolchainMissing
 from exporters.spec import Precision
+from suites.support.cases import missing_gpu
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,17 @@ def cells() -> list[Cell]:
     known = [p for p in Precision if any(p in f.precisions for f in formats.registry().values())]
     rows: list[Cell] = []
     for entry in formats.registry().values():
-        missing = ""
-        try:
-            toolchain.resolve(entry.toolchain)
-        except ToolchainMissing as error:
-            missing = str(error)
         for precision in known:
             for runtime in entry.runtimes:
+                missing = _missing(entry.chain(runtime.device))
                 if precision not in entry.precisions:
                     state, because = "not supported", entry.gone.get(precision, f"{entry.title} has no such form")
                 elif missing:
                     state, because = "missing", missing
-                elif runtime.device == "cuda" and shutil.which("nvidia-smi") is None:
-                    state, because = "missing", "no NVIDIA driver"
+                elif missing_gpu(runtime.device):
+                    state, because = "missing", "no NVIDIA GPU"
+                elif not runtime.runs:
+                    state, because = "available", f"made here, run elsewhere: {runtime.because}"
                 else:
                     state, because = (
                         "available",
@@ -50,3 +48,12 @@ def cells() -> list[Cell]:
                     )
                 rows.append(Cell(entry.id, precision.value, runtime.id, runtime.device, state, because))
     return rows
+
+
+def _missing(chain: str) -> str:
+    """What a toolchain lacks here, or ""."""
+    try:
+        toolchain.resolve(chain)
+    except ToolchainMissing as error:
+        return str(error)
+    return ""

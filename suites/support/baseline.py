@@ -84,6 +84,11 @@ def accept(
     medians = [float(np.median(p)) for p in measurement.processes]
     if measurement.throttled:
         raise BadRequest(f"case {case}: the measurement was throttled", "measure again on a cool machine")
+    if len(medians) < 2:
+        raise BadRequest(
+            f"case {case}: one process was measured, which says nothing of the spread between processes",
+            "measure with --replicates 10",
+        )
     cv = float(np.std(medians, ddof=1) / np.mean(medians))
     if cv > 0.15:
         raise BadRequest(
@@ -105,6 +110,7 @@ def accept(
             "threads": measurement.threads,
             "warm_up": measurement.warm_up,
             "notes": list(measurement.notes),
+            **{k: v for k, v in measurement.conditions.items() if k not in ("comparable", "machine")},
         },
         "milliseconds": [[round(x, 4) for x in p] for p in measurement.processes],
     }

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from exporters import formats
-from exporters.artifact import Artifact
+from exporters.artifact import Achieved, Artifact
 from exporters.errors import ExportgateError, NotSupported, ToolchainMissing, WorkerCrash, WorkerTimeout
 from exporters.models.spec import ModelSpec
 from exporters.pool import Description, Pool, RemoteSession
@@ -39,6 +39,7 @@ class Run:
     ) -> None:
         self.project, self.pool, self.damage = project, pool, damage
         self.outputs: OrderedDict[Any, Outputs] = OrderedDict()
+        self.measured: dict[str, list[list[float]]] = {}  # case -> milliseconds of single inferences by process
         self.feed_sets: OrderedDict[Any, list[FeedSet]] = OrderedDict()
         self.layer_names: dict[str, list[str]] = {}
         self.open_reference: tuple[Any, RemoteSession] | None = None
@@ -171,7 +172,14 @@ class Bench:
         return self.run.damage(artifact, self.spec) or artifact
 
     def session(self) -> RemoteSession:
-        """The open session of the artifact in the case's runtime."""
+        """The open session of the artifact in the case's runtime.
+
+        Raises:
+            NotSupported: the artifact is made here and run elsewhere.
+        """
+        self.artifact()
+        if not self.case.runtime.runs:
+            raise NotSupported(self.case.runtime.because)
         return self._open("", self.artifact(), self.spec)
 
     def _open(self, name: str, artifact: Artifact, spec: ExportSpec) -> RemoteSession:
@@ -182,10 +190,13 @@ class Bench:
         return current
 
     def _parent_runtime(self, spec: ExportSpec) -> tuple[str, str]:
-        """A runtime for a parent's artifact, on the case's device if it has one there."""
-        entry = formats.get(spec.format)
-        chosen = next((r for r in entry.runtimes if r.device == self.case.runtime.device), entry.runtimes[0])
-        return chosen.id, self.case.device if chosen.device == self.case.runtime.device else "cpu"
+        """A runtime for a parent's artifact: on the CPU, by another program than the one that is judged."""
+        chosen = next(r for r in formats.get(spec.format).runtimes if r.device == "cpu")
+        return chosen.id, "cpu"
+
+    def achieved(self) -> Achieved:
+        """The precision read back from the artifact, where it runs; where it does not, when it was made."""
+        return self.describe().achieved if self.case.runtime.runs else self.artifact().achieved
 
     def describe(self) -> Description:
         """What the session says of itself."""

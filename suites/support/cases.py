@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from exporters import formats
+from exporters.cuda.nvml import gpu_facts
 from exporters.errors import BadRequest, NotSupported, ToolchainMissing
 from exporters.formats import Runtime
 from exporters.models.catalog import from_checkpoint, from_table, locate
 from exporters.models.spec import ModelSpec
-from exporters.spec import CALIBRATION, ExportSpec, Precision, parse_device, request, user_path
+from exporters.spec import CALIBRATED, CALIBRATION, ExportSpec, Precision, parse_device, request, user_path
 from suites.support.config import Project
 
 
 @dataclass(frozen=True)
 class Case:
-    """One cell of the matrix. `because` says why it is not supported, `missing` which package or file is not here."""
+    """One cell of the matrix. `because` says why it is not supported, `missing` which package or file is not here.
+
+    `only` is why nothing but its latency is judged (random weights, say), or "".
+    """
 
     spec: ExportSpec
     runtime: Runtime
     because: str = ""
     missing: str = ""
+    only: str = ""
 
     @property
     def id(self) -> str:
@@ -32,36 +37,36 @@ class Case:
         parts = [spec.model.name, spec.format, spec.precision.value, self.runtime.id, self.runtime.device]
         return "-".join(parts) + "".join("." + o for o in _options(spec))
 
+    def sibling(self, precision: Precision) -> str:
+        """Id of the case that differs from this one in its precision alone (and what calibrates it)."""
+        plain = {f: getattr(ExportSpec, f) for f in CALIBRATION}
+        return replace(self, spec=self.spec.but(precision=precision, **plain)).id
+
     @property
     def marks(self) -> tuple[str, ...]:
-        return (("cuda",) if self.runtime.device == "cuda" else ()) + (("trt",) if "trt" in self.runtime.id else ())
+        return (("cuda",) if self.runtime.device == "cuda" else ()) + (
+            ("trt",) if "trt" in self.runtime.id.split("-") else ()
+        )
 
     @property
     def device(self) -> str:
         return self.spec.device if self.runtime.device == "cuda" else "cpu"
 
-    def command(self, claim: str = "", artifact: Path | None = None, project: Path | None = None) -> str:
-        """The command that judges this case alone; of an artifact that was brought, and in a project that was named."""
+    def command(self, claim: str, model: str, artifact: Path | None = None, project: Path | None = None) -> str:
+        """The command that judges one claim of this case alone; `model` is a name of the project's, or a checkpoint.
+
+        Of an artifact that was brought, and in a project that was named, it says so.
+        """
+        from suites.options import request_words  # which imports this module
+
         spec = self.spec
-        model = (
-            str(spec.model.weights) if spec.model.factory.startswith("exporters.models.yolov8:") else spec.model.name
-        )
         start = ["check", _quoted(str(artifact)), "--model"] if artifact is not None else ["qualify"]
         words = ["exportgate", *start, _quoted(model), "--format", spec.format, "--precision", spec.precision.value]
         words += ["--trust"] if artifact is not None and formats.get(spec.format).is_code else []
         words += ["--project", _quoted(str(project))] if project is not None else []
-        if spec.model.has_images:
-            words += ["--imgsz", ",".join(map(str, spec.imgsz))]
-        words += ["--batch", str(spec.batch)] if spec.batch != 1 else []
-        words += ["--dynamic"] if spec.dynamic else []
-        words += ["--optimize"] if spec.optimize else []
-        words += ["--no-simplify"] if not spec.simplify else []
-        words += ["--opset", str(spec.opset)] if "opset" in spec.changed() else []
-        words += ["--data", _quoted(spec.data)] if spec.data else []
-        words += ["--split", spec.split] if spec.split != "val" else []
-        words += ["--fraction", f"{spec.fraction:g}"] if spec.fraction != 1.0 else []
+        words += [_quoted(w) for w in request_words(spec)]
         words += ["--device", self.device] if self.device != "cpu" else []
-        return " ".join(words) + (f" --claim {claim}" if claim else "")
+        return " ".join(words) + f" --claim {claim}"
 
 
 def _quoted(text: str) -> str:
@@ -83,6 +88,18 @@ def _options(spec: ExportSpec) -> list[str]:
     words += [f"cal-{Path(spec.data).stem}"] if spec.data else []
     words += [spec.split] if spec.split != "val" else []
     words += [f"f{spec.fraction:g}"] if spec.fraction != 1.0 else []
+    words += [f"ws{spec.workspace:g}"] if "workspace" in spec.changed() else []
+    words += ["-".join("x".join(map(str, shape)) for shape in profile) for profile in spec.profiles]
+    words += [f"level{spec.builder_level}"] if "builder_level" in spec.changed() else []
+    words += ["cold" if spec.timing_cache == "off" else "timed"] if spec.timing_cache else []
+    words += [spec.hardware_compatibility] if "hardware_compatibility" in spec.changed() else []
+    words += ["vc"] if spec.version_compatible else []
+    words += ["refit"] if spec.refit else []
+    words += [f"dla{spec.dla}"] if spec.dla is not None else []
+    algorithm = spec.trt_quant_algo.removesuffix("_CALIBRATION").lower()
+    words += ["implicit" if algorithm == "entropy_calibration_2" else f"implicit-{algorithm}"] if algorithm else []
+    words += ["scales"] if spec.calibration_cache else []
+    words += [f"sm{spec.compute_capability.replace(',', '-')}"] if spec.compute_capability else []
     return words
 
 
@@ -111,8 +128,10 @@ def matrix(project: Project, selection: Selection) -> list[Case]:
         else _own(project, selection, chosen_formats, chosen_precisions)
     )
     unused = next((k for k in CALIBRATION if k in dict(selection.options)), None)
-    if unused and not any(c.spec.precision is Precision.INT8 for c in cases):
-        raise BadRequest(f"option '{unused}' is given and no case is INT8", "leave it out, or add --precision int8")
+    if unused and not any(c.spec.precision in CALIBRATED for c in cases):
+        raise BadRequest(
+            f"option '{unused}' is given and no case is INT8 or FP8", "leave it out, or add --precision int8"
+        )
     seen: dict[str, Case] = {}
     for case in cases:
         if case.id in seen:
@@ -161,7 +180,7 @@ def _cases(
     """A cell's cases, one for each runtime on the device that is asked for."""
     entry = formats.get(format_id)
     given = dict(options)
-    if precision is not Precision.INT8:  # calibration belongs to INT8 alone
+    if precision not in CALIBRATED:
         given = {k: v for k, v in given.items() if k not in CALIBRATION}
     device = parse_device(given.get("device", "cpu"))
     kind = device.split(":")[0]
@@ -177,7 +196,16 @@ def _cases(
     runtimes = [r for r in entry.runtimes if r.device == kind]
     if not runtimes:
         return [Case(spec, Runtime("none", kind, ()), because or f"{entry.title} has no runtime on {kind}")]
-    return [Case(spec, r, because) for r in runtimes]
+    missing = missing_gpu(device)
+    return [Case(spec, r, because, missing) for r in runtimes]
+
+
+def missing_gpu(device: str) -> str:
+    """Why this device cannot be used here, or ""."""
+    if device == "cpu" or gpu_facts(device):
+        return ""
+    number = device.partition(":")[2]
+    return f"there is no NVIDIA GPU {number} here, or no driver for it (nvidia-smi shows what there is)"
 
 
 def _parsed(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,7 +242,7 @@ def _own(project: Project, selection: Selection, chosen: Sequence[str], precisio
         ]
         rows += [dict(r) for r in table.get("also", []) if r.get("model", name) == name]
         for row in rows:
-            options = {k: v for k, v in row.items() if k not in ("format", "precision", "model")} | dict(
+            options = {k: v for k, v in row.items() if k not in ("format", "precision", "model", "only")} | dict(
                 selection.options
             )
             format_id, precision = (
@@ -224,7 +252,8 @@ def _own(project: Project, selection: Selection, chosen: Sequence[str], precisio
             if (chosen and format_id not in chosen) or (precisions and precision not in precisions):
                 continue
             made = _cases(model, format_id, precision, options, bool(selection.options))
-            cases += [Case(c.spec, c.runtime, c.because, missing) for c in made]
+            only = str(row.get("only", ""))
+            cases += [replace(c, missing=missing or c.missing, only=only) for c in made]
     _check_groups(project, cases if not chosen and not precisions else [])
     return list({c.id: c for c in cases}.values()) if selection.options else cases
 

@@ -23,8 +23,9 @@ SCORE_FLOOR = 0.25  # the contract's default confidence: below it a deployment d
 class Tolerance:
     """What is allowed of one measure. `relative` scales it by the group's extent (the image size for boxes).
 
-    `conditioned`: where Monte Carlo arithmetic moves an element of the reference so far that SIGMAS standard deviations
-    of it are more than `allowed`, that much is allowed of this element.
+    Boxes count on anchors that fire, `everywhere` on all of them. `conditioned`: where Monte Carlo arithmetic moves an
+    element of the reference so far that SIGMAS standard deviations of it are more than `allowed`, that much is allowed
+    of this element.
     """
 
     measure: str  # max_abs, p99_abs, cosine, snr_db ...
@@ -32,6 +33,7 @@ class Tolerance:
     reason: str
     relative: bool = False
     conditioned: bool = False
+    everywhere: bool = False
 
     @property
     def is_lower_bound(self) -> bool:
@@ -90,7 +92,11 @@ DFL = (
 DEFAULTS: Mapping[tuple[Precision, str], tuple[Tolerance, ...]] = {
     (Precision.FP32, "box"): (
         Tolerance(
-            "max_abs", 1e-4, "FP32 sums of some 10^3 terms differ by about 10^3 x 2^-24 = 6e-5 of the range", True
+            "max_abs",
+            1e-4,
+            "FP32 sums of some 10^3 terms differ by about 10^3 x 2^-24 = 6e-5 of the range",
+            relative=True,
+            everywhere=True,
         ),
     ),
     (Precision.FP32, "score"): (
@@ -117,7 +123,19 @@ DEFAULTS: Mapping[tuple[Precision, str], tuple[Tolerance, ...]] = {
         Tolerance("max_abs", 5e-3, "2^-11 a rounding, some ten roundings deep; as for boxes", True, True),
         Tolerance("cosine", 0.999, "ten roundings of 2^-11 keep 1 - 1e-5; 0.999 leaves room for outliers"),
     ),
-    # Elementwise limits say little about INT8: it is judged by matching, and by the task's metric.
+    # BF16 has 3 bits of fraction fewer than FP16: each rounding is 8 times as large.
+    (Precision.BF16, "box"): (
+        Tolerance("max_abs", 8.0, "8 times FP16's, since a rounding is; as for FP16", conditioned=True),
+        Tolerance("cosine", 0.999, "a scale error of 4 % turns 0.999 in one channel"),
+    ),
+    (Precision.BF16, "score"): (
+        Tolerance("max_abs", 4e-2, "8 times FP16's, since a rounding is; as for FP16", conditioned=True),
+    ),
+    (Precision.BF16, "value"): (
+        Tolerance("max_abs", 4e-2, "8 times FP16's, since a rounding is; as for FP16", True, True),
+        Tolerance("cosine", 0.999, "ten roundings of 2^-8 keep 1 - 1e-4; 0.999 leaves room for outliers"),
+    ),
+    # Elementwise limits say little about 8 bits: they are judged by matching, and by the task's metric.
     (Precision.INT8, "box"): (),
     (Precision.INT8, "score"): (),
     (Precision.INT8, "value"): (
@@ -125,6 +143,15 @@ DEFAULTS: Mapping[tuple[Precision, str], tuple[Tolerance, ...]] = {
             "snr_db",
             20.0,
             "8 bits at a crest factor of 4 give 41 dB a layer; 60 layers add 18 dB of noise; 3 dB margin",
+        ),
+    ),
+    (Precision.FP8, "box"): (),
+    (Precision.FP8, "score"): (),
+    (Precision.FP8, "value"): (
+        Tolerance(
+            "snr_db",
+            10.0,
+            "3 bits of fraction: a rounding of 2^-4 / sqrt(3) is 29 dB a layer; 60 layers add 18 dB; 1 dB margin",
         ),
     ),
 }
@@ -159,8 +186,8 @@ def compare(
     `rounding` gives, when a limit that is conditioned is passed, the standard deviation of each element of the
     reference in Monte Carlo arithmetic of this precision.
 
-    Box channels are compared on the anchors whose reference score is at least SCORE_FLOOR; where none is, they are
-    left out (and the power check will say so).
+    Box channels are compared on the anchors whose reference score is at least SCORE_FLOOR, in FP32 on all; where none
+    fires, the former are left out (and the power check will say so).
 
     Raises:
         BadRequest: a channel of an output belongs to no group, so that nothing would compare it.
@@ -182,11 +209,12 @@ def compare(
                 continue
             where = slice(group.start, group.stop)
             a, b = (want[:, where], got[:, where]) if want.ndim > 1 else (want, got)
-            mask = np.broadcast_to(fires, a.shape) if fires is not None and group.kind == "box" else None
-            if mask is not None and not mask.any():
-                continue
+            firing = np.broadcast_to(fires, a.shape) if fires is not None and group.kind == "box" else None
             extent = group.extent or (float(max(imgsz)) if group.kind == "box" else float(np.ptp(a)) or 1.0)
             for limit in limits:
+                mask = None if limit.everywhere else firing
+                if mask is not None and not mask.any():
+                    continue
                 bound = np.full(a.shape, limit.allowed * (extent if limit.relative else 1.0))
                 beyond = np.abs(b - a) > bound if mask is None else (np.abs(b - a) > bound) & mask
                 if limit.conditioned and rounding is not None and beyond.any():

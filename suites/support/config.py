@@ -49,15 +49,21 @@ class Project:
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     matrix: Mapping[str, Any] = field(default_factory=dict[str, Any])
     tolerances: Sequence[Mapping[str, Any]] = ()
-    latency: Latency = Latency()
+    latency: Mapping[str, Latency] = field(default_factory=lambda: {"cpu": Latency(), "cuda": Latency()})
     limits: Limits = field(default_factory=Limits)
     waivers: tuple[Waiver, ...] = ()
     must_pass: tuple[str, ...] = ()
     baselines: Path = Path("baselines")
 
+    def latency_on(self, device: str) -> Latency:
+        """The latency gate of a device ("cpu", "cuda:0")."""
+        return self.latency[device.partition(":")[0]]
 
-def find_project(given: str | None, start: Path) -> Project:
-    """The project of `--project DIR`, else of `start`, else exportgate's own.
+
+def find_project(given: str | None, start: Path, own: bool = False) -> Project:
+    """The project of `--project DIR`, else of `start`; else one without models, or exportgate's `own` matrix.
+
+    A user's checkpoint has no part in our own matrix, its gate and its baselines.
 
     Raises:
         BadRequest: the folder has no exportgate.toml, or it cannot be read.
@@ -74,10 +80,10 @@ def find_project(given: str | None, start: Path) -> Project:
         return read_project(start / FILE)
     # In a checkout our own file lies at the top; in a wheel it is packed beside the suites.
     package = Path(__file__).resolve().parent.parent
-    own = next((p for p in (package.parent / FILE, package / FILE) if p.is_file()), None)
-    if own is None:
-        return Project(start)
-    return read_project(own)
+    ours = next((p for p in (package.parent / FILE, package / FILE) if p.is_file()), None)
+    if ours is None or not own:
+        return Project(start, baselines=start / "baselines")
+    return read_project(ours)
 
 
 def read_project(path: Path) -> Project:
@@ -151,10 +157,19 @@ def _matrix(table: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     return table
 
 
-def _latency(table: Mapping[str, Any], where: str) -> Latency:
-    _only(table, {"delta", "processes", "seconds", "must_detect"}, where)
+def _latency(table: Mapping[str, Any], where: str) -> Mapping[str, Latency]:
+    """The gate of each kind of device: [latency] holds for a GPU, too, but for what [latency.cuda] says."""
+    keys = {"delta", "processes", "seconds", "must_detect"}
+    _only(table, keys | {"cuda"}, where)
+    plain = {k: v for k, v in table.items() if k != "cuda"}
+    cuda = _table(table.get("cuda", {}), f"{where} cuda")
+    _only(cuda, keys, f"{where} cuda")
+    return {"cpu": _gate(plain, where), "cuda": _gate({**plain, **cuda}, f"{where} cuda")}
+
+
+def _gate(table: Mapping[str, Any], where: str) -> Latency:
     must = _number(table, "must_detect", where, 0.0, 0.0) or None
-    processes = _number(table, "processes", where, 5, 2)
+    processes = _number(table, "processes", where, 5, 1)
     if processes != int(processes):
         raise BadRequest(f"{where}: processes = {processes:g}", "give a whole number")
     return Latency(

@@ -15,9 +15,23 @@ from suites.support.compare import SCORE_FLOOR
 
 Array = npt.NDArray[Any]
 NMS_IOU = 0.7  # the contract's default
-IOU_FLOOR: Mapping[Precision, float] = {Precision.FP32: 0.99, Precision.FP16: 0.9, Precision.INT8: 0.75}
+IOU_FLOOR: Mapping[Precision, float] = {
+    Precision.FP32: 0.99,
+    Precision.TF32: 0.9,  # 10 bits of fraction, as FP16
+    Precision.FP16: 0.9,
+    Precision.BF16: 0.75,  # 7 bits, as the magnitude of an 8-bit integer
+    Precision.FP8: 0.75,
+    Precision.INT8: 0.75,
+}
 # A detection this near to the score floor may be on either side of it: the score tolerance of the precision.
-MARGIN: Mapping[Precision, float] = {Precision.FP32: 1e-3, Precision.FP16: 1e-2, Precision.INT8: 0.1}
+MARGIN: Mapping[Precision, float] = {
+    Precision.FP32: 1e-3,
+    Precision.TF32: 1e-2,
+    Precision.FP16: 1e-2,
+    Precision.BF16: 0.1,
+    Precision.FP8: 0.1,
+    Precision.INT8: 0.1,
+}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,12 @@ import numpy as np
 from exporters import calibration, toolchain
 from exporters.artifact import digest
 from exporters.calibration.images import list_images, prepare_image, read_image
-from exporters.errors import ToolchainMissing
 from exporters.keys import sources_digest
 from exporters.models.spec import ModelSpec
 from exporters.pool import RemoteSession
 from exporters.session import Array
 from exporters.spec import ExportSpec
+from suites.reference.photographs import folder
 from suites.support.compare import SCORE_FLOOR
 
 EXCITE_STEPS = 60
@@ -41,13 +40,7 @@ def photographs(model: ModelSpec) -> list[Path]:
     """
     if model.feeds:
         return list_images(Path(model.feeds), "val")
-    found = importlib.util.find_spec("sklearn")
-    if found is None or not found.submodule_search_locations:
-        raise ToolchainMissing(
-            "the photographs of scikit-learn are not installed", "install scikit-learn, or give the model feeds"
-        )
-    folder = Path(next(iter(found.submodule_search_locations))) / "datasets" / "images"
-    return [folder / "china.jpg", folder / "flower.jpg"]
+    return [folder() / "china.jpg", folder() / "flower.jpg"]
 
 
 def make_feeds(spec: ExportSpec, reference: RemoteSession, batch: int, imgsz: tuple[int, int]) -> list[FeedSet]:

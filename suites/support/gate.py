@@ -56,13 +56,14 @@ def judge(
     """
     a = np.array([float(np.median(p)) for p in baseline if p])
     b = np.array([float(np.median(p)) for p in candidate if p])
-    if len(a) < 2 or len(b) < 2:
+    if len(a) < 2 or len(b) < 1:
         raise MeasurementError(
-            f"the gate has {len(a)} baseline and {len(b)} candidate processes", "each side needs at least two"
+            f"the gate has {len(a)} baseline and {len(b)} candidate processes",
+            "a baseline needs at least two, a candidate one",
         )
-    cv = math.sqrt(
-        (float(np.var(a, ddof=1)) / float(a.mean()) ** 2 + float(np.var(b, ddof=1)) / float(b.mean()) ** 2) / 2
-    )
+    # One candidate process is as likely to be off as one of the baseline's: their spread stands for its own.
+    spreads = [_cv(x) ** 2 for x in (a, b) if len(x) > 1]
+    cv = math.sqrt(sum(spreads) / len(spreads))
     mde = delta + 2.8 * cv * math.sqrt(1 / len(a) + 1 / len(b))
     if must_detect is not None and must_detect < mde:
         raise BadRequest(
@@ -70,14 +71,42 @@ def judge(
             f"can detect ({mde:.3f})",
             "measure more processes, on a quieter machine, or ask for less",
         )
-    generator = np.random.default_rng(0)
-    ratios = np.median(b[generator.integers(0, len(b), (RESAMPLES, len(b)))], 1) / np.median(
-        a[generator.integers(0, len(a), (RESAMPLES, len(a)))], 1
-    )
-    low, high = (float(x) for x in np.percentile(ratios, [2.5, 97.5]))
+    found = ratio_of(baseline, candidate)
     limit = 1 + delta
-    verdict = Verdict.FAIL if low > limit else Verdict.PASS if high <= limit else Verdict.INCONCLUSIVE
-    return Gate(float(np.median(b) / np.median(a)), low, high, delta, mde, must_detect, verdict)
+    verdict = Verdict.FAIL if found.low > limit else Verdict.PASS if found.high <= limit else Verdict.INCONCLUSIVE
+    return Gate(found.ratio, found.low, found.high, delta, mde, must_detect, verdict)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Candidate / baseline of medians of per-process medians, with a 95 % bootstrap interval over processes."""
+
+    ratio: float
+    low: float
+    high: float
+
+
+def ratio_of(baseline: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]]) -> Ratio:
+    """See Ratio. A side of one process is resampled with the relative spread of the other side's processes."""
+    a = np.array([float(np.median(p)) for p in baseline if p])
+    b = np.array([float(np.median(p)) for p in candidate if p])
+    ratio = float(np.median(b) / np.median(a))
+    generator = np.random.default_rng(0)
+    upper, lower = _resampled(b, a, generator), _resampled(a, b, generator)
+    low, high = (float(x) for x in np.percentile(upper / lower, [2.5, 97.5]))
+    return Ratio(ratio, low, high)
+
+
+def _resampled(values: Any, other: Any, generator: Any) -> Any:
+    """Medians of resampled processes."""
+    if len(values) == 1 and len(other) > 1:
+        return values[0] * other[generator.integers(0, len(other), RESAMPLES)] / np.median(other)
+    return np.median(values[generator.integers(0, len(values), (RESAMPLES, len(values)))], 1)
+
+
+def _cv(values: Any) -> float:
+    """Coefficient of variation."""
+    return float(np.std(values, ddof=1) / values.mean())
 
 
 def percentiles(processes: Sequence[Sequence[float]]) -> tuple[dict[str, dict[str, float] | None], list[str]]:

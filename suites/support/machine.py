@@ -6,43 +6,69 @@ import hashlib
 import os
 import platform
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from exporters.cuda.nvml import gpu_facts
+
 
 @cache
 def fingerprint() -> dict[str, Any]:
-    """What this machine is. `id` names its folder below baselines/: processor, cores and instruction sets."""
+    """What this machine is. `id` names the folder of its CPU's baselines: processor, cores and instruction sets."""
     name, flags = _processor()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    word = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40]
+    gpu = gpu_facts()
     facts: dict[str, Any] = {
         "cpu": name,
         "cores": cores,
         "instruction_sets": flags,
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "gpu": None,
-        "driver": None,
+        "gpu": gpu.get("name"),
+        "driver": gpu.get("driver"),
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
-    facts["id"] = f"{word}-{cores}c-{hashlib.sha256(flags.encode()).hexdigest()[:6]}"
+    facts |= {"gpu_facts": gpu} if gpu else {}
+    facts["id"] = f"{_slug(name)}-{cores}c-{hashlib.sha256(flags.encode()).hexdigest()[:6]}"
     return facts
 
 
-def comparable(facts: dict[str, Any], versions: dict[str, str]) -> dict[str, Any]:
-    """What must be equal for two measurements to be compared: the processor and the versions of the runtimes."""
-    return {
-        "cpu": facts["cpu"],
-        "cores": facts["cores"],
-        "instruction_sets": facts["instruction_sets"],
-        "gpu": facts["gpu"],
-        "driver": facts["driver"],
-        **{f"version of {k}": v for k, v in sorted(versions.items())},
-    }
+def baseline_folder(device: str) -> str:
+    """Name of the folder of a device's baselines: of the GPU with its power cap, or of the machine."""
+    if device == "cpu":
+        return str(fingerprint()["id"])
+    gpu = gpu_facts(device)
+    return f"{_slug(str(gpu.get('name', 'gpu')))}-{gpu.get('power_cap_w', 0)}w"
+
+
+def comparable(device: str, versions: Mapping[str, str]) -> dict[str, Any]:
+    """What must be equal for two measurements to be compared: the device, and the versions of the runtimes.
+
+    What a GPU computes between two events does not depend on the CPU; its name, clocks, power cap and driver do.
+    """
+    found: dict[str, Any] = {f"version of {k}": v for k, v in sorted(versions.items())}
+    if device == "cpu":
+        return {k: fingerprint()[k] for k in ("cpu", "cores", "instruction_sets", "gpu", "driver")} | found
+    gpu = gpu_facts(device)
+    names = (
+        "name",
+        "compute_capability",
+        "memory_mib",
+        "power_cap_w",
+        "max_sm_mhz",
+        "max_memory_mhz",
+        "driver",
+        "cuda",
+    )
+    return {f"gpu {k}": gpu.get(k) for k in names} | found
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40]
 
 
 def _processor() -> tuple[str, str]:

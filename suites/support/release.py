@@ -48,17 +48,15 @@ def _is_whole(project: Project, ids: set[str]) -> bool:
 
 
 def must_pass_of(project: Project, claims: set[tuple[str, str]]) -> list[str]:
-    """case::claim entries that a release needs; without a list, every selected one. An entry may be a whole case."""
+    """Entries of the record's must-pass list: `case::claim`, or `case::*` for a whole case; without a list, all cases.
+
+    A claim that is named needs PASS or WAIVED. Of a whole case those claims are let by that its format cannot have by
+    its nature (NOT_SUPPORTED), if any other one passed.
+    """
+    whole = [entry for entry in project.must_pass if "::" not in entry]
     if not project.must_pass:
-        return sorted(f"{case}::{claim}" for case, claim in claims)
-    entries: list[str] = []
-    for entry in project.must_pass:
-        if "::" in entry:
-            entries.append(entry)
-            continue
-        own = sorted(f"{case}::{claim}" for case, claim in claims if case == entry)
-        entries += own or [f"{entry}::test_outputs_match_reference"]
-    return entries
+        whole = sorted({case for case, _ in claims})
+    return [*(entry for entry in project.must_pass if "::" in entry), *(f"{case}::*" for case in whole)]
 
 
 def check_release(config: pytest.Config) -> None:

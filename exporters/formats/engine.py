@@ -1,0 +1,241 @@
+"""Engine: TensorRT 8.6 to 11 on the GPU that builds it, or TensorRT-RTX ahead of time; made from the ONNX file."""
+# pyright: reportUnknownMemberType=false
+# (onnx.load and onnx.save leave the type of a path open)
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from exporters.artifact import Achieved, Artifact
+from exporters.errors import BadRequest, ToolchainMissing
+from exporters.formats import Format, Job, Made, Runtime, Step
+from exporters.session import Session
+from exporters.spec import ExportSpec, Precision
+from exporters.tensorrt.header import read_engine, write_engine
+
+# The precision of the ONNX file that an engine is made from. No CPU runs BF16 or FP8 graphs to compare them with, so
+# those are made of the FP32 file by the engine's own step.
+GRAPHS = {
+    Precision.FP32: Precision.FP32,
+    Precision.TF32: Precision.FP32,
+    Precision.FP16: Precision.FP16,
+    Precision.BF16: Precision.FP32,
+    Precision.FP8: Precision.FP32,
+    Precision.INT8: Precision.INT8,
+}
+
+
+def parents(spec: ExportSpec) -> tuple[ExportSpec, ...]:
+    """The ONNX file in the precision that the graph carries; FP32 where TensorRT itself quantizes.
+
+    `batch` is the largest batch: the ONNX file's batch axis varies where it is above 1.
+    """
+    precision = Precision.FP32 if spec.trt_quant_algo else GRAPHS[spec.precision]
+    made = ExportSpec(
+        spec.model,
+        "onnx",
+        precision,
+        spec.imgsz,
+        spec.batch if spec.dynamic else 1,
+        spec.dynamic,
+        simplify=spec.simplify,
+        opset=spec.opset,
+        batch_axis=spec.batch > 1 and not spec.dynamic,
+    )
+    if precision is Precision.INT8:
+        made = replace(made, data=spec.data, split=spec.split, fraction=spec.fraction)
+    return (made,)
+
+
+def steps(spec: ExportSpec) -> tuple[Step, ...]:
+    """One: the builder's process is the one that calibrates, too."""
+    return (Step("build", make, ("onnx",)),)
+
+
+def make(job: Job) -> Made:
+    """Builds the plan and writes it behind its header; a verbose request keeps the builder's log beside it."""
+    from exporters.tensorrt.build import build
+
+    gpu: Mapping[str, str] = {}
+    if job.spec.device != "cpu":
+        from exporters.cuda.context import enter
+
+        gpu = enter(job.spec.device)
+    source = _in_precision(job)
+    try:
+        built = build(source, job.spec, gpu, job.folder)
+    finally:
+        if source != job.parents[0].path:
+            source.unlink()
+    target = job.folder / f"{job.stem}.engine"
+    write_engine(target, {**job.metadata.values(), "plan": built.facts}, built.plan)
+    if built.log:
+        (job.folder / "builder.log").write_text(built.log, encoding="utf-8")
+    return Made(target.name, built.notes)
+
+
+def _in_precision(job: Job) -> Path:
+    """The ONNX file whose types are the request's, converted where the parent's are others."""
+    import onnx
+
+    from exporters.tensorrt.build import is_weakly_typed
+
+    source, spec = job.parents[0].path, job.spec
+    if spec.trt_quant_algo or spec.precision not in (Precision.INT8, Precision.FP8, Precision.BF16):
+        return source
+    if spec.precision is Precision.INT8 and is_weakly_typed(spec):
+        return source  # the builder chooses FP16 for the rest
+    from exporters.graph.fp16 import to_bf16, to_fp16
+    from exporters.graph.qdq import quantize
+
+    kept = [path for path, _ in spec.model.fp32]
+    graph = onnx.load(source)
+    if spec.precision is Precision.FP8:
+        graph, _ = quantize(source, job.folder, spec)
+    graph = to_bf16(graph, kept) if spec.precision is Precision.BF16 else to_fp16(graph, kept)
+    target = job.folder / "graph.onnx"
+    onnx.save(graph, target)
+    return target
+
+
+def load(artifact: Artifact, spec: ExportSpec, runtime: Runtime, device: str) -> Session:
+    """Deserializes the plan, which is native code: callers have checked where it comes from."""
+    from exporters.runtimes.tensorrt import TensorRtSession
+
+    return TensorRtSession(artifact.path, spec, device)
+
+
+def inspect(path: Path) -> Achieved:
+    """The engine inspector's word; where no GPU can load the plan, the types of the network that it was built from."""
+    file = read_engine(path)
+    from exporters.tensorrt.inspector import achieved_of_network, achieved_of_plan
+
+    if str(file.facts.get("made_by", "")).startswith("TensorRT-RTX"):
+        from exporters.cuda.context import driver
+
+        try:
+            driver()
+        except ToolchainMissing:
+            return achieved_of_network(file)
+    return achieved_of_plan(path)
+
+
+def depends(spec: ExportSpec) -> Mapping[str, str]:
+    """An engine belongs to a GPU model; what was given to time or calibrate with is part of the request."""
+    from exporters.artifact import digest
+    from exporters.cuda.nvml import gpu_facts
+
+    found = {"gpu": str(gpu_facts(spec.device).get("name", "")) if spec.device != "cpu" else ""}
+    for name in ("timing_cache", "calibration_cache"):
+        value = str(getattr(spec, name))
+        found[name] = digest(Path(value)) if value not in ("", "off") else value
+    return found
+
+
+def refusal(spec: ExportSpec) -> str:
+    """What no TensorRT can do, or what the request forgot.
+
+    Raises:
+        BadRequest: INT8 without a calibration set, options that exclude each other, a profile that the model or the
+            batch contradicts.
+    """
+    model = spec.model
+    if spec.precision in (Precision.INT8, Precision.FP8) and not (spec.data or spec.calibration_cache):
+        raise BadRequest(
+            f"{spec.precision.name} needs images to calibrate on and none are given (data '')",
+            "add --data: a data set YAML, a folder of images, or module:factory",
+        )
+    implicit = bool(spec.trt_quant_algo)
+    if implicit and spec.precision is not Precision.INT8:
+        raise BadRequest(f"trt_quant_algo {spec.trt_quant_algo} with {spec.precision}", "ask for int8, or leave it out")
+    if spec.calibration_cache and not implicit:
+        raise BadRequest(
+            f"calibration_cache '{spec.calibration_cache}' without trt_quant_algo: explicit Q/DQ holds its own scales",
+            "add --trt-quant-algo, or leave it out",
+        )
+    if spec.device == "cpu" and implicit:
+        return "implicit quantization calibrates on the GPU, and TensorRT-RTX has none"
+    if spec.device != "cpu" and spec.compute_capability:
+        raise BadRequest(
+            f"compute_capability {spec.compute_capability} with device {spec.device}: the engine is built for that GPU",
+            "leave one of them out",
+        )
+    if spec.profiles and not spec.dynamic:
+        raise BadRequest("profiles are given and the shape is fixed", "add --dynamic, or leave profiles out")
+    for profile in spec.profiles:
+        _check_profile(spec, profile)
+    if spec.dynamic and spec.precision is Precision.INT8 and implicit and not model.has_images:
+        return "implicit quantization of dynamic inputs that are no images"
+    return ""
+
+
+def _check_profile(spec: ExportSpec, profile: tuple[tuple[int, int, int], ...]) -> None:
+    """TensorRT builds these with a warning at most, and the engine then fails, or answers for another size."""
+    stride, largest = spec.model.stride, profile[2][0]
+    for name, shape in zip(("min", "opt", "max"), profile, strict=True):
+        wrong = next((s for s in shape[1:] if s % stride), None)
+        if wrong is not None and spec.model.has_images:
+            raise BadRequest(
+                f"profile {name} {'x'.join(map(str, shape))}: {wrong} is not a multiple of the model's stride {stride}",
+                f"use {max(wrong // stride, 1) * stride} or {(wrong // stride + 1) * stride}",
+            )
+    if spec.batch > largest:
+        raise BadRequest(
+            f"batch {spec.batch} is above the largest of the profile ({largest})",
+            "make them agree: batch is the largest",
+        )
+
+
+FORMAT = Format(
+    id="engine",
+    aliases=("tensorrt", "trt"),
+    title="TensorRT",
+    suffix=".engine",
+    precisions=tuple(Precision),
+    options=frozenset(
+        {
+            "batch",
+            "dynamic",
+            "device",
+            "simplify",
+            "opset",
+            "verbose",
+            "data",
+            "split",
+            "fraction",
+            "workspace",
+            "profiles",
+            "builder_level",
+            "timing_cache",
+            "hardware_compatibility",
+            "version_compatible",
+            "refit",
+            "dla",
+            "trt_quant_algo",
+            "calibration_cache",
+            "compute_capability",
+        }
+    ),
+    toolchain="tensorrt",
+    toolchains={"cpu": "rtx"},
+    runtimes=(
+        Runtime("trt", "cuda", tuple(Precision)),
+        Runtime(
+            "rtx",
+            "cpu",
+            (),
+            "an engine that TensorRT-RTX builds ahead of time runs on the GPUs that it was built for, and on no CPU",
+            runs=False,
+        ),
+    ),
+    steps=steps,
+    load=load,
+    inspect=inspect,
+    parents=parents,
+    refusal=refusal,
+    depends=depends,
+    smaller_batches=True,
+    is_code=True,
+)

@@ -1,0 +1,155 @@
+"""Where Q/DQ stands: which convolutions compute in 8 bits, which tensors are quantized for them, which share a scale.
+
+The rules follow what TensorRT fuses (measured on an H100 with 10.6; the medians stand in CHANGELOG):
+- one Q/DQ a tensor, shared by every consumer, so that nothing is quantized twice;
+- none between a convolution and its SiLU: both run in one kernel, which writes 8 bits;
+- except before a residual addition: there SiLU and addition run in a kernel of their own, which reads 8 bits only where
+  both of its inputs are dequantized; so that convolution's output is quantized, too;
+- tensors that are joined, cut or passed on (Concat, Split, MaxPool, Resize) share the largest scale, so that these
+  operators move 8 bits without converting them;
+- no convolution with fewer than 32 channels on both sides, where most have more: 8-bit kernels work on vectors of 32
+  channels, and filling them costs more than FP16.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import onnx
+
+from exporters.graph.precision import is_narrow
+from exporters.models.spec import belongs
+
+HEAVY = ("Conv", "MatMul", "Gemm")
+PASSING = ("MaxPool", "Resize", "Split")  # the same values leave as came in
+IMAGE = 4  # channels of an image at most: the first convolution has kernels of its own
+
+
+@dataclass
+class Placement:
+    """What `qdq` inserts.
+
+    Attributes:
+        heavy: names of the operators whose weights and data are quantized.
+        points: tensor -> names of the nodes that read it dequantized.
+        group: tensor -> name of the group that shares its scale (its own name where it stands alone).
+        measured: tensors whose range is needed.
+    """
+
+    heavy: tuple[str, ...] = ()
+    points: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    group: dict[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def measured(self) -> list[str]:
+        return sorted({*self.points, *self.group})
+
+
+class _Groups:
+    """Tensors that share a scale: a union-find structure."""
+
+    def __init__(self) -> None:
+        self.above: dict[str, str] = {}
+
+    def find(self, name: str) -> str:
+        self.above.setdefault(name, name)
+        while self.above[name] != name:
+            name = self.above[name]
+        return name
+
+    def join(self, names: Iterable[str]) -> None:
+        first, *others = [self.find(n) for n in names]
+        for other in others:
+            self.above[other] = first
+
+
+def place(graph: onnx.GraphProto, kept: Sequence[str]) -> Placement:
+    """The placement for a graph; `kept` names module paths that stay in floating point."""
+    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    for node in graph.node:
+        for name in node.input:
+            readers[name].append(node)
+    weights = {i.name: tuple(i.dims) for i in graph.initializer}
+    candidates = [n for n in graph.node if n.op_type in HEAVY and _is_possible(n, weights, kept)]
+    heavy = [n for n in candidates if not _is_narrow(n, weights)]
+    if len(heavy) < len(candidates) / 2:  # a small model: what INT8 is asked for is its size
+        heavy = candidates
+    data = {n.name: next(i for i in n.input[:2] if i not in weights) for n in heavy}
+    points: dict[str, list[str]] = {}
+    for node in heavy:
+        points.setdefault(data[node.name], []).append(node.name)
+    groups = _Groups()
+    for node in graph.node:
+        if not belongs(node.name, kept) and _reaches(node, readers, set(data.values())):
+            tensors = [i for i in node.input if i and i not in weights]
+            if node.op_type == "Concat":
+                groups.join([*tensors, *node.output])
+            elif node.op_type in PASSING:
+                groups.join([tensors[0], *node.output])
+    _residuals(graph, readers, heavy, points, weights)
+    return Placement(tuple(n.name for n in heavy), points, {t: groups.find(t) for t in groups.above})
+
+
+def _is_possible(node: onnx.NodeProto, weights: Mapping[str, tuple[int, ...]], kept: Sequence[str]) -> bool:
+    """Whether an operator has constant weights and may be converted."""
+    if belongs(node.name, kept) or sum(i in weights for i in node.input[:2]) != 1:
+        return False
+    return node.op_type == "Conv" or len(next(weights[i] for i in node.input[:2] if i in weights)) == 2
+
+
+def _is_narrow(node: onnx.NodeProto, weights: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a convolution has too few channels for 8-bit kernels; one of an image has kernels of its own."""
+    if node.op_type != "Conv":
+        return False
+    shape = weights[node.input[1]]
+    return shape[1] > IMAGE and is_narrow(node, shape)
+
+
+def _reaches(node: onnx.NodeProto, readers: Mapping[str, Sequence[onnx.NodeProto]], wanted: set[str]) -> bool:
+    """Whether what a node passes on is read by a quantized operator, at once or through others that pass on."""
+    for name in node.output:
+        if name in wanted:
+            return True
+        if any(r.op_type in (*PASSING, "Concat") and _reaches(r, readers, wanted) for r in readers[name]):
+            return True
+    return False
+
+
+def _residuals(
+    graph: onnx.GraphProto,
+    readers: Mapping[str, Sequence[onnx.NodeProto]],
+    heavy: Sequence[onnx.NodeProto],
+    points: dict[str, list[str]],
+    weights: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Lets residual additions read 8 bits on both sides: the tensor that skips, and the convolution before the SiLU."""
+    makers = {o: n for n in graph.node for o in n.output}
+    names = {n.name for n in heavy}
+    for node in graph.node:
+        if node.op_type != "Add" or any(i in weights for i in node.input):
+            continue
+        skips = [i for i in node.input if i in points]
+        branch = next((i for i in node.input if i not in points), None)
+        if len(skips) != 1 or branch is None:
+            continue
+        before = _before_activation(branch, makers)
+        convolution = makers.get(before)
+        if convolution is None or convolution.name not in names:
+            continue
+        points[skips[0]].append(node.name)
+        points.setdefault(before, []).extend(r.name for r in readers[before])
+
+
+def _before_activation(name: str, makers: Mapping[str, onnx.NodeProto]) -> str:
+    """The tensor that an activation (SiLU as Sigmoid and Mul, or one operator) was applied to; itself without one."""
+    maker = makers.get(name)
+    if maker is None:
+        return name
+    if maker.op_type == "Mul":
+        for one, other in ((0, 1), (1, 0)):
+            gate = makers.get(maker.input[other])
+            if gate is not None and gate.op_type == "Sigmoid" and gate.input[0] == maker.input[one]:
+                return maker.input[one]
+    return maker.input[0] if maker.op_type in ("Relu", "Sigmoid", "LeakyRelu", "Clip", "HardSwish") else name

@@ -1,0 +1,171 @@
+"""Implicit quantization of TensorRT 8.6 to 10.x: the four calibrators over our calibration set, and their cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from exporters import calibration
+from exporters.artifact import digest
+from exporters.cache import writing
+from exporters.errors import BadRequest, ExportError, ExportgateError, first_line
+from exporters.session import Array
+from exporters.spec import ExportSpec
+from exporters.tensorrt.library import Library
+from exporters.tensorrt.timing import slug
+from exporters.toolchain import cache_root
+
+BASES = {
+    "LEGACY_CALIBRATION": "IInt8LegacyCalibrator",
+    "ENTROPY_CALIBRATION": "IInt8EntropyCalibrator",
+    "ENTROPY_CALIBRATION_2": "IInt8EntropyCalibrator2",
+    "MINMAX_CALIBRATION": "IInt8MinMaxCalibrator",
+}
+SUFFIX = ".calibration"
+
+
+@dataclass
+class Calibration:
+    """A calibrator at work: TensorRT's object, lines for the record, and what went wrong inside its callbacks."""
+
+    object: Any = None
+    notes: list[str] = field(default_factory=list[str])
+    error: ExportgateError | None = None
+    images: int = 0
+
+
+def kept_path(found: Library, spec: ExportSpec, onnx: Path, gpu: Mapping[str, str]) -> Path:
+    """The calibration cache for this ONNX file, images, algorithm, batch, preprocessing, TensorRT version and GPU."""
+    preprocess = spec.model.preprocess
+    facts = {
+        "onnx": digest(onnx),
+        "images": calibration.digest_of(spec),
+        "algorithm": spec.trt_quant_algo,
+        "batch": calibration.calibration_batch(spec.batch),
+        "preprocessing": [preprocess.resize, preprocess.pad, list(preprocess.mean), list(preprocess.std)],
+        "imgsz": list(spec.imgsz),
+        "tensorrt": found.version,
+        "gpu": gpu.get("name", ""),
+        "split": spec.split,
+        "fraction": spec.fraction,
+    }
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return cache_root() / "calibration" / f"{slug(spec.model.name)[:40]}-{key[:32]}{SUFFIX}"
+
+
+def is_cache(data: bytes) -> bool:
+    """Whether these bytes are a calibration cache: "TRT-<version>-<algorithm>", then "tensor: hexadecimal scale"."""
+    lines = data.decode("ascii", errors="replace").splitlines()
+    if not lines or not lines[0].startswith("TRT-"):
+        return False
+    for line in lines[1:]:
+        name, _, value = line.rpartition(":")
+        try:
+            ok = bool(name) and len(bytes.fromhex(value.strip())) == 4
+        except ValueError:
+            ok = False
+        if not ok:
+            return False
+    return len(lines) > 1
+
+
+def calibrator(found: Library, spec: ExportSpec, onnx: Path, gpu: Mapping[str, str], folder: Path) -> Calibration:
+    """The calibrator of a request. Its cache is used only if it was made for exactly this request.
+
+    Args:
+        folder: gets a copy of the cache, beside the engine, for who wants to name it with `calibration_cache`.
+
+    Raises:
+        BadRequest: the calibration cache that the request names is none.
+    """
+    state = Calibration()
+    path = kept_path(found, spec, onnx, gpu)
+    cached = b""
+    if spec.calibration_cache:
+        cached = Path(spec.calibration_cache).read_bytes()
+        if not is_cache(cached):
+            raise BadRequest(
+                f"calibration_cache '{spec.calibration_cache}' is no calibration cache of TensorRT", "name another"
+            )
+        state.notes.append(f"scales of {spec.calibration_cache} reused: they were not calibrated for these weights")
+    elif path.is_file():
+        cached = path.read_bytes()
+        if not is_cache(cached):
+            state.notes.append(f"the calibration cache {path} is damaged and was made anew")
+            cached = b""
+    size = calibration.calibration_batch(spec.batch) if spec.batch > 1 or spec.dynamic else 1
+    state.object = _implementation(found, spec, size, cached, path, folder, state)
+    return state
+
+
+def _implementation(
+    found: Library, spec: ExportSpec, size: int, cached: bytes, path: Path, folder: Path, state: Calibration
+) -> Any:
+    """An object of the calibrator's class; what its callbacks raise is kept, since TensorRT would swallow it."""
+    base: Any = getattr(found.module, BASES[spec.trt_quant_algo])
+    names = [i.name for i in spec.model.inputs]
+
+    class Calibrator(base):
+        def __init__(self) -> None:
+            base.__init__(self)
+            self.batches: Iterator[dict[str, Array]] = calibration.batches(spec, size)
+            self.buffers: dict[str, Any] = {}
+
+        def get_batch_size(self) -> int:
+            return size
+
+        def get_algorithm(self) -> Any:
+            return getattr(found.module.CalibrationAlgoType, spec.trt_quant_algo)
+
+        def get_batch(self, wanted: Sequence[str]) -> list[int] | None:
+            try:
+                feeds = next(self.batches, None)
+                if feeds is None or (len(next(iter(feeds.values()))) < size and not spec.dynamic):
+                    return None  # a network of one shape cannot take a short batch
+                state.images += len(next(iter(feeds.values())))
+                return [self._upload(name, feeds[name]) for name in wanted if name in names]
+            except ExportgateError as error:
+                state.error = error
+            except Exception as error:  # noqa: BLE001 (called from C++, where an exception would be lost)
+                state.error = ExportError(f"calibration failed: {type(error).__name__}: {first_line(error)}", "")
+            return None
+
+        def _upload(self, name: str, array: Array) -> int:
+            from exporters.cuda.memory import Buffer
+
+            buffer = self.buffers.setdefault(name, Buffer())
+            return buffer.fill(array)
+
+        def read_calibration_cache(self) -> bytes | None:
+            return cached or None
+
+        def write_calibration_cache(self, cache: Any) -> None:
+            data = bytes(cache)
+            (folder / f"{spec.trt_quant_algo.lower()}{SUFFIX}").write_bytes(data)
+            if spec.calibration_cache:
+                return
+            with writing():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+            state.notes.append(f"calibrated on {state.images} images ({spec.trt_quant_algo})")
+            if state.images < calibration.SMALL:
+                state.notes.append(f"warning: fewer than {calibration.SMALL} calibration images; NVIDIA recommends 500")
+
+        # Of the legacy calibrator: the share of values below the largest, and how regression weighs them.
+        def get_quantile(self) -> float:
+            return 0.9999
+
+        def get_regression_cutoff(self) -> float:
+            return 1.0
+
+        def read_histogram_cache(self, length: int) -> None:
+            return None
+
+        def write_histogram_cache(self, data: Any, length: int) -> None:
+            return None
+
+    return Calibrator()

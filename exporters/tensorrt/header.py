@@ -1,0 +1,77 @@
+"""The metadata header of an engine file: 4-byte little-endian signed length in bytes, UTF-8 JSON, then the plan.
+
+The layout is that of the Ultralytics exporter, so that its users can load our engines and we theirs. Under the key
+`plan` ours says in addition what made it and its inputs and outputs.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from exporters.errors import ArtifactError
+
+LIMIT = 1 << 24  # bytes: class names of any data set fit; the magic of a plan, read as a length, is far above
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine file: its header (None for a plain plan) and where the plan begins, in bytes."""
+
+    path: Path
+    header: Mapping[str, Any] | None
+    start: int
+
+    def plan(self) -> bytes:
+        """The plan's bytes."""
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            return file.read()
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What our header says of the plan; empty for a plain plan or somebody else's."""
+        found = (self.header or {}).get("plan", {})
+        return cast("Mapping[str, Any]", found) if isinstance(found, Mapping) else {}
+
+
+def read_engine(path: Path) -> Engine:
+    """Where header and plan are.
+
+    Raises:
+        ArtifactError: the file cannot be read, is empty, or its header is damaged.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            first = file.read(4)
+            if size < 8:
+                raise ArtifactError(f"'{path}' has {size} bytes, which is no engine", "export it again")
+            (length,) = struct.unpack("<i", first)
+            if not 2 <= length <= min(LIMIT, size - 4):
+                return Engine(path, None, 0)
+            text = file.read(length)
+    except OSError as error:
+        raise ArtifactError(f"'{path}' cannot be read ({error.strerror})", "give an engine file") from None
+    if not text.lstrip().startswith(b"{"):
+        return Engine(path, None, 0)
+    try:
+        values: Any = json.loads(text.decode("utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"'{path}': the metadata header is not JSON ({error})", "export it again") from None
+    if not isinstance(values, dict):
+        raise ArtifactError(f"'{path}': the metadata header is {type(values).__name__}", "export it again")
+    return Engine(path, cast("dict[str, Any]", values), 4 + length)
+
+
+def write_engine(path: Path, header: Mapping[str, Any], plan: bytes | memoryview) -> None:
+    """Writes header and plan; the length counts bytes, not characters."""
+    text = json.dumps(header, ensure_ascii=False).encode("utf-8")
+    with path.open("wb") as file:
+        file.write(struct.pack("<i", len(text)))
+        file.write(text)
+        file.write(plan)

@@ -1,0 +1,1 @@
+"""Data that our own matrix is judged with."""
