@@ -74,7 +74,6 @@ def _parser() -> argparse.ArgumentParser:
     qualify.add_argument("model", nargs="?", metavar="MODEL", help="a checkpoint, or a model of exportgate.toml")
     for name, settings in (*MATRIX, *REQUEST, *RUN):
         qualify.add_argument(*_names(name), **settings)
-    qualify.add_argument("--json", action="store_true", help="print the report as JSON, and all else to standard error")
 
     check = add("check", _check, "Judge an artifact that somebody else's exporter made.")
     check.add_argument("artifact", metavar="ARTIFACT")
@@ -82,7 +81,6 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--trust", action="store_true", help="load it although loading it runs code that is in it")
     for name, settings in (*MATRIX, *REQUEST, *RUN):
         check.add_argument(*_names(name), **settings)
-    check.add_argument("--json", action="store_true", help="print the report as JSON, and all else to standard error")
 
     export = add(
         "export", _export, "Export a model; the files go beside it or into --output, under the names that users know."

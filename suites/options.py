@@ -93,6 +93,10 @@ MATRIX: tuple[tuple[str, dict[str, Any]], ...] = (
 RUN: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--report", {"metavar": "DIR", "help": "where the run record and the reports go (default reports/runs/<run>)"}),
     ("--release", {"action": "store_true", "help": "every must-pass claim needs PASS or a valid waiver"}),
+    (
+        "--json",
+        {"action": "store_true", "help": "print the report as JSON (exportgate: and all else to standard error)"},
+    ),
     ("--claim", {"metavar": "TEST", "help": "judge this claim alone"}),
     ("--replicates", {"metavar": "N", "help": "processes of each latency measurement (default [latency] processes)"}),
     ("--in-process", {"action": "store_true", "help": "export and run in this process, for a debugger"}),

@@ -369,22 +369,24 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
                 seconds=round(time.monotonic() - state.started, 1),
                 selftest={"passed": passed, "failed": state.selftest["failed"]},
             )
-            state.lines = _report(state)
+            state.lines = _report(state, bool(session.config.getoption("json")))
         except ExportgateError as error:
             state.lines = [f"the report could not be written: {error}"]
             if int(session.exitstatus) == pytest.ExitCode.OK:  # nobody can sign what was not written
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def _report(state: State) -> list[str]:
+def _report(state: State, as_json: bool) -> list[str]:
     """Writes the report and gives the lines that a log reader understands: where it is, and the headline."""
     import reports
 
     made = reports.write([state.folder], state.folder)
-    if "EXPORTGATE_JSON" in os.environ:  # the command line's standard output: see suites.cli
+    text = made["json"].read_text(encoding="utf-8") if as_json else ""
+    if as_json and "EXPORTGATE_JSON" in os.environ:  # the command line's standard output: see suites.cli
         with os.fdopen(os.dup(int(os.environ["EXPORTGATE_JSON"])), "w", encoding="utf-8") as output:
-            output.write(made["json"].read_text(encoding="utf-8") + "\n")
-    return [f"report: {made['html']}", _summary(state).headline]
+            output.write(text + "\n")
+        text = ""
+    return [*([text] if text else []), f"report: {made['html']}", _summary(state).headline]
 
 
 def _summary(state: State) -> Any:

@@ -93,7 +93,7 @@ def _ranges(parent: Path, folder: Path, placement: Placement, feeds: _Feeds) -> 
         calibrater.augment_graph()
         calibrater.create_inference_session()
         calibrater.collect_data(cast("CalibrationDataReader", feeds))
-        found = calibrater.compute_data()
+        found: Any = calibrater.compute_data()
     except ExportgateError:
         raise  # of the calibration set, which is read meanwhile
     except Exception as error:

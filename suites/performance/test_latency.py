@@ -28,7 +28,7 @@ HIGHER = {
     Precision.FP8: (Precision.FP16, Precision.FP32),
     Precision.INT8: (Precision.FP16, Precision.FP32),
 }
-ROUNDS = 3  # of so many processes, before an interval that straddles the limit is INCONCLUSIVE
+ROUNDS = 5  # of so many processes, before an interval that straddles the limit is INCONCLUSIVE
 
 
 def test_p50_within_baseline(case: Bench, benchmark: Any) -> None:
