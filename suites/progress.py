@@ -59,6 +59,7 @@ class Progress:
         if self.counts:
             words = ", ".join(f"{n} {v}" for v, n in self.counts.most_common())
             self.reporter.write_line(f"{self.case}: {words} ({time.monotonic() - self.since:.1f} s)")
+            self.reporter.flush()  # a log's reader sees it now and not when a buffer is full
         self.counts.clear()
         self.since = time.monotonic()
 

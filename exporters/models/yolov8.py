@@ -160,15 +160,19 @@ class Detect(nn.Module):
         self.dynamic = False
 
     def forward(self, *xs: Tensor) -> Tensor:
-        maps = [torch.cat((box(x), cls(x)), 1) for x, box, cls in zip(xs, self.cv2, self.cv3, strict=True)]
+        # Boxes and classes are joined apart: joined together and split again, each value would be copied twice more.
+        box = self._flat([branch(x) for x, branch in zip(xs, self.cv2, strict=True)])
+        logits = self._flat([branch(x) for x, branch in zip(xs, self.cv3, strict=True)])
         anchors, strides = self.anchors(xs)
+        return self.decode(self.dfl(box), logits, anchors, strides)
+
+    def _flat(self, maps: Sequence[Tensor]) -> Tensor:
+        """Feature maps (B, C, H, W) of three levels -> (B, C, A)."""
         # flatten() leaves a computation of the shape in an ONNX graph even where the image size is fixed.
-        flat = torch.cat(
+        return torch.cat(
             [m.flatten(2) if self.dynamic else m.view(-1, int(m.shape[1]), int(m.shape[2] * m.shape[3])) for m in maps],
             2,
         )
-        box, logits = cast("tuple[Tensor, ...]", flat.split((4 * REG_MAX, self.nc), 1))
-        return self.decode(self.dfl(box), logits, anchors, strides)
 
     def anchors(self, xs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Cell centres (1, 2, A) in cells, and strides (1, A) in pixels a cell; row-major, P3 to P5."""
