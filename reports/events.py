@@ -210,6 +210,18 @@ class Gate:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """One layer of what executes: its precision ("" where it has none), milliseconds a run, channels at most."""
+
+    name: str
+    kind: str = ""
+    precision: str = ""
+    milliseconds: float | None = None
+    parts: tuple[str, ...] = ()
+    channels: int = 0
+
+
+@dataclass(frozen=True)
 class Waiver:
     """Why a failing claim is let through, who answers for it, and until when."""
 
@@ -236,6 +248,7 @@ class Claim:
     measurement: Measurement | None = None
     baseline: Baseline | None = None
     gate: Gate | None = None
+    layers: tuple[Layer, ...] = ()
     waiver: Waiver | None = None
 
 

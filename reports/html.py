@@ -7,7 +7,7 @@ import hashlib
 import json
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from reports import findings, latency, picture, wording
-from reports.events import GOOD, NEUTRAL, Claim, Comparison
+from reports.events import GOOD, NEUTRAL, Claim, Comparison, Layer
 from reports.record import Row, Summary, Unmet
 
 # The figures of a comparison beside the gated one: field, heading.
@@ -99,6 +99,7 @@ def _environment() -> Environment:
         "tone": tone,
         "link": link,
         "by_hop": by_hop,
+        "by_precision": by_precision,
         "percentiles": percentiles,
         "digest": wording.digest,
         "shell": shlex.join,
@@ -140,6 +141,17 @@ def by_hop(comparisons: Iterable[Comparison]) -> Iterator[tuple[str, str, list[C
     """Neighbouring comparisons of the same hop on the same feeds, in the record's order."""
     for (hop, feeds), group in groupby(comparisons, key=lambda entry: (entry.hop, entry.feeds)):
         yield hop, feeds, list(group)
+
+
+def by_precision(layers: Sequence[Layer]) -> list[tuple[str, int, float | None]]:
+    """Name, number of layers and milliseconds of each precision, and of what only reformats; slowest first."""
+    groups: dict[str, list[Layer]] = {}
+    for layer in layers:
+        name = "reformat" if layer.kind == "Reformat" else layer.precision or "without a type"
+        groups.setdefault(name, []).append(layer)
+    spent = {name: [x.milliseconds for x in group if x.milliseconds is not None] for name, group in groups.items()}
+    rows = [(name, len(group), sum(spent[name]) if spent[name] else None) for name, group in groups.items()]
+    return sorted(rows, key=lambda row: (-(row[2] or 0.0), -row[1]))
 
 
 def percentiles(claim: Claim) -> list[tuple[str, Any]]:

@@ -198,9 +198,21 @@ WAIVER: Event = {
     "owner": "jo",
     "expires": "2027-01-01",
 }
+LAYERS: list[Event] = [
+    {"name": "/model.0/conv/Conv + SiLU", "kind": "CaskConvolution", "precision": "int8", "milliseconds": 0.021,
+     "parts": ["/model.0/conv/Conv"], "channels": 16},
+    {"name": "/model.22/dfl/conv/Conv", "kind": "CaskConvolution", "precision": "fp16", "milliseconds": 0.011,
+     "parts": ["/model.22/dfl/conv/Conv"], "channels": 16},
+    {"name": "Reformatting CopyNode", "kind": "Reformat", "precision": "int8", "milliseconds": 0.004},
+]  # fmt: skip
 # What each verdict's claim carries beside its word.
 DETAILS: dict[str, Event] = {
-    "PASS": {"comparisons": [comparison(observed=0.4, passed=True)], "power": POWER, "because": ""},
+    "PASS": {
+        "comparisons": [comparison(observed=0.4, passed=True)],
+        "power": POWER,
+        "layers": LAYERS,
+        "because": "",
+    },
     "FAIL": {
         "comparisons": [
             comparison(hop="pytorch fp32 -> onnx fp32", observed=0.001, allowed=0.064, passed=True),
@@ -690,6 +702,13 @@ def test_the_html_shows_what_was_observed_and_allowed(tmp_path: Path) -> None:
         "claim insensitive",
     ):
         assert piece in text
+
+
+def test_the_html_shows_the_layers_of_an_engine(tmp_path: Path) -> None:
+    page = html.render(summarize(tmp_path, every_verdict()))
+    assert "3 layers · int8 1 (0.0210 ms) · fp16 1 (0.0110 ms) · reformat 1 (0.0040 ms)" in page
+    for layer in LAYERS:
+        assert layer["name"] in page and layer["kind"] in page
 
 
 @pytest.mark.parametrize("url", ["javascript:alert(1)", "data:text/html,x", "//evil", "https:", "http://[", "issue 7"])
