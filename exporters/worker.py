@@ -18,7 +18,7 @@ import time
 import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from exporters.measure import MeasurementPlan, measure
 from exporters.metadata import Metadata
 from exporters.session import Session
 from exporters.spec import ExportSpec
+from exporters.torch_import import import_torch
 
 Json = dict[str, Any]
 
@@ -192,12 +193,9 @@ def main() -> int:
     gc.disable()  # importing torch makes many objects and no garbage: 5 % of its import time
     importlib.import_module("exporters.formats").registry()
     for name in sys.argv[1:]:
-        hidden = name == "torch" and "cuda.bindings" not in sys.modules
-        if hidden:  # torch imports it too, to annotate CUDA graphs: 5 % of its import time
-            sys.modules["cuda.bindings"] = cast("Any", None)
+        if name == "torch":
+            import_torch()
         importlib.import_module(name)
-        if hidden:
-            del sys.modules["cuda.bindings"]
     gc.freeze()  # and what was imported never becomes garbage, so later collections need not walk it
     gc.enable()
     server = Server()

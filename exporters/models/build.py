@@ -20,6 +20,7 @@ from exporters.models.factory import import_function, telling
 from exporters.models.spec import ModelSpec
 from exporters.models.tensors import Array
 from exporters.spec import ExportSpec
+from exporters.torch_import import complete
 
 
 def build(model: ModelSpec) -> nn.Module:
@@ -29,11 +30,13 @@ def build(model: ModelSpec) -> nn.Module:
         BadRequest: the factory cannot be imported, raises, or returns no module.
         CheckpointError: the weights do not fit the module.
     """
+    own = model.factory.startswith("exporters.models.")
+    if not own:
+        complete()
     factory = import_function(model.factory, model.search, "factory")
     # For what the factory itself imports when it is called; this process is the model's own.
     sys.path += [str(p) for p in model.search if str(p) not in sys.path]
-    replaced = model.weights is not None and model.factory.startswith("exporters.models.")
-    with torch.random.fork_rng(devices=[]), _unfilled() if replaced else nullcontext():
+    with torch.random.fork_rng(devices=[]), _unfilled() if own and model.weights is not None else nullcontext():
         torch.manual_seed(model.seed)
         with telling(model.factory, "factory"):
             module: Any = factory(**model.arguments)

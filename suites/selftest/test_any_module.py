@@ -183,6 +183,18 @@ def test_weights_that_a_factory_reads_from_a_file_are_not_taken_from_the_cache(t
     assert made[1] != made[2]
 
 
+def test_a_factory_may_reckon_with_tensors_without_data(tmp_path: Path) -> None:
+    """Workers put off importing what torch knows of them (`exporters.torch_import`)."""
+    (tmp_path / "shapes.py").write_text(
+        'import torch\n\n\ndef make():\n    width = torch.fft.fft(torch.empty(4, device="meta") + 0j).shape[0]\n'
+        "    return torch.nn.Linear(width, 2)\n"
+    )
+    inputs = (InputSpec("x", ("batch", 4)),)
+    model = ModelSpec("shapes", "shapes:make", search=(tmp_path,), inputs=inputs, outputs=(OutputSpec("y"),))
+    with Pool() as pool:
+        assert pool.export(request(model, "onnx")).path.is_file()
+
+
 def test_a_folder_without_a_configuration_has_baselines_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
