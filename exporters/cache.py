@@ -1,18 +1,41 @@
-"""The cache's folder: what is made in it is made aside and renamed in whole, and a full disk is one line."""
+"""The cache's folder: made aside and renamed in whole, shown and pruned; a full disk is one line."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 import uuid
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from exporters.errors import BadRequest
 from exporters.toolchain import cache_root
 
 ABANDONED = 86400.0  # seconds: longer than any limit on an export
+DAY = 86400.0
+# What the cache holds, by folder. `placed` remembers which of the user's files are ours, so that it is never pruned.
+KINDS = {
+    "artifacts": "exported files",
+    "timing": "TensorRT's timing caches, one a GPU model and version",
+    "calibration": "scales of implicit INT8",
+    "ort-trt": "timing caches of ONNX Runtime's TensorRT provider",
+    "feeds": "photographs that make a model fire",
+    "toolchains": "environments of formats",
+    "tmp": "what killed runs left",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file or folder of the cache: its size in bytes, and when it was used last (seconds since the epoch)."""
+
+    kind: str
+    path: Path
+    bytes: int
+    used: float
 
 
 @contextmanager
@@ -51,3 +74,45 @@ def temporary_folder() -> Generator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def touch(path: Path) -> None:
+    """Notes that this file is in use, so that `prune` leaves what it belongs to."""
+    with suppress(OSError):  # a cache that may only be read
+        os.utime(path)
+
+
+def entries(kinds: Sequence[str] = ()) -> list[Entry]:
+    """What the cache holds, by kind, the most recently used first; all kinds where none is named."""
+    found: list[Entry] = []
+    for kind in kinds or KINDS:
+        folder = cache_root() / kind
+        here = [_entry(kind, path) for path in (folder.iterdir() if folder.is_dir() else ())]
+        found += sorted(here, key=lambda e: -e.used)
+    return found
+
+
+def _entry(kind: str, path: Path) -> Entry:
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    states = [p.stat() for p in files if p.exists()]
+    return Entry(kind, path, sum(s.st_size for s in states), max((s.st_mtime for s in states), default=0.0))
+
+
+def prune(days: float, kinds: Sequence[str]) -> list[Entry]:
+    """Removes what was not used for `days`; returns what is gone. Each entry moves aside first: none is left in halves.
+
+    Raises:
+        BadRequest: the cache cannot be written.
+    """
+    gone: list[Entry] = []
+    with writing():
+        scratch().mkdir(parents=True, exist_ok=True)
+        for entry in entries(kinds):
+            if time.time() - entry.used < days * DAY:
+                continue
+            aside = scratch() / uuid.uuid4().hex
+            with suppress(FileNotFoundError):  # another process did it
+                entry.path.replace(aside)
+                shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+                gone.append(entry)
+    return gone

@@ -14,7 +14,7 @@ from typing import Any
 
 from exporters import cache, formats, toolchain
 from exporters.arrays import Array, Feeds, load, save
-from exporters.artifact import Achieved, Artifact, TensorInfo, commit, discard, list_files, read_manifest
+from exporters.artifact import MANIFEST, Achieved, Artifact, TensorInfo, commit, discard, list_files, read_manifest
 from exporters.client import Caller, InProcess, Limits, Worker
 from exporters.errors import (
     ArtifactError,
@@ -209,6 +209,7 @@ class Pool:
             try:
                 found = read_manifest(final)
                 found.verify()
+                cache.touch(final / MANIFEST)
                 return found
             except ArtifactError:
                 with cache.writing():

@@ -54,6 +54,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
+    from suites.cli_files import add_cache, add_engine
     from suites.options import MATRIX, REQUEST, RUN
 
     parser = _Parser(
@@ -108,6 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     report.add_argument("--output", metavar="DIR", help="where to (default: the first run's folder)")
 
+    add_engine(commands)
+    add_cache(commands)
     chain = add("toolchain", _toolchain, "List the toolchains, or make one's environment.")
     parts = chain.add_subparsers(dest="action", metavar="ACTION", required=True)
     parts.add_parser("list", help="which are here, and where")

@@ -52,13 +52,15 @@ def read_engine(path: Path) -> Engine:
             if size < 8:
                 raise ArtifactError(f"'{path}' has {size} bytes, which is no engine", "export it again")
             (length,) = struct.unpack("<i", first)
-            if not 2 <= length <= min(LIMIT, size - 4):
+            if not 2 <= length <= LIMIT:
                 return Engine(path, None, 0)
             text = file.read(length)
     except OSError as error:
         raise ArtifactError(f"'{path}' cannot be read ({error.strerror})", "give an engine file") from None
     if not text.lstrip().startswith(b"{"):
         return Engine(path, None, 0)
+    if len(text) < length:
+        raise ArtifactError(f"'{path}' ends within its metadata header ({size} bytes)", "export it again")
     try:
         values: Any = json.loads(text.decode("utf-8"))
     except ValueError as error:

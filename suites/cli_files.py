@@ -1,0 +1,122 @@
+"""Commands on files that are there already: engines taken apart and wrapped, and the cache shown and pruned."""
+
+from __future__ import annotations
+
+import argparse
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from exporters.errors import ArtifactError, BadRequest
+
+
+def add_engine(commands: Any) -> None:
+    """`exportgate engine strip|wrap|show`."""
+    text = "TensorRT engine files: take the metadata header off for trtexec and Triton, put it back, show it."
+    engine = commands.add_parser("engine", help=text, description=text)
+    engine.set_defaults(command=_engine)
+    actions = engine.add_subparsers(dest="action", metavar="ACTION", required=True)
+    strip = actions.add_parser("strip", help="write the plain plan and its manifest")
+    strip.add_argument("file", metavar="ENGINE")
+    strip.add_argument("--output", metavar="PLAN", help="the plan's file (default: beside the engine, as .plan)")
+    strip.add_argument("--triton", metavar="REPOSITORY", help="a model repository of Triton: writes config.pbtxt too")
+    strip.add_argument("--name", help="the model's name in the repository (default: the file's)")
+    wrap = actions.add_parser("wrap", help="put the header of a manifest before its plan")
+    wrap.add_argument("file", metavar="PLAN")
+    wrap.add_argument("--manifest", metavar="JSON", help="default: the plan's name and .json")
+    wrap.add_argument("--output", metavar="ENGINE", help="default: beside the plan, as .engine")
+    show = actions.add_parser("show", help="what the header says; the plan is not loaded")
+    show.add_argument("file", metavar="ENGINE")
+    for part in (strip, wrap):
+        part.add_argument("--overwrite", action="store_true", help="replace files that are there")
+
+
+def add_cache(commands: Any) -> None:
+    """`exportgate cache show|prune`."""
+    from exporters.cache import KINDS
+
+    text = "What exportgate keeps between runs: artifacts, timing caches, calibrations, feeds, toolchains."
+    cache = commands.add_parser("cache", help=text, description=text)
+    cache.set_defaults(command=_cache)
+    actions = cache.add_subparsers(dest="action", metavar="ACTION", required=True)
+    actions.add_parser("show", help="kinds with their sizes, and each timing cache")
+    prune = actions.add_parser("prune", help="remove what was not used for some days")
+    prune.add_argument("--older-than", required=True, metavar="DAYS", help="days since the last use; 0 for everything")
+    kept = [k for k in KINDS if k != "toolchains"]
+    prune.add_argument(
+        "--kind", action="append", default=[], metavar="KIND", help=f"{', '.join(KINDS)} (default: all but toolchains)"
+    )
+    prune.set_defaults(kinds=kept)
+
+
+def _engine(options: argparse.Namespace, further: list[str]) -> int:
+    from exporters.tensorrt import plans
+
+    source = Path(options.file).expanduser()
+    if not source.is_file():
+        raise BadRequest(f"'{options.file}' is no file", "name an engine, or for wrap a plan")
+    try:
+        if options.action == "show":
+            print("\n".join(plans.described(source)))
+            return 0
+        if options.action == "wrap":
+            manifest = Path(options.manifest) if options.manifest else source.with_name(f"{source.name}.json")
+            target = Path(options.output) if options.output else source.with_suffix(".engine")
+            _check_free((target,), options.overwrite)
+            print(plans.wrap(source, manifest, target))
+            return 0
+        if options.triton:
+            if options.output:
+                raise BadRequest(f"--output {options.output} with --triton: a repository has its own names", "drop one")
+            name = options.name or source.stem
+            folder = Path(options.triton) / name
+            _check_free((folder / "config.pbtxt", folder / "1" / "model.plan"), options.overwrite)
+            print(plans.triton(source, Path(options.triton), name))
+            return 0
+        target = Path(options.output) if options.output else source.with_suffix(plans.SUFFIX)
+        _check_free((target, target.with_name(f"{target.name}.json")), options.overwrite)
+        for path in plans.strip(source, target):
+            print(path)
+    except ArtifactError as error:  # here the file is what the user gave
+        raise BadRequest(error.what, error.fix) from None
+    return 0
+
+
+def _check_free(targets: tuple[Path, ...], overwrite: bool) -> None:
+    there = next((t for t in targets if t.exists()), None)
+    if there is not None and not overwrite:
+        raise BadRequest(f"'{there}' exists", "add --overwrite, or name another place")
+
+
+def _cache(options: argparse.Namespace, further: list[str]) -> int:
+    from exporters import cache
+    from exporters.toolchain import cache_root
+
+    if options.action == "prune":
+        unknown = next((k for k in options.kind if k not in cache.KINDS), None)
+        if unknown is not None:
+            raise BadRequest(f"the cache has no kind '{unknown}'", "kinds: " + ", ".join(cache.KINDS))
+        try:
+            days = float(options.older_than)
+        except ValueError:
+            days = -1.0
+        if not 0 <= days < float("inf"):
+            raise BadRequest(f"older-than '{options.older_than}' is no number of days", "give 0 or more")
+        gone = cache.prune(days, options.kind or options.kinds)
+        for entry in gone:
+            print(f"removed {entry.kind}/{entry.path.name} ({_size(entry.bytes)})")
+        print(f"{len(gone)} entries removed, {_size(sum(e.bytes for e in gone))}")
+        return 0
+    found = cache.entries()
+    print(cache_root())
+    for kind, what in cache.KINDS.items():
+        here = [e for e in found if e.kind == kind]
+        print(f"{kind}: {len(here)} ({_size(sum(e.bytes for e in here))}) {what}")
+    for entry in (e for e in found if e.kind == "timing"):
+        used = datetime.fromtimestamp(entry.used, UTC).date().isoformat()
+        print(f"timing/{entry.path.name}: {_size(entry.bytes)}, last used {used}")
+    return 0
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"

@@ -1,0 +1,157 @@
+"""Engine files and the cache's commands, on any machine: header, plan, manifest, Triton's configuration, pruning."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from exporters.tensorrt.header import read_engine, write_engine
+from exporters.tensorrt.plans import strip, wrap
+from suites.selftest.test_bad_input import assert_refused, run
+
+PLAN = b"ftrt\x00\x00\x00\x00\x01\x00" + bytes(range(256))
+HEADER: dict[str, Any] = {
+    "stride": 32,
+    "batch": 8,
+    "imgsz": [640, 640],
+    "names": {"0": "Straße", "1": 'a "quote"\nand a line'},
+    "plan": {
+        "made_by": "TensorRT 10.6.0",
+        "gpu": "NVIDIA H100 80GB HBM3",
+        "inputs": [{"name": "images", "shape": [-1, 3, 640, 640], "dtype": "FLOAT"}],
+        "outputs": [{"name": "output0", "shape": [-1, 10, 8400], "dtype": "HALF"}],
+    },
+}
+
+
+def engine(folder: Path, header: Any = HEADER) -> Path:
+    path = folder / "best.engine"
+    write_engine(path, header, PLAN)
+    return path
+
+
+def test_the_length_of_the_header_counts_bytes(tmp_path: Path) -> None:
+    data = engine(tmp_path).read_bytes()
+    length = int.from_bytes(data[:4], "little", signed=True)
+    assert json.loads(data[4 : 4 + length].decode("utf-8")) == HEADER
+    assert data[4 + length :] == PLAN
+
+
+def test_strip_and_wrap_give_the_same_file(tmp_path: Path) -> None:
+    path = engine(tmp_path)
+    before = path.read_bytes()
+    assert run(["engine", "strip", "best.engine"], tmp_path).returncode == 0
+    assert (tmp_path / "best.plan").read_bytes() == PLAN
+    path.unlink()
+    assert run(["engine", "wrap", "best.plan"], tmp_path).returncode == 0
+    assert path.read_bytes() == before
+
+
+@given(names=st.dictionaries(st.integers(0, 99).map(str), st.text()), plan=st.binary(min_size=16))
+def test_any_names_survive_strip_and_wrap(names: dict[str, str], plan: bytes, tmp_path_factory: Any) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    path = folder / "any.engine"
+    # Lone surrogates are no text that UTF-8 can write; no checkpoint holds them.
+    header = {"names": {k: v.encode("utf-8", "replace").decode() for k, v in names.items()}}
+    write_engine(path, header, plan)
+    made = wrap(*strip(path, folder / "any.plan"), folder / "again.engine")
+    assert made.read_bytes() == path.read_bytes()
+    assert read_engine(made).header == header and read_engine(made).plan() == plan
+
+
+def test_triton_is_told_what_the_plan_takes(tmp_path: Path) -> None:
+    engine(tmp_path)
+    assert run(["engine", "strip", "best.engine", "--triton", "models", "--name", "det"], tmp_path).returncode == 0
+    assert (tmp_path / "models/det/1/model.plan").read_bytes() == PLAN
+    text = (tmp_path / "models/det/config.pbtxt").read_text(encoding="utf-8")
+    words = " ".join(text.split())
+    assert 'name: "det" platform: "tensorrt_plan" max_batch_size: 8' in words
+    assert 'input [ { name: "images" data_type: TYPE_FP32 dims: [ 3, 640, 640 ] } ]' in words
+    assert 'output [ { name: "output0" data_type: TYPE_FP16 dims: [ 10, 8400 ] } ]' in words
+
+
+def test_triton_gets_whole_shapes_where_the_batch_is_fixed(tmp_path: Path) -> None:
+    facts = {
+        **HEADER["plan"],
+        "inputs": [{"name": "images", "shape": [1, 3, 640, 640], "dtype": "FLOAT"}],
+        "outputs": [{"name": "output0", "shape": [1, 10, 8400], "dtype": "FLOAT"}],
+    }
+    engine(tmp_path, {**HEADER, "plan": facts})
+    assert run(["engine", "strip", "best.engine", "--triton", "models"], tmp_path).returncode == 0
+    words = " ".join((tmp_path / "models/best/config.pbtxt").read_text(encoding="utf-8").split())
+    assert "max_batch_size: 0" in words and "dims: [ 1, 3, 640, 640 ]" in words and "dims: [ 1, 10, 8400 ]" in words
+
+
+def test_show_tells_header_and_plan(tmp_path: Path) -> None:
+    engine(tmp_path)
+    done = run(["engine", "show", "best.engine"], tmp_path)
+    assert done.returncode == 0
+    for words in (f"plan of {len(PLAN)} bytes", "Straße", "input images: FLOAT [-1, 3, 640, 640]", "TensorRT 10.6.0"):
+        assert words in done.stdout
+
+
+def _damaged(folder: Path) -> None:
+    engine(folder)
+    (folder / "plain.engine").write_bytes(PLAN)
+    (folder / "tiny.engine").write_bytes(b"abc")
+    (folder / "cut.engine").write_bytes((folder / "best.engine").read_bytes()[:100])
+    (folder / "broken.engine").write_bytes((9).to_bytes(4, "little") + b'{"names":' + PLAN)
+    write_engine(folder / "peer.engine", {k: v for k, v in HEADER.items() if k != "plan"}, PLAN)
+    strip(folder / "best.engine", folder / "best.plan")
+    (folder / "other.plan").write_bytes(PLAN + b"x")
+    (folder / "other.plan.json").write_bytes((folder / "best.plan.json").read_bytes())
+    (folder / "list.json").write_text("[]")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["strip", "nowhere.engine"], ("nowhere.engine", "no file")),
+        (["strip", "plain.engine"], ("plain.engine", "plain plan already")),
+        (["strip", "tiny.engine"], ("tiny.engine", "3 bytes")),
+        (["strip", "broken.engine"], ("broken.engine", "not JSON")),
+        (["strip", "cut.engine"], ("cut.engine", "ends within its metadata header")),
+        (["strip", "best.engine"], ("best.plan", "exists", "--overwrite")),
+        (["strip", "peer.engine", "--triton", "m"], ("peer.engine", "inputs and outputs")),
+        (["strip", "best.engine", "--triton", "m", "--output", "x.plan"], ("--output x.plan", "--triton")),
+        (["strip", "best.engine", "--output", "no/such/x.plan"], ("x.plan", "cannot be written")),
+        (["wrap", "other.plan"], ("other.plan", "is not the plan")),
+        (["wrap", "best.plan", "--manifest", "list.json", "--output", "x.engine"], ("list.json", "no manifest")),
+        (["wrap", "best.plan", "--manifest", "gone.json", "--output", "x.engine"], ("gone.json", "cannot be read")),
+        (["wrap", "best.plan"], ("best.engine", "exists", "--overwrite")),
+        (["show", "."], ("'.'", "no file")),
+        (["weigh", "best.engine"], ("weigh",)),
+    ],
+)
+def test_bad_requests_are_one_line(words: list[str], said: tuple[str, ...], tmp_path: Path) -> None:
+    _damaged(tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    assert_refused(run(["engine", *words], tmp_path), *said)
+    assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+
+
+def test_the_cache_is_shown_and_pruned(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    for name, age in (("timing/old.cache", 40), ("timing/new.cache", 1), ("placed/mark", 90), ("toolchains/x/f", 90)):
+        path = cache / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(2048))
+        then = path.stat().st_mtime - age * 86400
+        os.utime(path, (then, then))
+    shown = run(["cache", "show"], tmp_path)
+    assert shown.returncode == 0 and "timing: 2 (4.0 KiB)" in shown.stdout
+    assert re.search(r"timing/new\.cache: 2\.0 KiB, last used \d{4}-\d\d-\d\d", shown.stdout)
+    done = run(["cache", "prune", "--older-than", "30"], tmp_path)
+    assert done.returncode == 0 and "1 entries removed" in done.stdout
+    assert not (cache / "timing/old.cache").exists()
+    for kept in ("timing/new.cache", "placed/mark", "toolchains/x/f"):
+        assert (cache / kept).exists()
+    for words, said in ((["--older-than", "x"], "'x'"), (["--older-than", "1", "--kind", "timng"], "'timng'")):
+        assert_refused(run(["cache", "prune", *words], tmp_path), said)
