@@ -33,14 +33,30 @@ from exporters.session import Execution, Layer
 from exporters.spec import ExportSpec
 
 
-@dataclass(frozen=True)
-class Description:
-    """What a session says of itself: what executes it, the metadata in its files, the precision read back."""
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What an artifact's own files say: their metadata, and the precision read back from them."""
+
+    metadata: Metadata | None
+    metadata_error: str
+    achieved: Achieved
+
+    @staticmethod
+    def read(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
+        """The fields from what a worker answered."""
+        told = data["metadata"]
+        return {
+            "metadata": normalize(told, str(path)) if told is not None else None,
+            "metadata_error": data["metadata_error"],
+            "achieved": Achieved.from_dict(data["achieved"]),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description(Facts):
+    """What a session says of itself: what executes it, and the facts of its files."""
 
     execution: Execution
-    metadata: Metadata | None
-    achieved: Achieved
-    metadata_error: str = ""
 
 
 class RemoteSession:
@@ -84,12 +100,7 @@ class RemoteSession:
             notes=tuple(execution["notes"]),
             layers=tuple(replace(Layer(**layer), parts=tuple(layer["parts"])) for layer in execution["layers"]),
         )
-        return Description(
-            Execution(**execution),
-            normalize(data["metadata"], str(self.artifact.path)) if data["metadata"] is not None else None,
-            Achieved.from_dict(data["achieved"]),
-            data["metadata_error"],
-        )
+        return Description(execution=Execution(**execution), **Facts.read(data, self.artifact.path))
 
     def layers(self) -> list[str]:
         """Names of the layers that can be damaged (sessions of the pytorch format only)."""
@@ -291,6 +302,30 @@ class Pool:
             UnsafeFile: it is code and lies outside our cache: a manifest beside a stranger's file proves nothing.
         """
         entry = formats.get(spec.format)
+        self._trust(artifact)
+        runtime = entry.runtime(runtime_id, device)
+        role = f"{runtime.id}-{runtime.device}" + (f"-{replicate}" if replicate else "")
+        caller = self.worker(entry.chain(device), entry.id, role, runtime.imports, _source(spec))
+        opened = caller.call(
+            "open", spec=spec.to_dict(), artifact=artifact.to_dict(), runtime=runtime_id, device=device
+        )
+        return RemoteSession(caller, opened, artifact, self.folder / "arrays" / uuid.uuid4().hex)
+
+    def inspect(self, artifact: Artifact, spec: ExportSpec) -> Facts:
+        """What the files say of an artifact that nothing here can run.
+
+        Raises:
+            ArtifactError, UnsafeFile: as for `open`.
+        """
+        entry = formats.get(spec.format)
+        self._trust(artifact)
+        step = entry.steps(spec)[-1]
+        worker = self.worker(entry.chain(spec.device), entry.id, step.role, step.imports, _source(spec))
+        return Facts(**Facts.read(worker.call("inspect", format=entry.id, path=str(artifact.path)), artifact.path))
+
+    def _trust(self, artifact: Artifact) -> None:
+        """Lets by what lies in our own cache with its digests intact, and what the user trusts; see `open`."""
+        entry = formats.get(artifact.format)
         if artifact.has_manifest:
             inside = artifact.root.resolve().is_relative_to((toolchain.cache_root() / "artifacts").resolve())
             if entry.is_code and not inside:
@@ -299,13 +334,6 @@ class Pool:
                     "export it again, or check it with --trust if you know who made it",
                 )
             artifact.verify()
-        runtime = entry.runtime(runtime_id, device)
-        role = f"{runtime.id}-{runtime.device}" + (f"-{replicate}" if replicate else "")
-        caller = self.worker(entry.chain(device), entry.id, role, runtime.imports, _source(spec))
-        opened = caller.call(
-            "open", spec=spec.to_dict(), artifact=artifact.to_dict(), runtime=runtime_id, device=device
-        )
-        return RemoteSession(caller, opened, artifact, self.folder / "arrays" / uuid.uuid4().hex)
 
     def retire(self, spec: ExportSpec, runtime_id: str, device: str, replicate: int) -> None:
         """Ends the worker of one replicate."""

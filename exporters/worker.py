@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -31,7 +32,6 @@ from exporters.measure import MeasurementPlan, measure
 from exporters.metadata import Metadata
 from exporters.session import Session
 from exporters.spec import ExportSpec
-from exporters.torch_import import import_torch
 
 Json = dict[str, Any]
 
@@ -53,6 +53,7 @@ class Server:
                 "run": self.run,
                 "measure": self.measure,
                 "describe": self.describe,
+                "inspect": self.inspect,
                 "damaged": self.damaged,
                 "rounded": self.rounded,
                 "excite": self.excite,
@@ -128,19 +129,23 @@ class Server:
 
     def describe(self, call: Json) -> Json:
         session = self.sessions[call["session"]]
+        return {"execution": asdict(session.execution()), **self._facts(call, session.metadata)}
+
+    def inspect(self, call: Json) -> Json:
+        """What the files of an artifact say that nothing here can run."""
+        path = Path(call["path"])
+        return self._facts(call, lambda: formats.get(call["format"]).metadata(path))
+
+    def _facts(self, call: Json, read: Callable[[], Metadata]) -> Json:
         entry = formats.get(call["format"])
         metadata, wrong = None, ""
         if entry.keeps_metadata:
             try:
-                metadata = session.metadata().values()
+                metadata = read().values()
             except ArtifactError as error:  # told beside the rest, which can be judged all the same
                 wrong = str(error)
-        return {
-            "execution": asdict(session.execution()),
-            "metadata": metadata,
-            "metadata_error": wrong,
-            "achieved": asdict(entry.inspect(Path(call["path"]))),
-        }
+        achieved = asdict(entry.inspect(Path(call["path"])))
+        return {"metadata": metadata, "metadata_error": wrong, "achieved": achieved}
 
     def damaged(self, call: Json) -> Json:
         from exporters.models.reference import Damage, Reference
@@ -193,8 +198,6 @@ def main() -> int:
     gc.disable()  # importing torch makes many objects and no garbage: 5 % of its import time
     importlib.import_module("exporters.formats").registry()
     for name in sys.argv[1:]:
-        if name == "torch":
-            import_torch()
         importlib.import_module(name)
     gc.freeze()  # and what was imported never becomes garbage, so later collections need not walk it
     gc.enable()

@@ -81,6 +81,11 @@ def nothing_further(spec: ExportSpec) -> Mapping[str, str]:
     return {}
 
 
+def no_metadata(path: Path) -> Metadata:
+    """A format whose metadata its sessions read."""
+    raise NotImplementedError(f"the metadata of {path} is read by a session")
+
+
 def no_refusal(spec: ExportSpec) -> str:
     """A format that can do every combination of the options and precisions that it declares."""
     return ""
@@ -101,6 +106,7 @@ class Format:
         steps: parts of an export of this request, in order.
         load: `load(artifact, spec, runtime, device)` opens a session, in a worker.
         inspect: `inspect(path)` reads the achieved precision back from the file, in a worker.
+        metadata: `metadata(path)` reads the file's metadata where nothing here can run it; see `Runtime.runs`.
         parents: what it is made from.
         refusal: why a combination is not supported by its nature, or "".
         is_code: loading it runs code that is in it.
@@ -123,6 +129,7 @@ class Format:
     inspect: Callable[[Path], Achieved]
     parents: Callable[[ExportSpec], tuple[ExportSpec, ...]] = no_parents
     refusal: Callable[[ExportSpec], str] = no_refusal
+    metadata: Callable[[Path], Metadata] = no_metadata
     aliases: tuple[str, ...] = ()
     is_code: bool = False
     keeps_metadata: bool = True

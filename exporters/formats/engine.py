@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from exporters.artifact import Achieved, Artifact
-from exporters.errors import BadRequest, ToolchainMissing
+from exporters.errors import ArtifactError, BadRequest, ToolchainMissing
 from exporters.formats import Format, Job, Made, Runtime, Step
+from exporters.metadata import Metadata, normalize
 from exporters.session import Session
 from exporters.spec import ExportSpec, Precision
 from exporters.tensorrt.header import read_engine, write_engine
@@ -122,6 +123,18 @@ def inspect(path: Path) -> Achieved:
     return achieved_of_plan(path)
 
 
+def metadata(path: Path) -> Metadata:
+    """What the header holds.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    file = read_engine(path)
+    if file.header is None:
+        raise ArtifactError(f"'{path}' holds no metadata (it is a plain plan)", "wrap it, or export it again")
+    return normalize(file.header, str(path))
+
+
 def depends(spec: ExportSpec) -> Mapping[str, str]:
     """An engine belongs to a GPU model; what was given to time or calibrate with is part of the request."""
     from exporters.artifact import digest
@@ -157,6 +170,9 @@ def refusal(spec: ExportSpec) -> str:
         )
     if spec.device == "cpu" and implicit:
         return "implicit quantization calibrates on the GPU, and TensorRT-RTX has none"
+    old = next((c for c in spec.compute_capability.split(",") if c and float(c) < 8.9), "")
+    if old and spec.precision is Precision.FP8:
+        return f"fp8 needs compute capability 8.9 (Ada) or newer, and {old} is asked for"
     if spec.device != "cpu" and spec.compute_capability:
         raise BadRequest(
             f"compute_capability {spec.compute_capability} with device {spec.device}: the engine is built for that GPU",
@@ -235,6 +251,7 @@ FORMAT = Format(
     inspect=inspect,
     parents=parents,
     refusal=refusal,
+    metadata=metadata,
     depends=depends,
     smaller_batches=True,
     is_code=True,

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import onnx
 
 
+TRACING = ("onnx", "exporters.lean_torch")
+
+
 def parents(spec: ExportSpec) -> tuple[ExportSpec, ...]:
     """FP16 and INT8 are conversions of the FP32 graph; the calibration set belongs to the conversion alone."""
     if spec.precision is Precision.FP32:
@@ -33,8 +36,8 @@ def steps(spec: ExportSpec) -> tuple[Step, ...]:
     if spec.precision is not Precision.FP32:
         return (Step("convert", convert, ("onnx", "onnxruntime")),)
     if spec.simplify and not is_plain(spec):
-        return (Step("trace", trace, ("onnx", "torch")), Step("convert", finish, ("onnx", "onnxslim")))
-    return (Step("trace", trace_and_finish, ("onnx", "torch")),)
+        return (Step("trace", trace, TRACING), Step("convert", finish, ("onnx", "onnxslim")))
+    return (Step("trace", trace_and_finish, TRACING),)
 
 
 def is_plain(spec: ExportSpec) -> bool:

@@ -70,8 +70,8 @@ def _half(module: torch.nn.Module, kept: tuple[str, ...]) -> torch.nn.Module:
             floats = tuple(o.float() if o.is_floating_point() else o for o in outputs)
             return floats[0] if len(floats) == 1 else floats
 
-    def to_float(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return tuple(x.float() for x in inputs)
+    def to_float(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
 
     module.half()
     for path in kept:
@@ -222,7 +222,7 @@ def refusal(spec: ExportSpec) -> str:
 
 def steps(spec: ExportSpec) -> tuple[Step, ...]:
     """One step, in a process with torch."""
-    return (Step("export", export, ("torch",)),)
+    return (Step("export", export, ("exporters.lean_torch",)),)
 
 
 FORMAT = Format(

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from exporters.errors import BadRequest, CheckpointError, ExportError
+from exporters.lean_torch import complete  # torch is imported whole above, unless a worker did so before
 from exporters.models.checkpoint import read_checkpoint
 from exporters.models.factory import import_function, telling
 from exporters.models.spec import ModelSpec
 from exporters.models.tensors import Array
 from exporters.spec import ExportSpec
-from exporters.torch_import import complete
 
 
 def build(model: ModelSpec) -> nn.Module:

@@ -118,7 +118,7 @@ def from_checkpoint(path: Path | str, name: str = "", task: str = "") -> ModelSp
         imgsz=imgsz,
         names=names,
         owner=owner,
-        fp32=(("model.22.dfl", DECODE_REASON), ("model.22.decode", DECODE_REASON)),
+        fp32=tuple((f"model.22.{part}", DECODE_REASON) for part in ("dfl", "anchors", "decode")),
     )
 
 

@@ -141,6 +141,26 @@ class Decode(nn.Module):
         return torch.cat((boxes, logits.sigmoid()), 1)
 
 
+class Anchors(nn.Module):
+    """Sizes (height, width) of three levels -> cell centres (1, 2, A) in cells, and strides (1, A) in pixels a cell.
+
+    Row-major, P3 to P5. A module of its own for the reason that Decode has: where sizes vary, it computes.
+    """
+
+    def forward(self, sizes: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+        points: list[Tensor] = []
+        strides: list[Tensor] = []
+        for (h, w), stride in zip(sizes, STRIDES, strict=True):
+            # Arithmetic in FP32 even for an FP16 model: with half-integers up to 2048 FP16 would still be exact, but
+            # the sums in Decode would not.
+            gx = torch.arange(w, device=device, dtype=torch.float32) + 0.5
+            gy = torch.arange(h, device=device, dtype=torch.float32) + 0.5
+            cells = torch.stack((gx.view(1, -1).expand(h, w), gy.view(-1, 1).expand(h, w))).view(1, 2, -1)
+            points.append(cells)
+            strides.append(torch.ones_like(cells[:, :1, :]) * stride)
+        return torch.cat(points, 2), torch.cat(strides, 2)
+
+
 class Detect(nn.Module):
     """Head: three feature maps -> (B, 4 + nc, A): boxes as cx, cy, w, h in pixels, then the classes' scores in 0..1."""
 
@@ -157,13 +177,18 @@ class Detect(nn.Module):
         )
         self.dfl = DFL()
         self.decode = Decode()
+        self.anchors = Anchors()
         self.dynamic = False
 
     def forward(self, *xs: Tensor) -> Tensor:
         # Boxes and classes are joined apart: joined together and split again, each value would be copied twice more.
         box = self._flat([branch(x) for x, branch in zip(xs, self.cv2, strict=True)])
         logits = self._flat([branch(x) for x, branch in zip(xs, self.cv3, strict=True)])
-        anchors, strides = self.anchors(xs)
+        # While a graph is traced a shape is a tensor. Where the size is fixed it is made a number, so that the anchors
+        # become constants; where it is dynamic it stays, so that they are computed from the input.
+        shapes = [(x.shape[2], x.shape[3]) for x in xs]
+        sizes = shapes if self.dynamic else [(int(h), int(w)) for h, w in shapes]
+        anchors, strides = self.anchors(sizes, xs[0].device)
         return self.decode(self.dfl(box), logits, anchors, strides)
 
     def _flat(self, maps: Sequence[Tensor]) -> Tensor:
@@ -173,23 +198,6 @@ class Detect(nn.Module):
             [m.flatten(2) if self.dynamic else m.view(-1, int(m.shape[1]), int(m.shape[2] * m.shape[3])) for m in maps],
             2,
         )
-
-    def anchors(self, xs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Cell centres (1, 2, A) in cells, and strides (1, A) in pixels a cell; row-major, P3 to P5."""
-        points: list[Tensor] = []
-        strides: list[Tensor] = []
-        for x, stride in zip(xs, STRIDES, strict=True):
-            # While a graph is traced a shape is a tensor. Where the size is fixed it is made a number, so that the
-            # anchors become constants; where it is dynamic it stays, so that they are computed from the input.
-            h, w = (x.shape[2], x.shape[3]) if self.dynamic else (int(x.shape[2]), int(x.shape[3]))
-            # Arithmetic in FP32 even for an FP16 model: with half-integers up to 2048 FP16 would still be exact, but
-            # the sums in Decode would not.
-            gx = torch.arange(w, device=x.device, dtype=torch.float32) + 0.5
-            gy = torch.arange(h, device=x.device, dtype=torch.float32) + 0.5
-            cells = torch.stack((gx.view(1, -1).expand(h, w), gy.view(-1, 1).expand(h, w))).view(1, 2, -1)
-            points.append(cells)
-            strides.append(torch.ones_like(cells[:, :1, :]) * stride)
-        return torch.cat(points, 2), torch.cat(strides, 2)
 
 
 class YOLOv8(nn.Module):

@@ -16,7 +16,7 @@ from exporters.cuda.context import driver, enter, free_bytes
 from exporters.cuda.graph import Graph
 from exporters.cuda.memory import Buffer
 from exporters.errors import ArtifactError, BadRequest, ExportError, FeedError
-from exporters.metadata import Metadata, normalize
+from exporters.metadata import Metadata
 from exporters.session import Array, Execution, Feeds, OnDevice, Session
 from exporters.spec import ExportSpec
 from exporters.tensorrt.header import Engine, read_engine
@@ -226,9 +226,9 @@ class TensorRtSession(Session):
         return tuple(self.engine.get_tensor_profile_shape(info.name, 0)[1])
 
     def metadata(self) -> Metadata:
-        if self.file.header is None:
-            raise ArtifactError(f"'{self.path}' holds no metadata (it is a plain plan)", "wrap it, or export it again")
-        return normalize(self.file.header, str(self.path))
+        from exporters.formats.engine import metadata
+
+        return metadata(self.path)
 
     def close(self) -> None:
         self.slot.close()

@@ -47,6 +47,7 @@ def build(path: Path, spec: ExportSpec, gpu: Mapping[str, str], folder: Path) ->
     implicit = bool(spec.trt_quant_algo)
     _check(found, spec)
     network = parse(path, found, on_cpu, strongly_typed=not is_weakly_typed(spec))
+    network.network.name = spec.model.name  # else it is numbered, and two builds differ by that
     kinds = precision_of(network) if network.strongly_typed else {}
     config = builder(on_cpu).create_builder_config()
     bounds = profiles_of(spec, network)

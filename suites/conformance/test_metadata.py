@@ -11,7 +11,7 @@ from suites.support.bench import Bench
 def _metadata(case: Bench) -> Metadata:
     if not formats.get(case.spec.format).keeps_metadata:
         raise NotSupported(f"format {case.spec.format} holds no metadata")
-    described = case.describe()
+    described = case.facts()
     assert described.metadata is not None, described.metadata_error or "the artifact holds no metadata"
     return described.metadata
 

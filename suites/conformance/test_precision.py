@@ -13,7 +13,7 @@ from suites.support.bench import Bench
 
 def test_achieved_precision_is_the_requested(case: Bench) -> None:
     """Every convolution and matrix product has the asked precision, but those that the model names with reasons."""
-    achieved = case.achieved()
+    achieved = case.facts().achieved
     asked = case.spec.precision.value
     evidence = ", ".join(f"{n} {k}" for k, n in achieved.counts.items())
     assert achieved.precision == asked, f"asked for {asked}, the file is {achieved.precision or 'unknown'} ({evidence})"
@@ -59,7 +59,7 @@ def test_opset_is_the_requested(case: Bench) -> None:
     """The graph is written in the operator set that was asked for."""
     if "opset" not in formats.get(case.spec.format).options:
         raise NotSupported(f"format {case.spec.format} has no operator set")
-    found = case.describe().achieved.counts.get("opset", 0)
+    found = case.facts().achieved.counts.get("opset", 0)
     if case.spec.format != "onnx":
         raise NotSupported("the operator set is that of the ONNX file that it was made from")
     if case.brought is not None and "opset" not in case.spec.changed():

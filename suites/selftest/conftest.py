@@ -25,6 +25,7 @@ from suites.support.config import Project
 from suites.support.verdict import Verdict, one_line, verdict_of
 
 Claim = Callable[[Bench], None]
+Judge = Callable[[Claim, Bench], tuple[Verdict, str]]
 
 # Written to a temporary folder and imported by workers only, as a user's own module would be.
 SMALL = '''
@@ -141,7 +142,7 @@ def judged(claim: Claim, bench: Bench) -> tuple[Verdict, str]:
 
 
 @pytest.fixture(scope="session")
-def judge() -> Callable[[Claim, Bench], tuple[Verdict, str]]:
+def judge() -> Judge:
     """How a claim about a bench ends: its verdict, and its line."""
     return judged
 
@@ -168,8 +169,15 @@ class Workshop:
         options |= {"dynamic": True} if "dynamic" in words else {}
         options |= {"batch": 2} if "pair" in words else {}
         options |= {"data": model.feeds} if "int8" in words else {}
+        options |= {"device": "cuda:0"} if "cuda" in words else {}
+        options |= {"compute_capability": "8.6,8.9,12.0"} if words[0] == "engine" and "cuda" not in words else {}
         spec = request(model, words[0], precision=words[1], **options)
-        return Case(spec, formats.get(spec.format).runtimes[0])
+        kind = spec.device.partition(":")[0]
+        return Case(spec, next(r for r in formats.get(spec.format).runtimes if r.device == kind))
+
+    def bench(self, name: str) -> Bench:
+        """A bench of a case's undamaged artifact."""
+        return Bench(self.run, self.case(name))
 
     def good(self, name: str) -> Artifact:
         """The undamaged artifact of a case."""

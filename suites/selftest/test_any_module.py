@@ -184,7 +184,7 @@ def test_weights_that_a_factory_reads_from_a_file_are_not_taken_from_the_cache(t
 
 
 def test_a_factory_may_reckon_with_tensors_without_data(tmp_path: Path) -> None:
-    """Workers put off importing what torch knows of them (`exporters.torch_import`)."""
+    """Workers put off importing what torch knows of them (`exporters.lean_torch`)."""
     (tmp_path / "shapes.py").write_text(
         'import torch\n\n\ndef make():\n    width = torch.fft.fft(torch.empty(4, device="meta") + 0j).shape[0]\n'
         "    return torch.nn.Linear(width, 2)\n"

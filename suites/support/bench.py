@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from exporters import formats
-from exporters.artifact import Achieved, Artifact
+from exporters.artifact import Artifact
 from exporters.errors import ExportgateError, NotSupported, ToolchainMissing, WorkerCrash, WorkerTimeout
 from exporters.models.spec import ModelSpec
-from exporters.pool import Description, Pool, RemoteSession
+from exporters.pool import Description, Facts, Pool, RemoteSession
 from exporters.session import Array
 from exporters.spec import ExportSpec, Precision
 from suites.support.cases import Case
@@ -138,6 +138,7 @@ class Bench:
         self.opened: dict[str, RemoteSession] = {}
         self.made: Artifact | None = None
         self.described: Description | None = None
+        self.read: Facts | None = None
         self.failure: Exception | None = None
         self.announced = False
 
@@ -194,9 +195,14 @@ class Bench:
         chosen = next(r for r in formats.get(spec.format).runtimes if r.device == "cpu")
         return chosen.id, "cpu"
 
-    def achieved(self) -> Achieved:
-        """The precision read back from the artifact, where it runs; where it does not, when it was made."""
-        return self.describe().achieved if self.case.runtime.runs else self.artifact().achieved
+    def facts(self) -> Facts:
+        """What the artifact's own files say: told by its session, or where nothing here runs it by who made it."""
+        if self.case.runtime.runs:
+            return self.describe()
+        if self.read is None:
+            artifact = self.artifact()
+            self.read = self.guard(lambda: self.run.pool.inspect(artifact, self.spec))
+        return self.read
 
     def describe(self) -> Description:
         """What the session says of itself."""
