@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 from exporters.arrays import Array, Feeds
 from exporters.artifact import TensorInfo
@@ -121,7 +122,7 @@ class Session(ABC):
     def close(self) -> None:
         """Frees what the session holds; it is not used afterwards."""
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

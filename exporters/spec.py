@@ -301,9 +301,11 @@ _PARSERS: Mapping[str, Callable[[Any], Any]] = {
 }
 
 
+def is_factory(data: str) -> bool:
+    """Whether a calibration set is named as `module:factory` rather than by a path."""
+    return ":" in data and not user_path(data).exists()
+
+
 def _absolute(data: str) -> str:
     """A calibration set's path made absolute, since workers run elsewhere; `module:factory` stays."""
-    path = user_path(data)
-    if not path.exists() and ":" in data:
-        return data
-    return str(path.resolve())
+    return data if is_factory(data) else str(user_path(data).resolve())

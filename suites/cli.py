@@ -182,6 +182,7 @@ def _pytest(options: argparse.Namespace, words: list[str], further: list[str]) -
 def _export(options: argparse.Namespace, further: list[str]) -> int:
     from exporters import formats
     from exporters.pool import Pool
+    from exporters.tensorrt import timing
     from suites.options import names_in
     from suites.support.cases import Selection, find_model
     from suites.support.config import find_project
@@ -190,6 +191,7 @@ def _export(options: argparse.Namespace, further: list[str]) -> int:
         raise BadRequest("export was given no format", "add --format, for example --format onnx")
     project = find_project(options.project, Path.cwd())
     names = [formats.canonical(f) for f in names_in("format", options.format)]
+    timing.seed(project.baselines)
     with Pool(project.limits) as pool, _progress(pool):
         # Started before the checkpoint is read: importing torch is the longest part of a cold export.
         for name in names:
@@ -294,6 +296,7 @@ def _baseline(options: argparse.Namespace, further: list[str]) -> int:
     if options.action == "show":
         return _show_baselines(project.baselines)
     import reports
+    from exporters.tensorrt import timing
     from suites.support.baseline import accept
 
     run = reports.read_record(Path(options.run))
@@ -306,6 +309,7 @@ def _baseline(options: argparse.Namespace, further: list[str]) -> int:
             f"run {options.run} measured " + (f"no case '{absent}'" if absent else "nothing"),
             "give a run whose latency claims were judged",
         )
+    gpus: dict[Path, str] = {}
     for case, measurement in claims:
         machine = str(measurement.conditions.get("machine", run.machine))
         path, before, after = accept(project.baselines, machine, case, measurement, options.reason)
@@ -313,6 +317,10 @@ def _baseline(options: argparse.Namespace, further: list[str]) -> int:
             f"{path}: p50 {after:.3f} ms"
             + (f", before {before:.3f} ms ({after / before - 1:+.1%})" if before else ", new")
         )
+        gpus[path.parent] = str(measurement.conditions["comparable"].get("gpu name") or "")
+    for folder, gpu in gpus.items():
+        for path in timing.store(folder, gpu) if gpu else ():
+            print(f"{path}: the timing cache that engines are built with")
     return 0
 
 

@@ -18,6 +18,7 @@ from exporters.artifact import Artifact, foreign
 from exporters.errors import BadRequest, ExportgateError, NotSupported
 from exporters.pool import Pool
 from exporters.spec import ExportSpec
+from exporters.tensorrt import timing
 from suites.options import add_options, brought_path, selection_of, stop_when_terminated, with_replicates
 from suites.support import record as records
 from suites.support.bench import Bench, Run
@@ -179,6 +180,7 @@ def exportgate_run(request: pytest.FixtureRequest) -> Iterator[Run]:
     def start(line: str) -> None:
         config.hook.pytest_exportgate_export_start(description=line)
 
+    timing.seed(state.project.baselines)
     pool = Pool(state.project.limits, in_process=bool(config.getoption("in_process")), progress=start)
     run = state.run = Run(state.project, pool, damage)
     yield run

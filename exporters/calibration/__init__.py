@@ -13,7 +13,7 @@ from exporters.calibration.images import list_images, prepare_image, read_image
 from exporters.errors import BadRequest
 from exporters.models.factory import import_function, telling
 from exporters.session import Array
-from exporters.spec import ExportSpec
+from exporters.spec import ExportSpec, is_factory
 
 SMALL = 300  # below, a warning: NVIDIA's guides recommend 500 images for calibration
 CALIBRATION_BATCH = 8  # images a calibration batch where the artifact's batch is 1
@@ -22,11 +22,6 @@ CALIBRATION_BATCH = 8  # images a calibration batch where the artifact's batch i
 def calibration_batch(batch: int) -> int:
     """Images in a calibration batch: twice the artifact's batch, 8 for batch 1."""
     return CALIBRATION_BATCH if batch == 1 else 2 * batch
-
-
-def is_factory(data: str) -> bool:
-    """Whether `data` names a `module:factory` of feeds rather than a path."""
-    return ":" in data and not Path(data).exists()
 
 
 def check(spec: ExportSpec) -> None:

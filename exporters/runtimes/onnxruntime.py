@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 import onnxruntime as ort
 
-from exporters.artifact import TensorInfo
+from exporters.artifact import TensorInfo, digest
 from exporters.errors import ArtifactError, FallbackError, ToolchainMissing, first_line
 from exporters.formats import Runtime
 from exporters.metadata import Metadata, normalize
@@ -105,9 +105,13 @@ class OnnxRuntimeSession(Session):
         options = {"device_id": self.device.partition(":")[2], "user_compute_stream": str(self.stream.cuda_stream)}
         if self.provider == "CUDAExecutionProvider":
             return options | {"use_tf32": "1" if self.spec.precision is Precision.TF32 else "0"}
+        # The provider names its engines by the graph without its weights: a folder for each file keeps them apart.
         folder = cache_root() / "ort-trt"
-        folder.mkdir(parents=True, exist_ok=True)
+        engines = folder / f"{digest(self.path)[:32]}-{self.spec.precision}"
+        engines.mkdir(parents=True, exist_ok=True)
         return options | {
+            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_path": str(engines),
             "trt_fp16_enable": "1" if self.spec.precision in (Precision.FP16, Precision.INT8) else "0",
             "trt_int8_enable": "1" if self.spec.precision is Precision.INT8 else "0",
             "trt_timing_cache_enable": "1",

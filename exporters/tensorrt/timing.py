@@ -35,6 +35,35 @@ def kept_path(name: str, version: str, gpu: str) -> Path:
     return folder() / f"{slug(gpu)}-{slug(name)}-{version}.cache"
 
 
+def seed(stored: Path) -> None:
+    """Copies timing caches that lie below a folder to where they are kept, unless one is kept there already.
+
+    So baselines bring along the cache that their engines were built with: the same tactics are found again, in seconds.
+    """
+    for path in stored.glob("*/*.cache"):
+        target = folder() / path.name
+        if not target.exists():
+            with writing():
+                _place(path.read_bytes(), target)
+
+
+def store(stored: Path, gpu: str) -> list[Path]:
+    """Copies the kept timing caches of a GPU model into a folder, beside the baselines that were built with them."""
+    made: list[Path] = []
+    for path in sorted(folder().glob(f"{slug(gpu)}-*.cache")):
+        _place(path.read_bytes(), stored / path.name)
+        made.append(stored / path.name)
+    return made
+
+
+def _place(data: bytes, target: Path) -> None:
+    """Writes a file in whole, or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{uuid.uuid4().hex}")
+    temporary.write_bytes(data)
+    temporary.replace(target)
+
+
 def slug(text: str) -> str:
     """Lower-case letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
@@ -84,9 +113,6 @@ def keep(config: Any, begun: Begun | None) -> str:
     if not data:
         return begun.note
     with writing():
-        begun.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = begun.path.with_name(f".{uuid.uuid4().hex}")
-        temporary.write_bytes(data)
-        temporary.replace(begun.path)
+        _place(data, begun.path)
     line = f"timing cache {begun.path.name}: {begun.bytes >> 10} KiB before, {len(data) >> 10} KiB after"
     return f"{begun.note}; {line}" if begun.note else line

@@ -23,11 +23,13 @@ def test_outputs_match_reference(case: Bench) -> None:
     for feeds in case.feeds():
         reference = case.expected(feeds)
         before: tuple[str, Outputs] = ("pytorch fp32", reference)
+        converted = Precision.FP32
         for name, spec, artifact in hops:
             outputs = case.hop_outputs(name, spec, artifact, feeds)
             _present(reference, outputs, name)
-            rows += _rows(case, before[1], outputs, f"{before[0]} -> {name}", spec.precision, feeds)
-            before = (name, outputs)
+            same = spec.precision is converted  # the graph of the hop before, in another runtime
+            rows += _rows(case, before[1], outputs, f"{before[0]} -> {name}", spec.precision, feeds, same)
+            before, converted = (name, outputs), spec.precision
         if len(hops) > 1:
             rows += _rows(case, reference, before[1], f"pytorch fp32 -> {before[0]}", case.spec.precision, feeds)
     # The rows of one hop and group on several feeds tell the same story: the record keeps the worst of each.
@@ -103,7 +105,13 @@ def _present(expected: Outputs, observed: Outputs, name: str) -> None:
 
 
 def _rows(
-    case: Bench, expected: Outputs, observed: Outputs, hop: str, precision: Precision, feeds: FeedSet
+    case: Bench,
+    expected: Outputs,
+    observed: Outputs,
+    hop: str,
+    precision: Precision,
+    feeds: FeedSet,
+    same_graph: bool = False,
 ) -> list[Comparison]:
     return compare(
         expected,
@@ -115,6 +123,7 @@ def _rows(
         imgsz=case.spec.imgsz,
         overrides=case.run.project.tolerances,
         rounding=case.rounding(feeds, precision),
+        same_graph=same_graph,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from exporters.errors import BadRequest, NotSupported, ToolchainMissing
 from exporters.formats import Runtime
 from exporters.models.catalog import from_checkpoint, from_table, locate
 from exporters.models.spec import ModelSpec
-from exporters.spec import CALIBRATED, CALIBRATION, ExportSpec, Precision, parse_device, request, user_path
+from exporters.spec import CALIBRATED, CALIBRATION, ExportSpec, Precision, is_factory, parse_device, request, user_path
 from suites.support.config import Project
 
 
@@ -85,7 +86,9 @@ def _options(spec: ExportSpec) -> list[str]:
     words += ["opt"] if spec.optimize else []
     words += ["raw"] if not spec.simplify else []
     words += [f"op{spec.opset}"] if "opset" in spec.changed() else []
-    words += [f"cal-{Path(spec.data).stem}"] if spec.data else []
+    words += (
+        [f"cal-{spec.data.rpartition(':')[2] if is_factory(spec.data) else Path(spec.data).stem}"] if spec.data else []
+    )
     words += [spec.split] if spec.split != "val" else []
     words += [f"f{spec.fraction:g}"] if spec.fraction != 1.0 else []
     words += [f"ws{spec.workspace:g}"] if "workspace" in spec.changed() else []
@@ -217,7 +220,8 @@ def _own(project: Project, selection: Selection, chosen: Sequence[str], precisio
     """The project's matrix: [matrix] formats x precisions, and every [[matrix.also]]; options narrow or change it."""
     table = project.matrix
     names: list[str] = table.get("models", list(project.models))
-    stray = next((r["model"] for r in table.get("also", []) if "model" in r and r["model"] not in names), None)
+    also = [r for entry in table.get("also", []) for r in _spread(entry)]
+    stray = next((r["model"] for r in also if "model" in r and r["model"] not in names), None)
     if stray is not None:
         raise BadRequest(
             f"exportgate.toml [[matrix.also]]: model '{stray}' is not one of the matrix",
@@ -240,7 +244,7 @@ def _own(project: Project, selection: Selection, chosen: Sequence[str], precisio
             for f in table.get("formats", [])
             for p in table.get("precisions", ["fp32"])
         ]
-        rows += [dict(r) for r in table.get("also", []) if r.get("model", name) == name]
+        rows += [r for r in also if r.get("model", name) == name]
         for row in rows:
             options = {k: v for k, v in row.items() if k not in ("format", "precision", "model", "only")} | dict(
                 selection.options
@@ -256,6 +260,12 @@ def _own(project: Project, selection: Selection, chosen: Sequence[str], precisio
             cases += [replace(c, missing=missing or c.missing, only=only) for c in made]
     _check_groups(project, cases if not chosen and not precisions else [])
     return list({c.id: c for c in cases}.values()) if selection.options else cases
+
+
+def _spread(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every combination of a row that gives lists: precision = ["fp32", "fp16"], batch = [1, 8]."""
+    keys = [k for k in ("model", "format", "precision", "batch") if isinstance(row.get(k), list)]
+    return [{**row, **dict(zip(keys, values, strict=True))} for values in product(*(row[k] for k in keys))]
 
 
 def _check_groups(project: Project, cases: Sequence[Case]) -> None:
