@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from exporters.errors import BadRequest
+
 if TYPE_CHECKING:  # importing numpy takes longer than starting a worker, so what only passes arrays on does not
     import numpy.typing as npt
 
@@ -20,12 +22,18 @@ def save(arrays: Feeds, folder: Path) -> dict[str, str]:
     """Writes each array as folder/N.npy (the name may not be a legal file name) and returns name -> path."""
     import numpy as np
 
-    folder.mkdir(parents=True, exist_ok=True)
     paths: dict[str, str] = {}
-    for number, (name, array) in enumerate(arrays.items()):
-        path = folder / f"{number}.npy"
-        np.save(path, array, allow_pickle=False)
-        paths[name] = str(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, (name, array) in enumerate(arrays.items()):
+            path = folder / f"{number}.npy"
+            np.save(path, array, allow_pickle=False)
+            paths[name] = str(path)
+    except OSError as error:
+        raise BadRequest(
+            f"arrays cannot be written to {folder} ({error.strerror or error})",
+            "make room there, or set TMPDIR to another folder",
+        ) from None
     return paths
 
 

@@ -190,6 +190,12 @@ def read_manifest(root: Path) -> Artifact:
         ) from None
     if not found.files:
         raise ArtifactError(f"artifact {root}: its manifest names no file", "delete the folder and export again")
+    for name in (found.primary, *(f.path for f in found.files)):
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise ArtifactError(
+                f"artifact {root}: its manifest names '{name}', which lies outside",
+                "delete the folder and export again",
+            )
     return found
 
 

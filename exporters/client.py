@@ -42,7 +42,10 @@ sys.exit(main())"""
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds a call may take, by operation, and GiB of resident memory a worker may hold (sampled)."""
+    """Seconds a call may take, by operation, and GiB of resident memory a worker may hold (sampled).
+
+    `run` is of one inference; what runs the reference again and again (`excite`) has the time of an export.
+    """
 
     export: float = 900.0
     open: float = 180.0
@@ -50,8 +53,12 @@ class Limits:
     measure: float = 180.0
     memory: float = 16.0
 
+    def key(self, operation: str) -> str:
+        """Which limit holds for an operation."""
+        return {"excite": "export", "open": "open", "measure": "measure", "export": "export"}.get(operation, "run")
+
     def seconds(self, operation: str) -> float:
-        return {"export": self.export, "open": self.open, "measure": self.measure}.get(operation, self.run)
+        return float(getattr(self, self.key(operation)))
 
 
 class Caller(ABC):
@@ -112,6 +119,7 @@ class Worker(Caller):
             )
         self.answers: queue.Queue[str] = queue.Queue()
         self.count = 0
+        self.turn = threading.Lock()  # a worker does one thing at a time: calls of several threads take turns
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
@@ -127,14 +135,19 @@ class Worker(Caller):
         return self.process.poll() is None
 
     def call(self, operation: str, **arguments: Any) -> Json:
-        self.count += 1
-        try:
-            assert self.process.stdin
-            self.process.stdin.write(json.dumps({"op": operation, "id": self.count, **arguments}) + "\n")
-            self.process.stdin.flush()
-        except (BrokenPipeError, OSError, ValueError):
-            raise self._crashed(operation) from None
-        return self._wait(operation, self.limits.seconds(operation))
+        with self.turn:
+            self.count += 1
+            try:
+                assert self.process.stdin
+                self.process.stdin.write(json.dumps({"op": operation, "id": self.count, **arguments}) + "\n")
+                self.process.stdin.flush()
+            except (BrokenPipeError, OSError, ValueError):
+                raise self._crashed(operation) from None
+            try:
+                return self._wait(operation, self.limits.seconds(operation))
+            except KeyboardInterrupt:  # it would go on with this call, and who closes its sessions would wait for it
+                self.close()
+                raise
 
     def _wait(self, operation: str, seconds: float) -> Json:
         deadline = time.monotonic() + seconds
@@ -162,7 +175,8 @@ class Worker(Caller):
                 self.close()
                 raise WorkerTimeout(
                     f"worker {self.name}: {operation} took longer than {seconds:g} s and was stopped",
-                    f"its log is {self.log}; raise the limit in [limits] of exportgate.toml if that is too short",
+                    f"its log is {self.log}; raise {self.limits.key(operation)} in [limits] of exportgate.toml if that "
+                    "is too short",
                 )
 
     def _check_memory(self, operation: str) -> None:

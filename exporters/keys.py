@@ -16,7 +16,7 @@ from typing import Any, cast
 from exporters.artifact import digest
 from exporters.errors import BadRequest, CheckpointError
 from exporters.models.spec import ModelSpec
-from exporters.spec import ExportSpec
+from exporters.spec import ExportSpec, is_factory
 
 PACKAGE = Path(__file__).parent
 
@@ -26,8 +26,8 @@ def export_key(
 ) -> str:
     """Digest of weights, factory source, exporters/ source, request, calibration set, parents and toolchain.
 
-    `further` is what else the format says that it depends on, as the GPU. `state` is the digest of the weights that a
-    user's factory made, which it may have read from a file that only it knows.
+    `further` is what else the format says that it depends on, as the GPU. `state` is the digest of what a user's
+    factories made, of the model and of calibration feeds, which they may have read from files that only they know.
     """
     described = spec.to_dict()
     described["model"]["weights"] = spec.model.weights.name if spec.model.weights else None
@@ -63,6 +63,8 @@ def weights_digest(model: ModelSpec) -> str | None:
 
 
 def _calibration_digest(spec: ExportSpec) -> str:
+    if is_factory(spec.data):
+        return factory_digest(ModelSpec("calibration", spec.data, search=spec.model.search))
     from exporters import calibration  # with numpy, which an FP32 export does not need here
 
     return calibration.digest_of(spec)

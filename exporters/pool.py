@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
@@ -30,7 +31,7 @@ from exporters.measure import MeasurementPlan, Samples
 from exporters.metadata import Metadata, normalize
 from exporters.models.spec import ModelSpec
 from exporters.session import Execution, Layer
-from exporters.spec import ExportSpec
+from exporters.spec import ExportSpec, is_factory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,6 @@ class RemoteSession:
         self.inputs = tuple(TensorInfo(i["name"], tuple(i["shape"]), i["dtype"]) for i in opened["inputs"])
         self.outputs = tuple(TensorInfo(o["name"], tuple(o["shape"]), o["dtype"]) for o in opened["outputs"])
         self.stride: int = opened["stride"]
-        self.load_seconds: float = opened["seconds"]
         self.calls = 0
 
     def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:
@@ -78,10 +78,18 @@ class RemoteSession:
         self.calls += 1
         return self.folder / f"{self.calls}"
 
-    def run(self, feeds: Feeds) -> dict[str, Array]:
-        """Outputs by name. They are memory-mapped files of the run's folder, gone when the session is closed."""
+    def _arrays(self, operation: str, feeds: Feeds, **arguments: Any) -> dict[str, Array]:
+        """Arrays by name that an operation makes of feeds: mapped files, without a name once they are mapped."""
         place = self._place()
-        return load(self._call("run", feeds=save(feeds, place / "in"), folder=str(place / "out")))
+        try:
+            return load(self._call(operation, feeds=save(feeds, place / "in"), folder=str(place / "out"), **arguments))
+        finally:
+            if os.name != "nt":  # a mapped file that has no name lives as long as the array
+                shutil.rmtree(place, ignore_errors=True)
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """Outputs by name, as read-only arrays."""
+        return self._arrays("run", feeds)
 
     def measure(self, feeds: Sequence[Feeds], plan: MeasurementPlan) -> Samples:
         """Raw samples of one process."""
@@ -108,27 +116,15 @@ class RemoteSession:
 
     def run_damaged(self, feeds: Feeds, damage: Mapping[str, Any]) -> dict[str, Array]:
         """Outputs of the reference with known damage (sessions of the pytorch format only)."""
-        place = self._place()
-        return load(
-            self._call("damaged", feeds=save(feeds, place / "in"), folder=str(place / "out"), damage=dict(damage))
-        )
+        return self._arrays("damaged", feeds, damage=dict(damage))
 
     def run_rounded(self, feeds: Feeds, bits: int, seed: int) -> dict[str, Array]:
         """Outputs of the reference in rounded arithmetic (sessions of the pytorch format only)."""
-        place = self._place()
-        return load(
-            self._call("rounded", feeds=save(feeds, place / "in"), folder=str(place / "out"), bits=bits, seed=seed)
-        )
+        return self._arrays("rounded", feeds, bits=bits, seed=seed)
 
     def excite(self, feeds: Feeds, steps: int, floor: float) -> dict[str, Array]:
         """Feeds changed until the model responds to them (sessions of the pytorch format only)."""
-        import numpy as np
-
-        place = self._place()
-        made = load(
-            self._call("excite", feeds=save(feeds, place / "in"), folder=str(place / "out"), steps=steps, floor=floor)
-        )
-        return {k: np.array(v) for k, v in made.items()}
+        return self._arrays("excite", feeds, steps=steps, floor=floor)
 
     def close(self) -> None:
         if self.caller.alive:
@@ -207,6 +203,7 @@ class Pool:
                 raise ParentFailed(
                     f"parent {parent.format} {parent.precision.value} failed: {error.what}", error.fix
                 ) from error
+        before = _stamp(spec.model)
         if spec.model.weights is not None and str(spec.model.weights) not in self.weights:
             self.weights[str(spec.model.weights)] = weights_digest(spec.model) or ""
         environment = toolchain.resolve(entry.chain(spec.device))
@@ -225,26 +222,34 @@ class Pool:
             except ArtifactError:
                 with cache.writing():
                     discard(final, cache.scratch())
-        return self._make(spec, key, parents, environment, final)
+        return self._make(spec, key, parents, environment, final, before)
 
     def _state(self, spec: ExportSpec) -> str:
-        """Digest of the weights that a user's factory makes, computed once a run; "" where a file has the weights.
+        """Digest of what a user's factories make, the model and calibration feeds; "" for our own models on images.
 
-        A factory may read files that no key knows of: weights that changed there must not be taken from the cache.
+        A factory may read files that no key knows of: what changed there must not be taken from the cache. Each is
+        called once a run.
         """
-        if spec.model.weights is not None or not _source(spec):
-            return ""
-        model = repr(spec.model)
-        if model not in self.states:
-            self.progress(f"building {spec.model.name}")
-            pytorch = formats.get("pytorch")
-            step = pytorch.steps(spec)[0]
-            worker = self.worker(pytorch.toolchain, pytorch.id, step.role, step.imports, _source(spec))
-            self.states[model] = worker.call("state", spec=spec.to_dict())["digest"]
-        return self.states[model]
+        wanted: list[tuple[str, str]] = [("state", repr(spec.model))] if _source(spec) else []
+        if spec.data and is_factory(spec.data):
+            wanted.append(("samples", repr((spec.model, spec.data, spec.imgsz))))
+        for operation, made in wanted:
+            if made not in self.states:
+                self.progress(f"building {spec.model.name if operation == 'state' else spec.data}")
+                pytorch = formats.get("pytorch")
+                step = pytorch.steps(spec)[0]
+                worker = self.worker(pytorch.toolchain, pytorch.id, step.role, step.imports, _source(spec))
+                self.states[made] = worker.call(operation, spec=spec.to_dict())["digest"]
+        return " ".join(self.states[made] for _, made in wanted)
 
     def _make(
-        self, spec: ExportSpec, key: str, parents: Sequence[Artifact], environment: toolchain.Environment, final: Path
+        self,
+        spec: ExportSpec,
+        key: str,
+        parents: Sequence[Artifact],
+        environment: toolchain.Environment,
+        final: Path,
+        before: Any,
     ) -> Artifact:
         entry = formats.get(spec.format)
         self.progress(f"exporting {spec.model.name} to {entry.title} {spec.precision.value}")
@@ -264,6 +269,8 @@ class Pool:
                     parents=[p.to_dict() for p in parents],
                 )
                 seconds, notes = seconds + done["seconds"], (*notes, *done["notes"])
+            if _stamp(spec.model) != before:  # the key may be of other weights than those that the worker read
+                raise ExportError(f"weights '{spec.model.weights}' changed while they were exported", "export again")
             with cache.writing():
                 files = list_files(folder)
             if not any(f.path == done["primary"] or f.path.startswith(done["primary"] + "/") for f in files):
@@ -368,6 +375,16 @@ class Pool:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _stamp(model: ModelSpec) -> Any:
+    """What changes when a weights file is replaced or written to; it costs no second digest."""
+    if model.weights is None:
+        return None
+    with suppress(OSError):
+        state = model.weights.stat()
+        return state.st_ino, state.st_size, state.st_mtime_ns
+    return "gone"
 
 
 def _source(spec: ExportSpec) -> str:

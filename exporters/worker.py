@@ -49,6 +49,7 @@ class Server:
             operation = {
                 "export": self.export,
                 "state": self.state,
+                "samples": self.samples,
                 "open": self.open,
                 "run": self.run,
                 "measure": self.measure,
@@ -98,10 +99,16 @@ class Server:
         }
 
     def state(self, call: Json) -> Json:
-        """Digest of the weights that a factory makes."""
+        """Digest of the module that a factory makes."""
         from exporters.models.build import state_digest
 
         return {"digest": state_digest(ExportSpec.from_dict(call["spec"]).model)}
+
+    def samples(self, call: Json) -> Json:
+        """Digest of the first feeds that a calibration set's factory yields."""
+        from exporters.calibration import first_digest
+
+        return {"digest": first_digest(ExportSpec.from_dict(call["spec"]))}
 
     def open(self, call: Json) -> Json:
         spec = ExportSpec.from_dict(call["spec"])

@@ -272,6 +272,7 @@ def _formats(options: argparse.Namespace, further: list[str]) -> int:
         print(json.dumps([r.to_dict() for r in rows], indent=1))
         return 0
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(
@@ -279,7 +280,11 @@ def _formats(options: argparse.Namespace, further: list[str]) -> int:
     )
     for row in rows:
         table.add_row(
-            row.format, row.precision, row.runtime, row.device, row.state + (f": {row.because}" if row.because else "")
+            row.format,
+            row.precision,
+            row.runtime,
+            row.device,
+            escape(row.state + (f": {row.because}" if row.because else "")),  # exportgate[onnx] is no markup
         )
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     print(
@@ -297,7 +302,8 @@ def _baseline(options: argparse.Namespace, further: list[str]) -> int:
         return _show_baselines(project.baselines)
     import reports
     from exporters.tensorrt import timing
-    from suites.support.baseline import accept
+    from reports.events import FAILING
+    from suites.support.baseline import accept, check
 
     run = reports.read_record(Path(options.run))
     claims = [
@@ -309,6 +315,14 @@ def _baseline(options: argparse.Namespace, further: list[str]) -> int:
             f"run {options.run} measured " + (f"no case '{absent}'" if absent else "nothing"),
             "give a run whose latency claims were judged",
         )
+    wrong = {c.case: c for c in run.claims if c.verdict in FAILING and c.measurement is None}
+    for case, measurement in claims:  # all of them before any is written
+        check(case, measurement, options.reason)
+        if case in wrong:
+            raise BadRequest(
+                f"case {case} failed {wrong[case].claim} in this run: how fast it is says nothing",
+                "accept the other cases with --case, or mend this one",
+            )
     gpus: dict[Path, str] = {}
     for case, measurement in claims:
         machine = str(measurement.conditions.get("machine", run.machine))

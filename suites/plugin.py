@@ -24,7 +24,7 @@ from suites.support import record as records
 from suites.support.bench import Bench, Run
 from suites.support.cases import Case, matrix
 from suites.support.config import Project, Waiver, find_project
-from suites.support.release import check_release, check_waivers, must_pass_of
+from suites.support.release import check_complete, check_release, check_waivers, must_pass_of
 from suites.support.verdict import Judged, Verdict, one_line, verdict_of
 
 MARKERS = {
@@ -66,6 +66,7 @@ class State:
         self.run: Run | None = None
         self.record: records.Record | None = None
         self.verdicts: Counter[Verdict] = Counter()
+        self.missing = Counter[str]()  # why claims were skipped, for a run that judged nothing
         self.selftest = Counter[str]()
         self.started = time.monotonic()
         self.claims: set[tuple[str, str]] = set()
@@ -304,6 +305,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     state = _active.get("state")
     if state is not None and state.claims and not session.config.option.collectonly:
         try:
+            if state.release:
+                check_complete(state.cases, {(c.id, _claim_of(i)) for i in session.items if (c := _case_of(i))})
             _open_record(state)
         except ExportgateError as error:
             raise pytest.UsageError(str(error)) from None
@@ -330,6 +333,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     except ExportgateError as error:  # a disk that is full by now
         pytest.exit(f"exportgate: error: {error}", pytest.ExitCode.USAGE_ERROR)
     state.verdicts[Verdict(data["claim"]["verdict"])] += 1
+    if data["claim"]["verdict"] == Verdict.SKIPPED:
+        state.missing[data["claim"]["because"]] += 1
 
 
 _active: dict[str, State] = {}  # pytest_runtest_logreport is not given the config
@@ -360,6 +365,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
             f"nothing was judged: {state.project.folder / 'exportgate.toml'} has no models with formats; "
             "see README, 'A project of your own', or give a MODEL"
         ]
+    reasons = [] if judged else [f"skipped {n} claims: {why}" for why, n in state.missing.most_common(5)]
     if state.record is not None:
         if state.release and int(session.exitstatus) == pytest.ExitCode.OK and _summary(state).unmet:
             # A must-pass claim that lacks PASS or WAIVED fails the release, though pytest calls it skipped.
@@ -371,7 +377,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
                 seconds=round(time.monotonic() - state.started, 1),
                 selftest={"passed": passed, "failed": state.selftest["failed"]},
             )
-            state.lines = _report(state, bool(session.config.getoption("json")))
+            state.lines = [*reasons, *_report(state, bool(session.config.getoption("json")))]
         except ExportgateError as error:
             state.lines = [f"the report could not be written: {error}"]
             if int(session.exitstatus) == pytest.ExitCode.OK:  # nobody can sign what was not written

@@ -16,6 +16,7 @@ from exporters.session import Array
 from exporters.spec import ExportSpec, is_factory
 
 SMALL = 300  # below, a warning: NVIDIA's guides recommend 500 images for calibration
+FIRST = 4  # feeds of a factory that are part of an artifact's key, beside the factory's source
 CALIBRATION_BATCH = 8  # images a calibration batch where the artifact's batch is 1
 
 
@@ -37,7 +38,13 @@ def check(spec: ExportSpec) -> None:
         if find_source(module, spec.model.search) is None:
             raise BadRequest(f"data '{spec.data}': module '{module}' is not found", "give an importable module:factory")
         return
-    images_of(spec)
+    found = images_of(spec)
+    fixed = not spec.dynamic and spec.format == "onnx"
+    if fixed and len(found) < spec.batch:
+        raise BadRequest(
+            f"data '{spec.data}' has {len(found)} images, and a calibration batch of this fixed graph has {spec.batch}",
+            "give as many images, or a smaller --batch",
+        )
     if len(spec.model.inputs) > 1 or not spec.model.has_images:
         wanted = ", ".join(f"{i.name} {list(i.shape)}" for i in spec.model.inputs)
         raise BadRequest(
@@ -58,15 +65,19 @@ def images_of(spec: ExportSpec) -> list[Path]:
 
 
 def digest_of(spec: ExportSpec) -> str:
-    """Digest of the calibration set: of every image's bytes in order, or of the factory's source."""
-    if is_factory(spec.data):
-        from exporters.keys import factory_digest
-        from exporters.models.spec import ModelSpec
-
-        return factory_digest(ModelSpec("calibration", spec.data, search=spec.model.search))
+    """Digest of the calibration set: of every image's bytes in order; of a factory see `first_digest`."""
     total = hashlib.sha256()
     for path in images_of(spec):
         total.update(digest(path).encode())
+    return total.hexdigest()
+
+
+def first_digest(spec: ExportSpec) -> str:
+    """Digest of the first FIRST feeds that a factory yields: it may read files that no key knows of."""
+    total = hashlib.sha256()
+    for feeds, _ in zip(samples(spec), range(FIRST), strict=False):
+        for name, array in sorted(feeds.items()):
+            total.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
     return total.hexdigest()
 
 

@@ -149,9 +149,10 @@ def for_export(module: nn.Module, dynamic: bool) -> nn.Module:
 
 
 def state_digest(model: ModelSpec) -> str:
-    """SHA-256 of the names, types and bytes of everything in the module's state."""
-    total = hashlib.sha256()
-    for name, value in build(model).state_dict().items():
+    """SHA-256 of a module: its printed form, where activations and settings stand, and all of its state."""
+    module = build(model)
+    total = hashlib.sha256(repr(module).encode())
+    for name, value in module.state_dict().items():
         total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()

@@ -14,7 +14,7 @@ from exporters.artifact import digest
 from exporters.cache import writing
 from exporters.errors import BadRequest, ExportError, ExportgateError, first_line
 from exporters.session import Array
-from exporters.spec import ExportSpec
+from exporters.spec import ExportSpec, is_factory
 from exporters.tensorrt.library import Library
 from exporters.tensorrt.timing import slug
 from exporters.toolchain import cache_root
@@ -43,7 +43,7 @@ def kept_path(found: Library, spec: ExportSpec, onnx: Path, gpu: Mapping[str, st
     preprocess = spec.model.preprocess
     facts = {
         "onnx": digest(onnx),
-        "images": calibration.digest_of(spec),
+        "images": calibration.first_digest(spec) if is_factory(spec.data) else calibration.digest_of(spec),
         "algorithm": spec.trt_quant_algo,
         "batch": calibration.calibration_batch(spec.batch),
         "preprocessing": [preprocess.resize, preprocess.pad, list(preprocess.mean), list(preprocess.std)],

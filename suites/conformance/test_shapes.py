@@ -69,6 +69,10 @@ def test_outputs_are_finite(case: Bench) -> None:
     for feeds in case.feeds():
         expected = case.expected(feeds)
         for name, got in case.outputs(feeds).items():
+            want = expected.get(name)
+            assert want is None or got.shape == want.shape, (
+                f"output {name} has shape {list(got.shape)}, expected {list(want.shape) if want is not None else ''}"
+            )
             wrong = ~np.isfinite(got) & np.isfinite(expected.get(name, np.zeros(())))
             assert not wrong.any(), (
                 f"output {name} holds {int(wrong.sum())} NaN or infinite values of {got.size} (feeds {feeds.name})"

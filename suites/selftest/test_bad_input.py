@@ -360,3 +360,36 @@ def test_the_real_checkpoint_is_read_without_its_package(trained: Path) -> None:
     checkpoint = read_checkpoint(trained)
     assert checkpoint.task == "detect"
     assert dict(checkpoint.names or {}) == {0: "Animal", 1: "Car", 2: "Person", 3: "Rock", 4: "Trash", 5: "Tree"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--", "-k", "outputs"],
+        ["--", "--ignore-glob=*performance*"],
+        ["--", "-o", "python_files=test_m*.py"],
+        ["--claim", "test_outputs_match_reference"],
+    ],
+)
+def test_a_release_that_leaves_claims_out_is_refused(trained: Path, words: list[str], tmp_path: Path) -> None:
+    given = ["qualify", str(trained), "--format", "onnx", "--imgsz", "64", "--release"]
+    done = run([*given, *words], tmp_path)
+    assert done.returncode == 4, done.stdout[-500:]
+    assert "a release run" in done.stdout + done.stderr
+
+
+def test_int8_with_fewer_images_than_a_batch_is_refused(trained: Path, tmp_path: Path) -> None:
+    from suites.reference.photographs import folder
+
+    given = ["export", str(trained), "--format", "onnx", "--int8", "--batch", "4", "--data", str(folder())]
+    assert_refused(run(given, tmp_path), "2 images", "batch", "4")
+
+
+def test_the_extra_that_brings_a_package_is_named(tmp_path: Path) -> None:
+    assert "exportgate[tensorrt]" in run(["formats"], tmp_path).stdout
+
+
+def test_a_run_that_judged_nothing_says_why(trained: Path, tmp_path: Path) -> None:
+    done = run(["qualify", str(trained), "--format", "engine", "--precision", "fp16", "--device", "0"], tmp_path)
+    assert done.returncode == 5, done.stdout[-500:]
+    assert "no NVIDIA GPU" in done.stdout

@@ -233,3 +233,38 @@ def test_a_model_that_ignores_its_weights_proves_nothing() -> None:
     power = prove(fires, lambda layer, size: fires, ["a", "b", "c"], DETECTOR, Precision.FP32, (640, 640))
     assert not power.sensitive
     assert "does not notice noise" in power.statement
+
+
+def test_a_model_without_weights_to_damage_proves_nothing() -> None:
+    """No damage was tried, so none was missed: that is no proof."""
+    reference = {"y": np.ones((1, 4))}
+    power = prove(reference, lambda layer, size: reference, [], VALUES, Precision.FP32, (0, 0))
+    assert not power.sensitive and "no layer with weights" in power.statement
+
+
+def test_an_output_that_no_damage_reaches_proves_nothing() -> None:
+    """One output notices every damage, the other one is zero whatever the weights are."""
+    model = ModelSpec("two", "", outputs=(OutputSpec("y"), OutputSpec("dead")))
+    reference = {"y": np.arange(4.0).reshape(1, 4), "dead": np.zeros((1, 4))}
+
+    def damaged(layer: str, size: float) -> dict[str, np.ndarray]:
+        return {**reference, "y": reference["y"] * (1 + size)}
+
+    power = prove(reference, damaged, ["a", "b", "c"], model, Precision.FP32, (0, 0))
+    assert not power.sensitive and "of dead" in power.statement
+    alone = ModelSpec("one", "", outputs=(OutputSpec("y"),))
+    assert prove(reference, damaged, ["a", "b", "c"], alone, Precision.FP32, (0, 0)).sensitive
+
+
+def test_an_override_looks_at_the_anchors_that_the_default_looks_at() -> None:
+    """FP32 compares boxes of every anchor; a stricter limit of the user's does not look away from some."""
+    expected = np.zeros((1, 7, 2))
+    expected[0, 4, 0] = 0.9
+    observed = expected.copy()
+    observed[0, 0, 1] = 300.0  # the box of an anchor that does not fire
+    strict = {"precision": "fp32", "group": "box", "measure": "max_abs", "allowed": 0.001, "reason": "r"}
+    for overrides in ((), (strict,)):
+        rows = compare(
+            {"output0": expected}, {"output0": observed}, DETECTOR, Precision.FP32, imgsz=(64, 64), overrides=overrides
+        )
+        assert not all(r.passed for r in rows if r.group == "boxes")

@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,9 +25,10 @@ import suites
 from exporters import formats
 from exporters.artifact import MANIFEST, Artifact, read_manifest
 from exporters.client import Limits, Worker
-from exporters.errors import UnsafeFile
+from exporters.errors import ArtifactError, ExportError, UnsafeFile
 from exporters.keys import factory_digest
-from exporters.models.spec import ModelSpec
+from exporters.models.catalog import from_checkpoint
+from exporters.models.spec import ModelSpec, OutputSpec
 from exporters.pool import Pool
 from exporters.spec import request
 from suites.conformance import test_export as export
@@ -371,6 +373,13 @@ def test_what_changes_the_artifact_misses_the_cache_and_nothing_else_does(cached
     assert pool.workers == started
     with Pool() as another:
         assert made(another, model) == (first, False)
+        # What a user's factory makes is part of the key, so that it is called; nothing is exported.
+        assert list(another.workers) == [("pytorch", "pytorch", "export")], "a hit exported"
+    with Pool() as another:
+        own = ModelSpec("ours", "exporters.models.yolov8:build", {"scale": "n", "nc": 2}, imgsz=(32, 32), stride=32)
+        spec = request(own, "torchscript")
+        kept = pool.export(spec)
+        assert another.export(spec).key == kept.key
         assert not another.workers, "a hit started a worker"
 
     other, fresh = made(pool, model, batch=2)
@@ -492,3 +501,69 @@ def test_an_export_that_changes_the_weights_is_caught(cached: tuple[Pool, ModelS
     )
     assert seen is Verdict.FAIL
     assert "weights.safetensors changed while it was exported" in because
+
+
+# ---- what the cache may not hide -----------------------------------------------------------------------------------
+
+
+def test_what_a_factory_reads_is_in_the_key(tmp_path: Path) -> None:
+    """An activation stands in no tensor, and a calibration set's numbers in no source."""
+    (tmp_path / "reads.py").write_text(
+        "import json\nimport pathlib\n\nimport numpy as np\nimport torch\n\n"
+        'SETTINGS = pathlib.Path(__file__).with_name("settings.json")\n\n\n'
+        "def make():\n    kind = json.loads(SETTINGS.read_text())['act']\n"
+        "    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), getattr(torch.nn, kind)())\n\n\n"
+        "def feeds(spec):\n    size = json.loads(SETTINGS.read_text())['size']\n"
+        "    for _ in range(4):\n        yield {'images': np.full((1, 3, 8, 8), size, np.float32)}\n"
+    )
+    model = ModelSpec("reads", "reads:make", search=(tmp_path,), outputs=(OutputSpec("y"),), imgsz=(8, 8))
+    keys: list[str] = []
+    for act, size in (("ReLU", 1.0), ("ReLU", 1.0), ("SiLU", 1.0), ("SiLU", 100.0)):
+        (tmp_path / "settings.json").write_text(json.dumps({"act": act, "size": size}))
+        with Pool() as pool:
+            keys.append(pool.export(request(model, "onnx", int8=True, data="reads:feeds")).key)
+    assert keys[0] == keys[1] and len(set(keys)) == 3
+
+
+def test_weights_that_change_while_they_are_exported_are_not_kept(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key is of the old file, the artifact of the new one: nothing of it may reach the cache."""
+    monkeypatch.setenv("EXPORTGATE_CACHE", str(tmp_path / "cache"))
+    weights = Path(shutil.copy(trained, tmp_path / "best.pt"))
+    spec = request(from_checkpoint(weights), "pytorch")
+    with Pool() as pool:
+        own = pool._make
+
+        def swapped(*given: object) -> Artifact:
+            weights.write_bytes(trained.read_bytes())
+            return own(*given)  # pyright: ignore[reportArgumentType]
+
+        monkeypatch.setattr(pool, "_make", swapped)
+        with pytest.raises(ExportError, match="changed while they were exported"):
+            pool.export(spec)
+    assert not list((tmp_path / "cache" / "artifacts").glob("*"))
+
+
+def test_a_manifest_names_nothing_outside_its_folder(cached: tuple[Pool, ModelSpec]) -> None:
+    pool, model = cached
+    artifact = pool.export(request(model, "pytorch"))
+    manifest = artifact.root / MANIFEST
+    values = json.loads(manifest.read_text(encoding="utf-8"))
+    for name in ("../secret", "/etc/hostname"):
+        manifest.write_text(json.dumps({**values, "primary": name}), encoding="utf-8")
+        with pytest.raises(ArtifactError, match="lies outside"):
+            read_manifest(artifact.root)
+
+
+def test_threads_take_turns_and_arrays_leave_no_files(cached: tuple[Pool, ModelSpec]) -> None:
+    pool, model = cached
+    spec = request(model, "pytorch")
+    session = pool.open(pool.export(spec), spec, "eager", "cpu")
+    feeds = [{"images": np.full((1, 3, 32, 32), n, np.float32)} for n in range(6)]
+    alone = [np.array(next(iter(session.run(f).values()))) for f in feeds]
+    with ThreadPoolExecutor(6) as threads:
+        found = [next(iter(f.values())) for f in threads.map(session.run, feeds)]
+    assert all(np.array_equal(a, b) for a, b in zip(alone, found, strict=True))
+    assert not [p for p in session.folder.rglob("*") if p.is_file()]
+    session.close()

@@ -70,14 +70,11 @@ def read_baseline(path: Path) -> Baseline | None:
         ) from None
 
 
-def accept(
-    folder: Path, machine: str, case: str, measurement: Measurement, reason: str
-) -> tuple[Path, float | None, float]:
-    """Writes a measurement of a run record as the baseline of its case; returns (path, p50 before, p50 now).
+def check(case: str, measurement: Measurement, reason: str) -> None:
+    """Whether a measurement may become a baseline.
 
     Raises:
-        BadRequest: no reason, a folder that cannot be written, or the measurement does not stand (throttled, or too
-            noisy to detect anything).
+        BadRequest: no reason, or the measurement does not stand (throttled, or too noisy to detect anything).
     """
     if not reason.strip():
         raise BadRequest("a baseline is accepted without a reason", "say why with --reason")
@@ -95,6 +92,18 @@ def accept(
             f"case {case}: its processes differ by {cv * 100:.0f} % (coefficient of variation)",
             "measure again on a quiet machine (limit: 15 %)",
         )
+
+
+def accept(
+    folder: Path, machine: str, case: str, measurement: Measurement, reason: str
+) -> tuple[Path, float | None, float]:
+    """Writes a measurement of a run record as the baseline of its case; returns (path, p50 before, p50 now).
+
+    Raises:
+        BadRequest: see `check`; or a folder that cannot be written.
+    """
+    check(case, measurement, reason)
+    medians = [float(np.median(p)) for p in measurement.processes]
     path = baseline_path(folder, machine, case)
     before = read_baseline(path)
     data = {

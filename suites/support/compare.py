@@ -160,13 +160,24 @@ DEFAULTS: Mapping[tuple[Precision, str], tuple[Tolerance, ...]] = {
 def tolerances(
     precision: Precision, group: ChannelGroup, overrides: Sequence[Mapping[str, Any]] = ()
 ) -> tuple[Tolerance, ...]:
-    """The limits of a channel group; an override of exportgate.toml replaces those of its group and precision."""
+    """The limits of a channel group; an override of exportgate.toml replaces those of its group and precision.
+
+    Where the default looks at every anchor, those that do not fire included, the override does.
+    """
+    defaults = DEFAULTS.get((precision, group.kind), DEFAULTS[(Precision.FP16, group.kind)])
+    everywhere = any(d.everywhere for d in defaults)
     chosen = tuple(
-        Tolerance(str(o["measure"]), float(o["allowed"]), str(o["reason"]), bool(o.get("relative", False)))
+        Tolerance(
+            str(o["measure"]),
+            float(o["allowed"]),
+            str(o["reason"]),
+            bool(o.get("relative", False)),
+            everywhere=everywhere,
+        )
         for o in overrides
         if o.get("precision") == precision.value and o.get("group") in (group.name, group.kind)
     )
-    return chosen or DEFAULTS.get((precision, group.kind), DEFAULTS[(Precision.FP16, group.kind)])
+    return chosen or defaults
 
 
 def compare(
@@ -189,7 +200,7 @@ def compare(
 
     8-bit detectors are judged by their detections, and element by element only where both sides ran the `same_graph`:
     then they differ by values that lie at the edge of a step and were rounded to the other side, which is less than the
-    noise that the steps make.
+    noise that the steps make. (In FP16, too, both sides then round.)
 
     Box channels are compared on the anchors whose reference score is at least SCORE_FLOOR, in FP32 on all; where none
     fires, the former are left out (and the power check will say so).
@@ -229,7 +240,8 @@ def compare(
                     spread = spread[:, where] if want.ndim > 1 else spread
                     if group.kind == "box":
                         spread = np.sqrt(np.mean(spread**2, axis=1, keepdims=True))
-                    bound = np.maximum(bound, SIGMAS * spread)
+                    # Two sides that both round differ by the root of two times what one differs from exact arithmetic.
+                    bound = np.maximum(bound, SIGMAS * spread * (math.sqrt(2) if same_graph else 1.0))
                 rows.append(_row(a, b, mask, limit, bound, group, hop, feeds, spec.name))
     return rows
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import uuid
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from exporters import calibration, toolchain
-from exporters.artifact import digest
 from exporters.calibration.images import list_images, prepare_image, read_image
-from exporters.keys import sources_digest
 from exporters.models.spec import ModelSpec
 from exporters.pool import RemoteSession
 from exporters.session import Array
@@ -58,7 +58,7 @@ def make_feeds(spec: ExportSpec, reference: RemoteSession, batch: int, imgsz: tu
     )
     scored = any(g.kind == "score" for o in model.outputs for g in o.groups)
     if scored and not model.feeds:
-        excited = _excited(model, reference, images, entry.name, imgsz)
+        excited = _excited(reference, images, entry.name, imgsz)
         sets.insert(0, FeedSet("excited photographs", {entry.name: _rows(excited, batch, model.stride)}, True))
         if batch == 1 and len(excited) > 1:
             sets.insert(1, FeedSet("excited photograph 2", {entry.name: excited[1:2]}, True))
@@ -89,19 +89,22 @@ def _noise(model: ModelSpec, batch: int, imgsz: tuple[int, int], seed: int = 0) 
     return made
 
 
-def _excited(model: ModelSpec, reference: RemoteSession, images: Array, name: str, imgsz: tuple[int, int]) -> Array:
-    """The images after some steps towards higher scores of the reference; kept by the weights' digest and the shape."""
-    weights = digest(model.weights) if model.weights else model.factory + str(dict(model.arguments))
-    key = hashlib.sha256(f"{weights} {sources_digest()} {imgsz} {EXCITE_STEPS}".encode() + images.tobytes()).hexdigest()
-    path = toolchain.cache_root() / "feeds" / f"{key[:32]}.npy"
+def _excited(reference: RemoteSession, images: Array, name: str, imgsz: tuple[int, int]) -> Array:
+    """The images after some steps towards higher scores of the reference; kept by what the reference was made of.
+
+    They are kept in a zip file, whose checksum tells when it is damaged.
+    """
+    key = hashlib.sha256(f"{reference.artifact.key} {imgsz} {EXCITE_STEPS}".encode() + images.tobytes()).hexdigest()
+    path = toolchain.cache_root() / "feeds" / f"{key[:32]}.npz"
     if path.is_file():
         try:
-            return np.load(path, allow_pickle=False)
-        except (ValueError, OSError, EOFError):
+            with np.load(path, allow_pickle=False) as kept:
+                return kept["images"]
+        except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
             path.unlink(missing_ok=True)
-    made = reference.excite({name: images}, EXCITE_STEPS, SCORE_FLOOR)[name]
+    made = np.array(reference.excite({name: images}, EXCITE_STEPS, SCORE_FLOOR)[name])
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.npy")
-    np.save(temporary, made, allow_pickle=False)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.npz")
+    np.savez(temporary, images=made)
     temporary.replace(path)
     return made

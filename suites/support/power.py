@@ -11,7 +11,7 @@ import numpy as np
 from exporters.models.spec import ModelSpec
 from exporters.session import Array
 from exporters.spec import Precision
-from suites.support.compare import SCORE_FLOOR, Rounding, compare
+from suites.support.compare import SCORE_FLOOR, Comparison, Rounding, compare
 from suites.support.detections import detector_output, match
 
 # Largest damage, as a share of the layer's standard deviation, that a comparison of this precision may miss.
@@ -72,12 +72,17 @@ def prove(
     """
     cap = CAPS[precision]
 
+    def rows_of(outputs: Outputs) -> list[Comparison]:
+        return compare(reference, outputs, model, precision, imgsz=imgsz, overrides=overrides, rounding=rounding)
+
+    seen: set[tuple[str, str]] = set()  # (output, group) in which damage was noticed
+
     def rejected(outputs: Outputs) -> str:
         """What rejects these outputs, or ""."""
-        rows = compare(reference, outputs, model, precision, imgsz=imgsz, overrides=overrides, rounding=rounding)
-        bad = next((r for r in rows if not r.passed), None)
+        bad = [r for r in rows_of(outputs) if not r.passed]
+        seen.update((r.output, r.group) for r in bad)
         if bad:
-            return f"{bad.group} {bad.measure} {bad.observed:.3g}, allowed {bad.allowed:.3g}"
+            return f"{bad[0].group} {bad[0].measure} {bad[0].observed:.3g}, allowed {bad[0].allowed:.3g}"
         spec = detector_output(model)
         if spec is not None:
             matching = match(np.asarray(reference[spec.name]), np.asarray(outputs[spec.name]), spec, precision)
@@ -95,9 +100,17 @@ def prove(
             if by or size == max(s for s in SIZES if s <= cap):
                 attempts.append(Attempt("noise", layer, size, cap, bool(by), by))
                 break
+    # What is compared has to be noticed in itself: an output that nothing reaches would pass whatever is in it.
+    deaf = {(r.output, r.group) for r in rows_of(reference)} - seen
+    for layer in layers if deaf else ():
+        rejected(damaged(layer, cap))
+        if not deaf - seen:
+            break
     for kind, outputs in _rearranged(reference, model):
         by = rejected(outputs)
         attempts.append(Attempt(kind, "", 1.0, 1.0, bool(by), by))
+    if not any(a.kind == "noise" for a in attempts):
+        return Power(False, "has no layer with weights to damage, so that it proves nothing", tuple(attempts))
     missed = [a for a in attempts if not a.rejected]
     if missed:
         worst = missed[0]
@@ -107,6 +120,9 @@ def prove(
             else worst.kind
         )
         return Power(False, f"does not notice {what}", tuple(attempts))
+    if deaf - seen:
+        output, group = min(deaf - seen)
+        return Power(False, f"does not notice any damage in {group} of {output}", tuple(attempts))
     size = max((a.size for a in attempts if a.kind == "noise"), default=0.0)
     others = ", ".join(a.kind for a in attempts if a.kind != "noise")
     return Power(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import os
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
 from exporters.errors import BadRequest
 from suites.support.cases import Case
 from suites.support.config import Project
+
+SUITES = Path(__file__).resolve().parent.parent
 
 
 def check_waivers(
@@ -75,6 +79,7 @@ def check_release(config: pytest.Config) -> None:
         ("--reruns", "reruns"),
         ("--claim", "claim"),
         ("--ignore", "ignore"),
+        ("--ignore-glob", "ignore_glob"),
         ("--sw", "stepwise"),
     )
     for name, option in refused:
@@ -84,3 +89,36 @@ def check_release(config: pytest.Config) -> None:
         raise BadRequest(f"a release run was given PYTEST_ADDOPTS ({os.environ['PYTEST_ADDOPTS']})", "unset it")
     if any("::" in str(a) for a in config.args):
         raise BadRequest("a release run was given single tests", "name no test")
+
+
+CLAIMS = ("conformance", "accuracy", "performance")  # folders of the claims
+
+
+def check_complete(cases: Sequence[Case], judged: set[tuple[str, str]]) -> None:
+    """Whatever it was that left them out: a release run judges every claim of every case.
+
+    Raises:
+        BadRequest: names what is missing.
+    """
+    names = [
+        name for folder in CLAIMS for path in sorted((SUITES / folder).glob("test_*.py")) for name in _claims(path)
+    ]
+    absent = [(case.id, name) for case in cases for name in names if (case.id, name) not in judged]
+    if absent:
+        case, name = absent[0]
+        raise BadRequest(
+            f"a release run leaves out {len(absent)} claims of {len(cases) * len(names)}, the first is {case}::{name}",
+            "name no files, and leave out whatever deselects tests",
+        )
+
+
+def _claims(path: Path) -> list[str]:
+    """Names of the claims in a file, which is read and not imported."""
+    found = ast.parse(path.read_text(encoding="utf-8")).body
+    return [
+        node.name
+        for node in found
+        if isinstance(node, ast.FunctionDef)
+        and node.name.startswith("test_")
+        and any(a.arg == "case" for a in node.args.args)
+    ]
