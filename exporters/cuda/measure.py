@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 from exporters.cuda.nvml import energy_mj, gpu_state
+from exporters.errors import FeedError
 from exporters.measure import MeasurementPlan, Samples, check_unchanged, peak_rss, until_settled
-from exporters.session import Feeds, OnDevice, Session
+from exporters.session import Array, Feeds, OnDevice, Session
 
 LOOK = 64  # inferences between two checks of the outputs: a look waits and copies, so the GPU idles meanwhile
 
@@ -74,6 +75,7 @@ def _beside(
     if graph:
         figures["compute without CUDA graph ms"] = _median(lambda n: slots[n % len(slots)].compute_ms(False), seconds)
         figures["enqueue of a CUDA graph ms"] = _median(lambda n: _enqueue(slots[n % len(slots)], True), seconds)
+    figures |= _at_another_size(session, feeds[0])
     batch = len(next(iter(feeds[0].values())))
     energy, begin, count = energy_mj(device), time.perf_counter(), 0
     while time.perf_counter() - begin < max(seconds, 0.3):  # NVML counts energy in steps of some 100 ms
@@ -87,6 +89,26 @@ def _beside(
     if energy is not None and after is not None:
         figures["energy per input mJ"] = (after - energy) / (count * batch)
     return {name: round(value, 5) for name, value in figures.items()}
+
+
+def _at_another_size(session: Session, feeds: Feeds) -> dict[str, float]:
+    """Wall time of the first and second inference of a smaller input, where the session takes one."""
+    smaller: dict[str, Array] = {}
+    for info in session.inputs:
+        array = feeds[info.name]
+        for axis, name in enumerate(info.shape):
+            if isinstance(name, str):
+                size = 1 if name == "batch" else max(array.shape[axis] // 2 // session.stride, 1) * session.stride
+                array = array.take(range(size), axis)
+        smaller[info.name] = array
+    if all(smaller[name].shape == feeds[name].shape for name in smaller):
+        return {}
+    try:
+        first, second = (_wall(lambda: session.run(smaller)) for _ in range(2))
+    except FeedError:  # a profile that does not reach so far down
+        return {}
+    session.run(feeds)
+    return {"first inference at another size ms": first, "second one ms": second}
 
 
 def _median(once: Callable[[int], float], seconds: float) -> float:

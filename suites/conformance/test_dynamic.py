@@ -18,6 +18,8 @@ def test_batch_rows_equal_single_images(case: Bench) -> None:
     batch = case.spec.batch if case.spec.batch > 1 else 3
     if not case.model.has_batch or (case.spec.batch == 1 and not _varies(case)):
         raise NotSupported("a fixed batch of 1 has one row")
+    if batch > _largest(case):
+        raise NotSupported("the largest batch is 1")
     feeds = case.guard(lambda: case.run.feeds(case.spec, batch, case.spec.imgsz))[0]
     observed = _run(case, feeds)
     first = {k: v[:1] for k, v in feeds.arrays.items()}
@@ -38,6 +40,10 @@ def test_random_shapes_match_reference(case: Bench) -> None:
         raise NotSupported("the shape of this artifact is fixed")
     stride = case.model.stride
     height, width = (max(1, s // stride) for s in case.spec.imgsz)
+    # A profile of the user's says what is legal; else anything from one cell to somewhat more than the image size.
+    low, high = (1, 1, 1), (_largest(case), height + 1, width + 1)
+    if case.spec.profiles:
+        low, _, high = ((b, h // stride, w // stride) for b, h, w in case.spec.profiles[0])
 
     # Deterministic, since a gate's verdict may not depend on chance; few, since each shape runs the reference too.
     @settings(
@@ -49,7 +55,7 @@ def test_random_shapes_match_reference(case: Bench) -> None:
         report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),  # pyright: ignore[reportArgumentType] (its metaclass hides the type)
     )
-    @given(batch=st.integers(1, 3), h=st.integers(1, height + 1), w=st.integers(1, width + 1))
+    @given(*(st.integers(a, b) for a, b in zip(low, high, strict=True)))
     def check(batch: int, h: int, w: int) -> None:
         size = (h * stride, w * stride) if case.model.has_images else case.spec.imgsz
         feeds = _resized(case, batch if case.model.has_batch else 1, size)
@@ -106,6 +112,11 @@ def test_other_shapes_are_refused(case: Bench) -> None:
     raise AssertionError(
         f"input {name} of shape {list(wrong.shape)} was taken, though the artifact is made for {list(array.shape)}"
     )
+
+
+def _largest(case: Bench) -> int:
+    """The largest batch to try: that of the request where `batch` is the largest."""
+    return case.spec.batch if formats.get(case.spec.format).smaller_batches else 3
 
 
 def _varies(case: Bench) -> bool:
