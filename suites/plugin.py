@@ -30,6 +30,7 @@ from suites.support.verdict import Judged, Verdict, one_line, verdict_of
 MARKERS = {
     "trt": "runs on TensorRT",
     "cuda": "needs an NVIDIA GPU",
+    "values": "compares outputs with PyTorch's",
     "accuracy": "judges a task metric on data",
     "latency": "measures time",
     "slow": "takes minutes",
@@ -163,10 +164,10 @@ def _waiver_of(project: Project, item: pytest.Item) -> Waiver | None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A row of the matrix may say that nothing but latency is judged, and why."""
+    """A row of the matrix may say that values are not compared with PyTorch's, and why."""
     case = _case_of(item)
-    if case is not None and case.only and item.get_closest_marker("latency") is None:
-        raise NotSupported(f"only the latency of this case is judged: {case.only}")
+    if case is not None and case.no_values and item.get_closest_marker("values") is not None:
+        raise NotSupported(f"the values of this case are not judged: {case.no_values}")
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,8 @@ def build(path: Path, spec: ExportSpec, gpu: Mapping[str, str], folder: Path) ->
     _check(found, spec)
     network = parse(path, found, on_cpu, strongly_typed=not is_weakly_typed(spec))
     network.network.name = spec.model.name  # else it is numbered, and two builds differ by that
-    kinds = precision_of(network) if network.strongly_typed else {}
+    heavy = precision_of(network)
+    kinds = heavy if network.strongly_typed else {}
     config = builder(on_cpu).create_builder_config()
     bounds = profiles_of(spec, network)
     first = _add_profiles(found, config, bounds, on_cpu)
@@ -74,6 +75,7 @@ def build(path: Path, spec: ExportSpec, gpu: Mapping[str, str], folder: Path) ->
         "inputs": _signature(network, True),
         "outputs": _signature(network, False),
         "profiles": [{name: [list(s) for s in shapes] for name, shapes in b.items()} for b in bounds],
+        "heavy": len(heavy),  # convolutions and matrix products
         "typing": "strong" if network.strongly_typed else "weak",
         "quantization": f"implicit {spec.trt_quant_algo}" if implicit else "",
         "network": _tf32(kinds) if spec.precision is Precision.TF32 else kinds,

@@ -110,9 +110,19 @@ def precision_word(layers: Sequence[Layer]) -> tuple[str, tuple[str, ...]]:
     return (counts.most_common(1)[0][0] if counts else ""), (*lines, note)
 
 
-def achieved(layers: Sequence[Layer]) -> Achieved:
-    """The precision of an engine with the evidence; `exceptions` names the ONNX nodes that compute in another one."""
+def achieved(layers: Sequence[Layer], has_none: bool = False) -> Achieved:
+    """The precision of an engine with the evidence; `exceptions` names the ONNX nodes that compute in another one.
+
+    Args:
+        has_none: whether its network had no convolution and no matrix product: then what most layers read counts.
+
+    Raises:
+        ArtifactError: none is found in an engine that must have some.
+    """
     found = heavy_of(layers)
+    if not found and has_none:
+        kinds = Counter(layer.precision for layer in layers if layer.precision)
+        return Achieved(kinds.most_common(1)[0][0] if kinds else "", {f"layers {k}": n for k, n in kinds.items()})
     if not found:
         raise ArtifactError(
             "the engine has no layer that is known to be a convolution or matrix product", "export the engine again"
@@ -133,9 +143,11 @@ def achieved_of_plan(path: Path) -> Achieved:
     from exporters.runtimes.tensorrt import open_plan
     from exporters.tensorrt.library import library
 
-    engine, _ = open_plan(path, current())
+    engine, file = open_plan(path, current())
+    has_none = file.facts.get("heavy") == 0
     inspector = engine.create_engine_inspector()
-    return achieved(layers_of(str(inspector.get_engine_information(library().module.LayerInformationFormat.JSON)), {}))
+    text = str(inspector.get_engine_information(library().module.LayerInformationFormat.JSON))
+    return achieved(layers_of(text, {}), has_none)
 
 
 def achieved_of_network(file: Engine) -> Achieved:

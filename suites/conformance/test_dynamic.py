@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -11,6 +12,8 @@ from exporters.errors import ExportError, FeedError, NotSupported
 from suites.support.bench import Bench, Outputs, cast
 from suites.support.compare import compare
 from suites.support.feeds import FeedSet
+
+pytestmark = pytest.mark.values
 
 
 def test_batch_rows_equal_single_images(case: Bench) -> None:

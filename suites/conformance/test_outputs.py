@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 
 from exporters.errors import NotSupported
 from exporters.spec import Precision
@@ -14,6 +15,8 @@ from suites.support.detections import detector_output, match
 from suites.support.feeds import FeedSet
 from suites.support.power import prove
 from suites.support.verdict import Judged, Verdict
+
+pytestmark = pytest.mark.values
 
 
 def test_outputs_match_reference(case: Bench) -> None:

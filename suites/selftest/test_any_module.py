@@ -214,3 +214,19 @@ def test_a_factory_that_raises_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout[-2000:]
     assert "no weights here" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_values_that_are_not_judged_are_not_called_good(tmp_path: Path) -> None:
+    """A row of the matrix may leave them out, with a reason; everything else is judged."""
+    (tmp_path / "mymodels.py").write_text(MODULE)
+    (tmp_path / "exportgate.toml").write_text(
+        CONFIGURATION.partition("[matrix]")[0]
+        + '[[matrix.also]]\nformat = "onnx"\nprecision = ["fp32"]\nno_values = "its weights are random"\n'
+    )
+    done = qualify(tmp_path, "--report", "out", "--", "-m", "not latency")
+    assert done.returncode == 0, done.stdout[-2000:]
+    found = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    claims = {c["claim"]: c for c in found["cases"][0]["claims"]}
+    assert claims["test_outputs_match_reference"]["verdict"] == "NOT_SUPPORTED"
+    assert "its weights are random" in claims["test_outputs_match_reference"]["because"]
+    assert claims["test_achieved_precision_is_the_requested"]["verdict"] == "PASS"

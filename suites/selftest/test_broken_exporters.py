@@ -282,7 +282,7 @@ def output_renamed(model: Any) -> None:
 
 @graph_damage
 def output_added(model: Any) -> None:
-    name = next(n.output[0] for n in model.graph.node if n.name == "/model.22/Concat_3")
+    name = next(n.output[0] for n in model.graph.node if n.name == "/model.22/decode/Concat")
     model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
 
 
@@ -647,7 +647,7 @@ BROKEN = (
     # Signature
     Broken("output renamed", "onnx fp32", output_renamed(), output_names, "missing ['output0'], added ['detections']"),
     Broken("output renamed, by values", "onnx fp32", output_renamed(), values, "output0 is missing"),
-    Broken("output added", "onnx fp32", output_added(), output_names, "added ['/model.22/Concat_3_output_0']"),
+    Broken("output added", "onnx fp32", output_added(), output_names, "added ['/model.22/decode/Concat_output_0']"),
     Broken(
         "output added, TorchScript",
         "torchscript fp32",

@@ -22,14 +22,14 @@ from suites.support.config import Project
 class Case:
     """One cell of the matrix. `because` says why it is not supported, `missing` which package or file is not here.
 
-    `only` is why nothing but its latency is judged (random weights, say), or "".
+    `no_values` is why its outputs are not compared with PyTorch's (random weights, say), or "".
     """
 
     spec: ExportSpec
     runtime: Runtime
     because: str = ""
     missing: str = ""
-    only: str = ""
+    no_values: str = ""
 
     @property
     def id(self) -> str:
@@ -246,7 +246,7 @@ def _own(project: Project, selection: Selection, chosen: Sequence[str], precisio
         ]
         rows += [r for r in also if r.get("model", name) == name]
         for row in rows:
-            options = {k: v for k, v in row.items() if k not in ("format", "precision", "model", "only")} | dict(
+            options = {k: v for k, v in row.items() if k not in ("format", "precision", "model", "no_values")} | dict(
                 selection.options
             )
             format_id, precision = (
@@ -256,8 +256,8 @@ def _own(project: Project, selection: Selection, chosen: Sequence[str], precisio
             if (chosen and format_id not in chosen) or (precisions and precision not in precisions):
                 continue
             made = _cases(model, format_id, precision, options, bool(selection.options))
-            only = str(row.get("only", ""))
-            cases += [replace(c, missing=missing or c.missing, only=only) for c in made]
+            no_values = str(row.get("no_values", ""))
+            cases += [replace(c, missing=missing or c.missing, no_values=no_values) for c in made]
     _check_groups(project, cases if not chosen and not precisions else [])
     return list({c.id: c for c in cases}.values()) if selection.options else cases
 

@@ -14,12 +14,13 @@ from exporters.spec import Precision
 from suites.support.compare import SCORE_FLOOR, Comparison, Rounding, compare
 from suites.support.detections import detector_output, match
 
-# Largest damage, as a share of the layer's standard deviation, that a comparison of this precision may miss.
+# Largest damage, as a share of the layer's standard deviation, that a comparison of this precision may miss. TF32 has
+# FP16's fraction; BF16's roundings are 8 times as large, and so is what is allowed of it.
 CAPS: Mapping[Precision, float] = {
     Precision.FP32: 0.01,
-    Precision.TF32: 0.01,
+    Precision.TF32: 0.05,
     Precision.FP16: 0.05,
-    Precision.BF16: 0.05,
+    Precision.BF16: 0.2,
     Precision.FP8: 0.2,
     Precision.INT8: 0.2,
 }
