@@ -45,8 +45,15 @@ def boards(summary: Summary) -> tuple[Board, ...]:
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in summary.rows:
         if measured(row):
-            groups.setdefault((row.where or row.run.machine, row.case.device), []).append(row)
+            groups.setdefault((row.where or _machine(row), row.case.device), []).append(row)
     return tuple(Board(machine, device, tuple(_timings(rows))) for (machine, device), rows in groups.items())
+
+
+def _machine(row: Row) -> str:
+    """What the baselines' folder is named after: of a GPU, the GPU; the host says nothing of how fast that is."""
+    claim = measured(row)
+    found = claim.measurement.conditions.get("machine") if claim and claim.measurement else None
+    return str(found or row.run.machine)
 
 
 def measured(row: Row) -> Claim | None:
