@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from exporters.cuda.nvml import gpu_facts
 from exporters.errors import BadRequest
 from exporters.models.checkpoint import read_checkpoint
 from reports.events import Measurement
@@ -393,3 +394,23 @@ def test_a_run_that_judged_nothing_says_why(trained: Path, tmp_path: Path) -> No
     done = run(["qualify", str(trained), "--format", "engine", "--precision", "fp16", "--device", "0"], tmp_path)
     assert done.returncode == 5, done.stdout[-500:]
     assert "no NVIDIA GPU" in done.stdout
+
+
+@pytest.mark.skipif(bool(gpu_facts()), reason="there is a GPU here: the matrix would be judged")
+def test_the_matrix_of_gpu_runners_is_never_green_without_a_gpu(tmp_path: Path) -> None:
+    """`pytest -m trt` on a machine that has neither TensorRT nor a GPU: exit 5, and what is missing."""
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "trt",
+        "--report",
+        str(tmp_path / "report"),
+        "-p",
+        "no:cacheprovider",
+    ]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 5, done.stdout[-800:]
+    assert re.search(r"skipped \d+ claims: there is no NVIDIA GPU", done.stdout), done.stdout[-800:]
