@@ -18,7 +18,9 @@ def export(spec: ExportSpec) -> Artifact:
     Raises:
         ExportgateError: see `exporters.pool.Pool.export`.
     """
-    return _pool().export(spec)
+    pool = _pool()
+    pool.forget()
+    return pool.export(spec)
 
 
 def load(artifact: Artifact, runtime: str = "", device: str = "cpu") -> RemoteSession:
@@ -41,7 +43,8 @@ def _pool() -> Pool:
 
     from exporters import pool
 
-    if pool.shared is None:
-        pool.shared = pool.Pool()
-        atexit.register(pool.shared.close)
-    return pool.shared
+    with pool.sharing:
+        if pool.shared is None:
+            pool.shared = pool.Pool()
+            atexit.register(pool.shared.close)
+        return pool.shared

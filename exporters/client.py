@@ -151,6 +151,7 @@ class Worker(Caller):
 
     def _wait(self, operation: str, seconds: float) -> Json:
         deadline = time.monotonic() + seconds
+        dead = False
         while True:
             with suppress(queue.Empty):
                 line = self.answers.get(timeout=0.2)
@@ -170,6 +171,10 @@ class Worker(Caller):
                 if "error" in answer:
                     raise error_from(answer["error"], self.log)
                 return answer["result"]
+            if not self.alive:  # a child of it may still hold the pipe open; what it wrote last may be on its way
+                if dead:
+                    raise self._crashed(operation)
+                dead = True
             self._check_memory(operation)
             if time.monotonic() > deadline:
                 self.close()

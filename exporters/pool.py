@@ -6,10 +6,12 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +71,13 @@ class RemoteSession:
         self.inputs = tuple(TensorInfo(i["name"], tuple(i["shape"]), i["dtype"]) for i in opened["inputs"])
         self.outputs = tuple(TensorInfo(o["name"], tuple(o["shape"]), o["dtype"]) for o in opened["outputs"])
         self.stride: int = opened["stride"]
-        self.calls = 0
+        self.calls = count(1)
 
     def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:
         return self.caller.call(operation, session=self.number, **arguments)
 
     def _place(self) -> Path:
-        self.calls += 1
-        return self.folder / f"{self.calls}"
+        return self.folder / f"{next(self.calls)}"
 
     def _arrays(self, operation: str, feeds: Feeds, **arguments: Any) -> dict[str, Array]:
         """Arrays by name that an operation makes of feeds: mapped files, without a name once they are mapped."""
@@ -152,6 +153,7 @@ class Pool:
     sources: dict[tuple[str, str, str], str] = field(default_factory=dict[tuple[str, str, str], str])
     states: dict[str, str] = field(default_factory=dict[str, str])  # digest of what each factory made
     weights: dict[str, str] = field(default_factory=dict[str, str])  # digest of each weights file when first seen
+    turn: threading.RLock = field(default_factory=threading.RLock)  # threads that ask for a worker take turns
 
     def worker(self, chain: str, format_id: str, role: str, imports: Sequence[str] = (), source: str = "") -> Caller:
         """The warm worker for this key; a new one where there is none or it died.
@@ -159,14 +161,20 @@ class Pool:
         `source` identifies the code of a model's factory: a process that imported another one would keep using it.
         """
         key = (chain, format_id, role)
-        current = self.workers.get(key)
-        if source and self.sources.get(key) != source:
-            if current is not None and key in self.sources:
-                current.close()
-            self.sources[key] = source
-        if current is None or not current.alive:
-            self.workers[key] = self._start(chain, "-".join(key), imports)
-        return self.workers[key]
+        with self.turn:
+            current = self.workers.get(key)
+            if source and self.sources.get(key) != source:
+                if current is not None and key in self.sources:
+                    current.close()
+                self.sources[key] = source
+            if current is None or not current.alive:
+                self.workers[key] = self._start(chain, "-".join(key), imports)
+            return self.workers[key]
+
+    def forget(self) -> None:
+        """What was read once a run is read again: a process that uses the Python API outlives its user's edits."""
+        self.states.clear()
+        self.weights.clear()
 
     def _start(self, chain: str, name: str, imports: Sequence[str]) -> Caller:
         if self.in_process:
@@ -394,3 +402,4 @@ def _source(spec: ExportSpec) -> str:
 
 
 shared: Pool | None = None  # of exporters.export and exporters.load
+sharing = threading.Lock()

@@ -303,7 +303,7 @@ def _baseline(options: argparse.Namespace, further: list[str]) -> int:
     import reports
     from exporters.tensorrt import timing
     from reports.events import FAILING
-    from suites.support.baseline import accept, check
+    from suites.support.baseline import accept, baseline_path, check, read_baseline
 
     run = reports.read_record(Path(options.run))
     claims = [
@@ -318,6 +318,7 @@ def _baseline(options: argparse.Namespace, further: list[str]) -> int:
     wrong = {c.case: c for c in run.claims if c.verdict in FAILING and c.measurement is None}
     for case, measurement in claims:  # all of them before any is written
         check(case, measurement, options.reason)
+        read_baseline(baseline_path(project.baselines, _folder(measurement, run.machine), case))
         if case in wrong:
             raise BadRequest(
                 f"case {case} failed {wrong[case].claim} in this run: how fast it is says nothing",
@@ -325,7 +326,7 @@ def _baseline(options: argparse.Namespace, further: list[str]) -> int:
             )
     gpus: dict[Path, str] = {}
     for case, measurement in claims:
-        machine = str(measurement.conditions.get("machine", run.machine))
+        machine = _folder(measurement, run.machine)
         path, before, after = accept(project.baselines, machine, case, measurement, options.reason)
         print(
             f"{path}: p50 {after:.3f} ms"
@@ -336,6 +337,11 @@ def _baseline(options: argparse.Namespace, further: list[str]) -> int:
         for path in timing.store(folder, gpu) if gpu else ():
             print(f"{path}: the timing cache that engines are built with")
     return 0
+
+
+def _folder(measurement: Any, machine: str) -> str:
+    """Name of the folder of a measurement's baseline."""
+    return str(measurement.conditions.get("machine", machine))
 
 
 def _show_baselines(folder: Path) -> int:

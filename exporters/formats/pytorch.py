@@ -32,7 +32,9 @@ def load(artifact: Artifact, spec: ExportSpec, runtime: Runtime, device: str) ->
     from exporters.models.reference import Reference, exact_fp32
 
     exact_fp32(device)
-    return Reference(build(replace(spec.model, weights=artifact.path)), spec, device)
+    # A module may have nothing to store: then its factory makes all of it.
+    model = replace(spec.model, weights=artifact.path) if inspect(artifact.path).counts else spec.model
+    return Reference(build(model), spec, device)
 
 
 def inspect(path: Path) -> Achieved:

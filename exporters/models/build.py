@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -149,10 +149,17 @@ def for_export(module: nn.Module, dynamic: bool) -> nn.Module:
 
 
 def state_digest(model: ModelSpec) -> str:
-    """SHA-256 of a module: its printed form, where activations and settings stand, and all of its state."""
+    """SHA-256 of a module: its printed form, the plain attributes of its parts, and all tensors that they hold."""
     module = build(model)
     total = hashlib.sha256(repr(module).encode())
-    for name, value in module.state_dict().items():
+    tensors: dict[str, Any] = dict(module.state_dict()) | dict(module.named_buffers())
+    for path, part in cast("Iterable[tuple[str, nn.Module]]", module.named_modules()):
+        for key, value in sorted(vars(part).items()):
+            if isinstance(value, Tensor):
+                tensors[f"{path}.{key}"] = value
+            elif not key.startswith("_") and isinstance(value, (bool, int, float, str, tuple, list)):
+                total.update(f"{path}.{key} {value!r}".encode())
+    for name, value in tensors.items():
         total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()

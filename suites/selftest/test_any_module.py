@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
 
@@ -230,3 +232,81 @@ def test_values_that_are_not_judged_are_not_called_good(tmp_path: Path) -> None:
     assert claims["test_outputs_match_reference"]["verdict"] == "NOT_SUPPORTED"
     assert "its weights are random" in claims["test_outputs_match_reference"]["because"]
     assert claims["test_achieved_precision_is_the_requested"]["verdict"] == "PASS"
+
+
+def test_python_sees_what_a_factory_reads_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process, whose user edits a file between two exports: a number that stands in an attribute alone."""
+    import exporters
+
+    monkeypatch.setenv("EXPORTGATE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "sloped.py").write_text(
+        "import pathlib\n\nimport torch\n\n\nclass Sloped(torch.nn.Module):\n    def __init__(self):\n"
+        "        super().__init__()\n"
+        '        self.slope = float(pathlib.Path(__file__).with_name("slope.txt").read_text())\n\n'
+        "    def forward(self, x):\n        return torch.nn.functional.leaky_relu(x, self.slope)\n"
+    )
+    model = ModelSpec(
+        "sloped",
+        "sloped:Sloped",
+        search=(tmp_path,),
+        inputs=(InputSpec("x", ("batch", 4)),),
+        outputs=(OutputSpec("y"),),
+    )
+    keys: list[str] = []
+    for slope in ("0.1", "0.9", "0.9"):
+        (tmp_path / "slope.txt").write_text(slope)
+        keys.append(exporters.export(request(model, "onnx")).key)
+    assert keys[0] != keys[1] == keys[2]
+    # It has nothing to store, and is a reference all the same.
+    session = exporters.load(exporters.export(request(model, "pytorch")))
+    assert float(session.run({"x": -np.ones((1, 4), np.float32)})["y"][0, 0]) == pytest.approx(-0.9)
+    session.close()
+
+
+def test_a_tolerance_that_nothing_has_is_refused_whatever_is_selected(tmp_path: Path) -> None:
+    (tmp_path / "mymodels.py").write_text(MODULE)
+    for group, allowed, says in (("logitz", 0.1, "logitz"), ("value", 5.0, "cosine")):
+        (tmp_path / "exportgate.toml").write_text(
+            CONFIGURATION
+            + f'[[tolerances]]\nprecision = "fp32"\ngroup = "{group}"\nmeasure = "cosine"\n'
+            + f'allowed = {allowed}\nreason = "r"\n'
+        )
+        for words in ((), ("--format", "onnx"), ("two", "--format", "onnx")):
+            done = qualify(tmp_path, *words)
+            assert done.returncode == 4 and says in done.stdout + done.stderr, (words, done.stdout[-300:], done.stderr)
+
+
+def test_baselines_are_accepted_all_or_none(
+    judged: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is there already cannot be read: none of the others is written; nor is one whose outputs failed."""
+    from suites import cli
+
+    run = tmp_path / "run"
+    shutil.copytree(judged[0] / "out", run)
+    monkeypatch.chdir(tmp_path)
+    record = run / "record.jsonl"
+    lines = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+    measured = [e for e in lines if e.get("measurement")]
+    for event in measured:  # of a machine that is as quiet as a baseline needs
+        event["measurement"]["processes"] = [[1.0] * 20, [1.001] * 20]
+    record.write_text("".join(json.dumps(e) + "\n" for e in lines), encoding="utf-8")
+    last = (
+        tmp_path / "baselines" / measured[-1]["measurement"]["conditions"]["machine"] / f"{measured[-1]['case']}.json"
+    )
+    last.parent.mkdir(parents=True)
+    last.write_text("<<<<<<< HEAD")
+    assert cli.main(["baseline", "accept", str(run), "--reason", "first"]) == 4
+    assert list(last.parent.iterdir()) == [last] and last.read_text() == "<<<<<<< HEAD"
+    last.unlink()
+    values = next(
+        e for e in lines if e.get("claim") == "test_outputs_match_reference" and e["case"] == measured[0]["case"]
+    )
+    values["verdict"] = "FAIL"
+    record.write_text("".join(json.dumps(e) + "\n" for e in lines), encoding="utf-8")
+    assert cli.main(["baseline", "accept", str(run), "--reason", "first"]) == 4
+    assert not list(last.parent.iterdir())
+    values["verdict"] = "PASS"
+    record.write_text("".join(json.dumps(e) + "\n" for e in lines), encoding="utf-8")
+    assert cli.main(["baseline", "accept", str(run), "--reason", "first"]) == 0
+    assert len(list(last.parent.iterdir())) == len(measured)

@@ -66,7 +66,7 @@ def read_baseline(path: Path) -> Baseline | None:
     except (ValueError, KeyError, TypeError) as error:
         raise BadRequest(
             f"baseline {path} cannot be read ({type(error).__name__}: {error})",
-            "restore it from version control, or accept a new one",
+            "restore it from version control, or delete it and accept a new one",
         ) from None
 
 

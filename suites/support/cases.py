@@ -163,6 +163,8 @@ def _asked(
 ) -> list[Case]:
     """format x precision of one model, with the same options for all."""
     model = find_model(project, selection)
+    if set(project.models) <= {selection.model}:  # else a group may be another model's
+        _check_groups(project, [model])
     chosen = chosen or [f for f in project.matrix.get("formats", sorted(formats.registry()))]
     wanted = precisions or [Precision.FP32]
     if not any(p in formats.get(f).precisions for f in chosen for p in wanted):
@@ -228,6 +230,7 @@ def _own(project: Project, selection: Selection, chosen: Sequence[str], precisio
             "models: " + (", ".join(names) or "none"),
         )
     cases: list[Case] = []
+    models: list[ModelSpec] = []
     for name in names:
         if name not in project.models:
             raise BadRequest(
@@ -239,6 +242,7 @@ def _own(project: Project, selection: Selection, chosen: Sequence[str], precisio
         except ToolchainMissing as error:
             missing = str(error)
             model = ModelSpec(name, "exporters.models.yolov8:build", imgsz=(640, 640), stride=32)
+        models.append(model)
         rows: list[dict[str, Any]] = [
             {"format": f, "precision": p, **table.get("options", {})}
             for f in table.get("formats", [])
@@ -258,7 +262,7 @@ def _own(project: Project, selection: Selection, chosen: Sequence[str], precisio
             made = _cases(model, format_id, precision, options, bool(selection.options))
             no_values = str(row.get("no_values", ""))
             cases += [replace(c, missing=missing or c.missing, no_values=no_values) for c in made]
-    _check_groups(project, cases if not chosen and not precisions else [])
+    _check_groups(project, models)
     return list({c.id: c for c in cases}.values()) if selection.options else cases
 
 
@@ -268,9 +272,9 @@ def _spread(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**row, **dict(zip(keys, values, strict=True))} for values in product(*(row[k] for k in keys))]
 
 
-def _check_groups(project: Project, cases: Sequence[Case]) -> None:
-    """A tolerance for a group that no output of the matrix has would never be used."""
-    groups = {n for c in cases for o in c.spec.model.outputs for g in o.groups for n in (g.name, g.kind)}
+def _check_groups(project: Project, models: Sequence[ModelSpec]) -> None:
+    """A tolerance for a group that no output of these models has would never be used."""
+    groups = {n for m in models for o in m.outputs for g in o.groups for n in (g.name, g.kind)}
     for tolerance in project.tolerances if groups else ():
         if tolerance["group"] not in groups:
             raise BadRequest(

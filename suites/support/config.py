@@ -202,7 +202,8 @@ def _tolerance(value: Any, where: str) -> Mapping[str, Any]:
         raise BadRequest(
             f"{where}: measure '{table['measure']}' is not known", "measures: " + ", ".join(sorted(measures))
         )
-    _number(table, "allowed", where, 0.0, 0.0)
+    if _number(table, "allowed", where, 0.0, 0.0) > 1 and table["measure"] == "cosine":
+        raise BadRequest(f"{where}: a cosine of {table['allowed']} is above 1", "give a number up to 1")
     return {**table, "precision": Precision.parse(table["precision"]).value}
 
 

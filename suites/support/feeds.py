@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tokenize
 import uuid
 import zipfile
 import zlib
@@ -21,6 +22,18 @@ from suites.reference.photographs import folder
 from suites.support.compare import SCORE_FLOOR
 
 EXCITE_STEPS = 60
+# What numpy and zipfile raise for files that are damaged.
+DAMAGED = (
+    ValueError,
+    OSError,
+    EOFError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    tokenize.TokenError,
+)
 
 
 @dataclass(frozen=True)
@@ -99,9 +112,12 @@ def _excited(reference: RemoteSession, images: Array, name: str, imgsz: tuple[in
     if path.is_file():
         try:
             with np.load(path, allow_pickle=False) as kept:
-                return kept["images"]
-        except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
-            path.unlink(missing_ok=True)
+                found = kept["images"]
+            if found.shape == images.shape and found.dtype == images.dtype:
+                return found
+        except DAMAGED:
+            pass
+        path.unlink(missing_ok=True)
     made = np.array(reference.excite({name: images}, EXCITE_STEPS, SCORE_FLOOR)[name])
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{uuid.uuid4().hex}.npz")
