@@ -9,12 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from exporters.artifact import Achieved, Artifact
-from exporters.errors import ArtifactError, BadRequest, ToolchainMissing
+from exporters.errors import BadRequest, ToolchainMissing
 from exporters.formats import Format, Job, Made, Runtime, Step
-from exporters.metadata import Metadata, normalize
 from exporters.session import Session
 from exporters.spec import ExportSpec, Precision
-from exporters.tensorrt.header import read_engine, write_engine
+from exporters.tensorrt.header import read_engine, read_metadata, write_engine
 
 # The precision of the ONNX file that an engine is made from. No CPU runs BF16 or FP8 graphs to compare them with, so
 # those are made of the FP32 file by the engine's own step.
@@ -121,18 +120,6 @@ def inspect(path: Path) -> Achieved:
         except ToolchainMissing:
             return achieved_of_network(file)
     return achieved_of_plan(path)
-
-
-def metadata(path: Path) -> Metadata:
-    """What the header holds.
-
-    Raises:
-        ArtifactError: there is none.
-    """
-    file = read_engine(path)
-    if file.header is None:
-        raise ArtifactError(f"'{path}' holds no metadata (it is a plain plan)", "wrap it, or export it again")
-    return normalize(file.header, str(path))
 
 
 def depends(spec: ExportSpec) -> Mapping[str, str]:
@@ -251,7 +238,7 @@ FORMAT = Format(
     inspect=inspect,
     parents=parents,
     refusal=refusal,
-    metadata=metadata,
+    metadata=read_metadata,
     depends=depends,
     smaller_batches=True,
     is_code=True,

@@ -19,7 +19,7 @@ from exporters.errors import ArtifactError, BadRequest, ExportError, FeedError
 from exporters.metadata import Metadata
 from exporters.session import Array, Execution, Feeds, OnDevice, Session
 from exporters.spec import ExportSpec
-from exporters.tensorrt.header import Engine, read_engine
+from exporters.tensorrt.header import Engine, read_engine, read_metadata
 from exporters.tensorrt.inspector import Layer, layers_of, precision_word
 from exporters.tensorrt.library import Log, library, runtime
 
@@ -226,9 +226,7 @@ class TensorRtSession(Session):
         return tuple(self.engine.get_tensor_profile_shape(info.name, 0)[1])
 
     def metadata(self) -> Metadata:
-        from exporters.formats.engine import metadata
-
-        return metadata(self.path)
+        return read_metadata(self.path)
 
     def close(self) -> None:
         self.slot.close()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from exporters.errors import ArtifactError
+from exporters.metadata import Metadata, normalize
 
 LIMIT = 1 << 24  # bytes: class names of any data set fit; the magic of a plan, read as a length, is far above
 
@@ -68,6 +69,18 @@ def read_engine(path: Path) -> Engine:
     if not isinstance(values, dict):
         raise ArtifactError(f"'{path}': the metadata header is {type(values).__name__}", "export it again")
     return Engine(path, cast("dict[str, Any]", values), 4 + length)
+
+
+def read_metadata(path: Path) -> Metadata:
+    """What the header holds.
+
+    Raises:
+        ArtifactError: see `read_engine`; or there is none.
+    """
+    header = read_engine(path).header
+    if header is None:
+        raise ArtifactError(f"'{path}' holds no metadata (it is a plain plan)", "wrap it, or export it again")
+    return normalize(header, str(path))
 
 
 def write_engine(path: Path, header: Mapping[str, Any], plan: bytes | memoryview) -> None:
