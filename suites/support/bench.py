@@ -22,7 +22,8 @@ from suites.support.feeds import FeedSet, make_feeds
 
 T = TypeVar("T")
 Outputs = dict[str, Array]
-KEPT = 64  # outputs held at a time, so that memory does not grow with the number of cases
+# Outputs held at a time, and their bytes, so that memory does not grow with the number of cases.
+KEPT, KEPT_BYTES = 64, 256 << 20
 
 
 class Run:
@@ -64,8 +65,9 @@ class Run:
             return self.outputs[key]
         # Copies: the worker's files are removed when its session is closed.
         self.outputs[key] = {k: np.array(v) for k, v in make().items()}
-        while len(self.outputs) > KEPT:
-            self.outputs.popitem(last=False)
+        held = sum(v.nbytes for made in self.outputs.values() for v in made.values())
+        while len(self.outputs) > KEPT or (held > KEPT_BYTES and len(self.outputs) > 1):
+            held -= sum(v.nbytes for v in self.outputs.popitem(last=False)[1].values())
         return self.outputs[key]
 
     def feeds(self, spec: ExportSpec, batch: int, imgsz: tuple[int, int]) -> list[FeedSet]:
