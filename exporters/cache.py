@@ -50,6 +50,16 @@ def writing() -> Generator[None]:
         ) from None
 
 
+@contextmanager
+def alone(name: str) -> Generator[None]:
+    """Within it no other process of this cache is within it by the same name."""
+    from filelock import FileLock  # 60 ms, where most commands lock nothing
+
+    scratch().mkdir(parents=True, exist_ok=True)
+    with FileLock(scratch() / f"{name}.lock"):
+        yield
+
+
 def scratch() -> Path:
     """Where artifacts are while they are made or removed; on the file system of the finished ones."""
     return cache_root() / "tmp"

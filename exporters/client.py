@@ -103,7 +103,15 @@ class InProcess(Caller):
 class Worker(Caller):
     """A child process. Its log is a file; its answers come through a pipe that nothing else writes to."""
 
-    def __init__(self, name: str, python: Path, imports: Sequence[str], log: Path, limits: Limits) -> None:
+    def __init__(
+        self,
+        name: str,
+        python: Path,
+        imports: Sequence[str],
+        log: Path,
+        limits: Limits,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         self.name, self.log, self.limits = name, log, limits
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as sink:
@@ -115,6 +123,7 @@ class Worker(Caller):
                 text=True,
                 encoding="utf-8",
                 cwd=log.parent,
+                env={**os.environ, **(variables or {})},
                 start_new_session=os.name != "nt",
             )
         self.answers: queue.Queue[str] = queue.Queue()

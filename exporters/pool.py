@@ -142,12 +142,14 @@ class Pool:
         folder: the run's folder for logs and arrays; a temporary one by default.
         in_process: answer calls here, for a debugger.
         progress: told what the pool waits for, one line each.
+        variables: of the workers' environment, beside those of this process.
     """
 
     limits: Limits = field(default_factory=Limits)
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="exportgate-")))
     in_process: bool = False
     progress: Callable[[str], None] = lambda line: None
+    variables: Mapping[str, str] = field(default_factory=dict[str, str])
     workers: dict[tuple[str, str, str], Caller] = field(default_factory=dict[tuple[str, str, str], Caller])
     fresh: list[str] = field(default_factory=list[str])  # keys of artifacts that this pool made, not found
     sources: dict[tuple[str, str, str], str] = field(default_factory=dict[tuple[str, str, str], str])
@@ -180,7 +182,8 @@ class Pool:
         if self.in_process:
             return InProcess()
         environment = toolchain.resolve(chain)
-        return Worker(name, environment.python, imports, self.folder / f"{name}.log", self.limits)
+        log = self.folder / f"{name}.log"
+        return Worker(name, environment.python, imports, log, self.limits, self.variables)
 
     def start_early(self, format_id: str) -> None:
         """Starts the worker of a format's first FP32 step before the request is known, so that it imports meanwhile.

@@ -99,6 +99,7 @@ RUN: tuple[tuple[str, dict[str, Any]], ...] = (
     ),
     ("--claim", {"metavar": "TEST", "help": "judge this claim alone"}),
     ("--replicates", {"metavar": "N", "help": "processes of each latency measurement (default [latency] processes)"}),
+    ("--exports", {"metavar": "N", "help": "make N artifacts at a time before the first claim (default: one a GPU)"}),
     ("--in-process", {"action": "store_true", "help": "export and run in this process, for a debugger"}),
     ("--tracebacks", {"action": "store_true", "help": "show tracebacks of failed claims"}),
 )
@@ -158,9 +159,19 @@ def with_replicates(project: Project, text: str) -> Project:
     Raises:
         BadRequest: no whole number from 1.
     """
+    processes = count_of("replicates", text)
+    return replace(project, latency={k: replace(v, processes=processes) for k, v in project.latency.items()})
+
+
+def count_of(option: str, text: str) -> int:
+    """A number of processes.
+
+    Raises:
+        BadRequest: no whole number from 1.
+    """
     if not text.strip().isdecimal() or int(text) < 1:
-        raise BadRequest(f"replicates '{text}' is no number of processes", "give a whole number from 1")
-    return replace(project, latency={k: replace(v, processes=int(text)) for k, v in project.latency.items()})
+        raise BadRequest(f"{option} '{text}' is no number of processes", "give a whole number from 1")
+    return int(text)
 
 
 def refuse_empty(values: Mapping[str, Any]) -> None:

@@ -19,8 +19,9 @@ from exporters.errors import BadRequest, ExportgateError, NotSupported
 from exporters.pool import Pool
 from exporters.spec import ExportSpec
 from exporters.tensorrt import timing
-from suites.options import add_options, brought_path, selection_of, stop_when_terminated, with_replicates
+from suites.options import add_options, brought_path, count_of, selection_of, stop_when_terminated, with_replicates
 from suites.support import record as records
+from suites.support.ahead import export_ahead, exports_at_once
 from suites.support.bench import Bench, Run
 from suites.support.cases import Case, matrix
 from suites.support.config import Project, Waiver, find_project
@@ -50,6 +51,8 @@ class State:
         replicates = config.getoption("replicates")
         if replicates is not None:
             self.project = with_replicates(self.project, replicates)
+        exports = config.getoption("exports")
+        self.exports: int | None = None if exports is None else count_of("exports", exports)
         self.selection = selection_of(config, self.project)
         # Made now, so that a mistake in the request is one line and exit 4 before anything is collected.
         self.cases: list[Case] = matrix(self.project, self.selection)
@@ -185,6 +188,10 @@ def exportgate_run(request: pytest.FixtureRequest) -> Iterator[Run]:
     timing.seed(state.project.baselines)
     pool = Pool(state.project.limits, in_process=bool(config.getoption("in_process")), progress=start)
     run = state.run = Run(state.project, pool, damage)
+    judged = list({c.id: c for item in request.session.items if (c := _case_of(item))}.values())
+    count = exports_at_once(state.exports, judged)
+    if count > 1 and len(judged) > 1 and state.brought is None and not pool.in_process:
+        run.failed = export_ahead(pool, judged, count)
     yield run
     run.close()
 

@@ -73,6 +73,17 @@ def gpu_facts(device: str = "cuda:0") -> dict[str, Any]:
     return facts
 
 
+def same_gpus(device: str) -> list[str]:
+    """The GPUs of this host that have the name of this one, it first, as CUDA_VISIBLE_DEVICES names them."""
+    nvml, wanted = _nvml(), gpu_facts(device).get("name")
+    if wanted is None:
+        return []
+    visible = [v for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v]
+    count = len(visible) or int(nvml.nvmlDeviceGetCount())
+    numbers = sorted(range(count), key=lambda n: f"cuda:{n}" != device)
+    return [visible[n] if visible else str(n) for n in numbers if gpu_facts(f"cuda:{n}").get("name") == wanted]
+
+
 def gpu_state(device: str) -> dict[str, Any]:
     """What the GPU is doing: clocks in MHz, temperature in °C, power in W, throttle reasons, other processes."""
     nvml, handle = _nvml(), _handle(device)

@@ -5,10 +5,10 @@ The rules follow what TensorRT fuses (measured on an H100 with 10.6; the medians
 - none between a convolution and its SiLU: both run in one kernel, which writes 8 bits;
 - except before a residual addition: there SiLU and addition run in a kernel of their own, which reads 8 bits only where
   both of its inputs are dequantized; so that convolution's output is quantized, too;
-- tensors that are joined, cut or passed on (Concat, Split, MaxPool, Resize) share the largest scale, so that these
-  operators move 8 bits without converting them;
-- no convolution with fewer than 32 channels on both sides, where most have more: 8-bit kernels work on vectors of 32
-  channels, and filling them costs more than FP16.
+- tensors that are joined, cut or passed on (Concat, Slice, Split, MaxPool, Resize) share the largest scale, so that
+  these operators move 8 bits without converting them;
+- no block with convolutions of fewer than 32 channels on both sides, where most have more: 8-bit kernels work on
+  vectors of 32 channels, and filling them, or converting around them, costs more than FP16.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from dataclasses import dataclass, field
 
 import onnx
 
-from exporters.graph.precision import is_narrow
+from exporters.graph.precision import narrow_blocks
 from exporters.models.spec import belongs
 
 HEAVY = ("Conv", "MatMul", "Gemm")
-PASSING = ("MaxPool", "Resize", "Split")  # the same values leave as came in
-IMAGE = 4  # channels of an image at most: the first convolution has kernels of its own
+PASSING = ("MaxPool", "Resize", "Slice", "Split")  # the same values leave as came in
 
 
 @dataclass
@@ -72,10 +71,8 @@ def place(graph: onnx.GraphProto, kept: Sequence[str]) -> Placement:
         for name in node.input:
             readers[name].append(node)
     weights = {i.name: tuple(i.dims) for i in graph.initializer}
-    candidates = [n for n in graph.node if n.op_type in HEAVY and _is_possible(n, weights, kept)]
-    heavy = [n for n in candidates if not _is_narrow(n, weights)]
-    if len(heavy) < len(candidates) / 2:  # a small model: what INT8 is asked for is its size
-        heavy = candidates
+    narrow = narrow_blocks(graph)
+    heavy = [n for n in graph.node if n.op_type in HEAVY and n.name not in narrow and _is_possible(n, weights, kept)]
     data = {n.name: next(i for i in n.input[:2] if i not in weights) for n in heavy}
     points: dict[str, list[str]] = {}
     for node in heavy:
@@ -97,14 +94,6 @@ def _is_possible(node: onnx.NodeProto, weights: Mapping[str, tuple[int, ...]], k
     if belongs(node.name, kept) or sum(i in weights for i in node.input[:2]) != 1:
         return False
     return node.op_type == "Conv" or len(next(weights[i] for i in node.input[:2] if i in weights)) == 2
-
-
-def _is_narrow(node: onnx.NodeProto, weights: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a convolution has too few channels for 8-bit kernels; one of an image has kernels of its own."""
-    if node.op_type != "Conv":
-        return False
-    shape = weights[node.input[1]]
-    return shape[1] > IMAGE and is_narrow(node, shape)
 
 
 def _reaches(node: onnx.NodeProto, readers: Mapping[str, Sequence[onnx.NodeProto]], wanted: set[str]) -> bool:

@@ -83,10 +83,12 @@ class C2f(nn.Module):
         self.m = nn.ModuleList(Bottleneck(self.hidden, shortcut) for _ in range(n))
 
     def forward(self, x: Tensor) -> Tensor:
-        # split by sizes, not chunk: the ONNX exporter makes one Split of it instead of several Slices.
-        parts = list(self.cv1(x).split((self.hidden, self.hidden), 1))
+        # Both halves are kept, so they are joined as the one tensor that they are: cut first, each would be copied.
+        y = self.cv1(x)
+        parts, last = [y], y[:, self.hidden :]
         for bottleneck in self.m:
-            parts.append(bottleneck(parts[-1]))
+            last = bottleneck(last)
+            parts.append(last)
         return self.cv2(torch.cat(parts, 1))
 
 
@@ -122,9 +124,9 @@ class DFL(nn.Module):
         self.conv.weight.data[:] = torch.arange(REG_MAX, dtype=torch.float32).view(1, REG_MAX, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        a = x.shape[2]
-        bins = x.view(-1, 4, REG_MAX, a).transpose(2, 1).softmax(1)
-        return self.conv(bins).view(-1, 4, a)
+        # A sum and not the convolution that holds the weights: that one wants the bins in front, a transposition.
+        bins = x.view(-1, 4, REG_MAX, x.shape[2]).softmax(2)
+        return (bins * self.conv.weight.view(1, 1, REG_MAX, 1)).sum(2)
 
 
 class Decode(nn.Module):
@@ -137,8 +139,8 @@ class Decode(nn.Module):
     def forward(self, distances: Tensor, logits: Tensor, anchors: Tensor, strides: Tensor) -> Tensor:
         left_top, right_bottom = cast("tuple[Tensor, ...]", distances.split((2, 2), 1))
         centre = anchors + (right_bottom - left_top) * 0.5
-        boxes = torch.cat((centre, left_top + right_bottom), 1) * strides
-        return torch.cat((boxes, logits.sigmoid()), 1)
+        size = left_top + right_bottom
+        return torch.cat((centre * strides, size * strides, logits.sigmoid()), 1)
 
 
 class Anchors(nn.Module):

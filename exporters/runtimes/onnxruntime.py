@@ -17,11 +17,14 @@ import numpy as np
 import onnxruntime as ort
 
 from exporters.artifact import TensorInfo, digest
+from exporters.cache import writing
+from exporters.cuda.nvml import gpu_facts
 from exporters.errors import ArtifactError, FallbackError, ToolchainMissing, first_line
 from exporters.formats import Runtime
 from exporters.metadata import Metadata, normalize
 from exporters.session import Array, Execution, Feeds, OnDevice, Session
 from exporters.spec import ExportSpec, Precision
+from exporters.tensorrt import timing
 from exporters.toolchain import cache_root
 
 # Execution providers by runtime and device.
@@ -109,6 +112,7 @@ class OnnxRuntimeSession(Session):
         folder = cache_root() / "ort-trt"
         engines = folder / f"{digest(self.path)[:32]}-{self.spec.precision}"
         engines.mkdir(parents=True, exist_ok=True)
+        _share_timing(self.device, folder)
         return options | {
             "trt_engine_cache_enable": "1",
             "trt_engine_cache_path": str(engines),
@@ -239,8 +243,23 @@ def _prepare_cuda(device: str) -> Any:
     torch.cuda.set_device(device)
     cast("Any", ort).preload_dlls()
     with suppress(ImportError):
-        importlib.import_module("tensorrt_libs")  # loads libnvinfer, which TensorrtExecutionProvider links against
+        importlib.import_module("tensorrt")  # loads libnvinfer, which TensorrtExecutionProvider links against
     return torch.cuda.Stream(device)
+
+
+def _share_timing(device: str, folder: Path) -> None:
+    """Begins the provider's timing cache with that of the engine format: the same tactics of the same TensorRT."""
+    facts = gpu_facts(device)
+    try:
+        version = str(importlib.import_module("tensorrt").__version__)
+    except ImportError:
+        return
+    ours = timing.kept_path("TensorRT", version, str(facts.get("name", "")))
+    capability = str(facts.get("compute_capability", "")).replace(".", "")
+    theirs = folder / f"TensorrtExecutionProvider_cache_sm{capability}.timing"  # its name for it
+    if ours.is_file() and not theirs.exists():
+        with writing():
+            theirs.write_bytes(ours.read_bytes())
 
 
 def _info(value: Any) -> TensorInfo:

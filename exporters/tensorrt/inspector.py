@@ -110,17 +110,18 @@ def precision_word(layers: Sequence[Layer]) -> tuple[str, tuple[str, ...]]:
     return (counts.most_common(1)[0][0] if counts else ""), (*lines, note)
 
 
-def achieved(layers: Sequence[Layer], has_none: bool = False) -> Achieved:
+def achieved(layers: Sequence[Layer], facts: Mapping[str, Any] | None = None) -> Achieved:
     """The precision of an engine with the evidence; `exceptions` names the ONNX nodes that compute in another one.
 
     Args:
-        has_none: whether its network had no convolution and no matrix product: then what most layers read counts.
+        facts: what its header says that it was made of. Where the network had no convolution and no matrix product,
+            what most layers read counts; without a header, what is narrow is told by the layers' channels.
 
     Raises:
         ArtifactError: none is found in an engine that must have some.
     """
-    found = heavy_of(layers)
-    if not found and has_none:
+    found, facts = heavy_of(layers), facts or {}
+    if not found and facts.get("heavy") == 0:
         kinds = Counter(layer.precision for layer in layers if layer.precision)
         return Achieved(kinds.most_common(1)[0][0] if kinds else "", {f"layers {k}": n for k, n in kinds.items()})
     if not found:
@@ -133,8 +134,8 @@ def achieved(layers: Sequence[Layer], has_none: bool = False) -> Achieved:
     evidence |= {"layers": len(layers), "reformats": sum(layer.kind == "Reformat" for layer in layers)}
     others = sorted(name for name, layer in found.items() if layer.precision != main)
     few = {name for name, layer in found.items() if 0 < layer.channels < VECTOR}
-    narrow = tuple(name for name in others if name in few) if len(few) <= len(found) / 2 else ()
-    return Achieved(main, evidence, tuple(others), narrow=narrow)
+    few = set[str](facts.get("narrow", few if len(few) <= len(found) / 2 else ()))
+    return Achieved(main, evidence, tuple(others), narrow=tuple(name for name in others if name in few))
 
 
 def achieved_of_plan(path: Path) -> Achieved:
@@ -144,10 +145,9 @@ def achieved_of_plan(path: Path) -> Achieved:
     from exporters.tensorrt.library import library
 
     engine, file = open_plan(path, current())
-    has_none = file.facts.get("heavy") == 0
     inspector = engine.create_engine_inspector()
     text = str(inspector.get_engine_information(library().module.LayerInformationFormat.JSON))
-    return achieved(layers_of(text, {}), has_none)
+    return achieved(layers_of(text, {}), file.facts)
 
 
 def achieved_of_network(file: Engine) -> Achieved:
@@ -162,4 +162,6 @@ def achieved_of_network(file: Engine) -> Achieved:
     counts = Counter(kinds.values())
     main = counts.most_common(1)[0][0]
     evidence = {f"operators {kind}": n for kind, n in counts.items()}
-    return Achieved(main, evidence, tuple(sorted(n for n, kind in kinds.items() if kind != main)))
+    others = tuple(sorted(name for name, kind in kinds.items() if kind != main))
+    narrow = set[str](file.facts.get("narrow", ()))
+    return Achieved(main, evidence, others, narrow=tuple(name for name in others if name in narrow))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporters.cache import writing
+from exporters.cache import alone, writing
 from exporters.errors import BadRequest
 from exporters.spec import ExportSpec
 from exporters.tensorrt.library import Library
@@ -105,14 +105,19 @@ def begin(found: Library, config: Any, spec: ExportSpec, gpu: Mapping[str, str])
 
 
 def keep(config: Any, begun: Begun | None) -> str:
-    """Keeps what the build has learnt; returns a line for the record."""
+    """Keeps what the build has learnt, beside what others learnt meanwhile; returns a line for the record."""
     if begun is None:
         return ""
     cache = config.get_timing_cache()
     data = bytes(cache.serialize()) if cache is not None else b""
     if not data:
         return begun.note
-    with writing():
+    with writing(), alone(begun.path.name):
+        if begun.path.is_file() and not begun.note:
+            # Builds of one host run at once, one a GPU: the last to end must not undo what the others kept.
+            now = config.create_timing_cache(begun.path.read_bytes())
+            if now is not None and now.combine(cache, False):
+                data = bytes(now.serialize())
         _place(data, begun.path)
     line = f"timing cache {begun.path.name}: {begun.bytes >> 10} KiB before, {len(data) >> 10} KiB after"
     return f"{begun.note}; {line}" if begun.note else line

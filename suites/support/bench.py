@@ -44,6 +44,7 @@ class Run:
         self.feed_sets: OrderedDict[Any, list[FeedSet]] = OrderedDict()
         self.layer_names: dict[str, list[str]] = {}
         self.open_reference: tuple[Any, RemoteSession] | None = None
+        self.failed: dict[str, ExportgateError] = {}  # case -> why its artifact, made ahead, could not be made
 
     def reference(self, model: ModelSpec) -> RemoteSession:
         """The eager FP32 session of a model; the one of the model before it is closed."""
@@ -171,6 +172,8 @@ class Bench:
     def _export(self) -> Artifact:
         if self.brought is not None:
             return self.brought
+        if self.case.id in self.run.failed:
+            raise self.run.failed[self.case.id]
         artifact = self.run.pool.export(self.spec)
         return self.run.damage(artifact, self.spec) or artifact
 
