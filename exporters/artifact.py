@@ -41,15 +41,14 @@ class Achieved:
     """The precision read back from the artifact: `precision` in a word, `counts` and `exceptions` as evidence.
 
     `counts` maps what was counted ("Conv int8", "initializer fp16") to its number; `exceptions` names what is in
-    another precision although the request covers it (empty when all is as asked); `narrow` those of them that have too
-    few channels for 8-bit kernels; `rounded` names FP32 values that go through FP16 on their way to FP32 operators.
+    another precision although the request covers it (empty when all is as asked); `rounded` names FP32 values that go
+    through FP16 on their way to FP32 operators.
     """
 
     precision: str
     counts: Mapping[str, int] = field(default_factory=dict[str, int])
     exceptions: tuple[str, ...] = ()
     rounded: tuple[str, ...] = ()
-    narrow: tuple[str, ...] = ()
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Achieved:
@@ -59,7 +58,6 @@ class Achieved:
             data["counts"],
             tuple(data["exceptions"]),
             tuple(data["rounded"]),
-            tuple(data["narrow"]),
         )
 
 

@@ -17,17 +17,13 @@ __all__ = ["Array", "Execution", "Feeds", "Layer", "OnDevice", "Session", "check
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of what executes: name, kind, precision ("" where it has none), milliseconds a run, what it is made of.
-
-    `channels` is the larger number of those that it reads and writes (0 where that is not told).
-    """
+    """One layer of what executes: its precision ("" where it has none), milliseconds a run, the nodes it is made of."""
 
     name: str
     kind: str
     precision: str
     milliseconds: float | None = None
     parts: tuple[str, ...] = ()
-    channels: int = 0
 
 
 @dataclass(frozen=True)

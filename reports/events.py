@@ -211,14 +211,13 @@ class Gate:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of what executes: its precision ("" where it has none), milliseconds a run, channels at most."""
+    """One layer of what executes: its precision ("" where it has none), milliseconds a run."""
 
     name: str
     kind: str = ""
     precision: str = ""
     milliseconds: float | None = None
     parts: tuple[str, ...] = ()
-    channels: int = 0
 
 
 @dataclass(frozen=True)

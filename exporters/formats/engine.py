@@ -77,7 +77,7 @@ def make(job: Job) -> Made:
 
 
 def _in_precision(job: Job) -> Path:
-    """The ONNX file whose types are the request's, converted where the parent's are others."""
+    """The ONNX file whose types are the request's: the parent's, or one that is made of it and removed afterwards."""
     import onnx
 
     from exporters.tensorrt.build import is_weakly_typed
@@ -85,16 +85,20 @@ def _in_precision(job: Job) -> Path:
     source, spec = job.parents[0].path, job.spec
     if spec.trt_quant_algo or spec.precision not in (Precision.INT8, Precision.FP8, Precision.BF16):
         return source
-    if spec.precision is Precision.INT8 and is_weakly_typed(spec):
-        return source  # the builder chooses FP16 for the rest
     from exporters.graph.fp16 import to_bf16, to_fp16
+    from exporters.graph.padding import pad
     from exporters.graph.qdq import quantize
 
     kept = [path for path, _ in spec.model.fp32]
     graph = onnx.load(source)
     if spec.precision is Precision.FP8:
         graph, _ = quantize(source, job.folder, spec)
-    graph = to_bf16(graph, kept) if spec.precision is Precision.BF16 else to_fp16(graph, kept)
+    if spec.precision is Precision.INT8:
+        graph = pad(graph)
+    if spec.precision is Precision.BF16:
+        graph = to_bf16(graph, kept)
+    elif spec.precision is Precision.FP8 or not is_weakly_typed(spec):  # else the builder chooses FP16 for the rest
+        graph = to_fp16(graph, kept)
     target = job.folder / "graph.onnx"
     onnx.save(graph, target)
     return target

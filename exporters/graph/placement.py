@@ -6,9 +6,7 @@ The rules follow what TensorRT fuses (measured on an H100 with 10.6; the medians
 - except before a residual addition: there SiLU and addition run in a kernel of their own, which reads 8 bits only where
   both of its inputs are dequantized; so that convolution's output is quantized, too;
 - tensors that are joined, cut or passed on (Concat, Slice, Split, MaxPool, Resize) share the largest scale, so that
-  these operators move 8 bits without converting them;
-- no block with convolutions of fewer than 32 channels on both sides, where most have more: 8-bit kernels work on
-  vectors of 32 channels, and filling them, or converting around them, costs more than FP16.
+  these operators move 8 bits without converting them.
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ from dataclasses import dataclass, field
 
 import onnx
 
-from exporters.graph.precision import narrow_blocks
 from exporters.models.spec import belongs
 
 HEAVY = ("Conv", "MatMul", "Gemm")
@@ -71,8 +68,7 @@ def place(graph: onnx.GraphProto, kept: Sequence[str]) -> Placement:
         for name in node.input:
             readers[name].append(node)
     weights = {i.name: tuple(i.dims) for i in graph.initializer}
-    narrow = narrow_blocks(graph)
-    heavy = [n for n in graph.node if n.op_type in HEAVY and n.name not in narrow and _is_possible(n, weights, kept)]
+    heavy = [n for n in graph.node if n.op_type in HEAVY and _is_possible(n, weights, kept)]
     data = {n.name: next(i for i in n.input[:2] if i not in weights) for n in heavy}
     points: dict[str, list[str]] = {}
     for node in heavy:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
@@ -15,12 +14,6 @@ from exporters.artifact import Achieved
 from exporters.errors import ArtifactError, first_line
 
 HEAVY = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
-VECTOR = 32  # channels in a vector of TensorRT's 8-bit kernels
-# Operators behind which a channel is still the one of the convolution before.
-CHANNELWISE = frozenset({"Add", "Mul", "Sigmoid", "Relu", "LeakyRelu", "Clip", "HardSwish"}) | frozenset(
-    {"MaxPool", "Resize", "Slice", "Split", "QuantizeLinear", "DequantizeLinear"}
-)
-IMAGE = 4  # channels of an image at most
 TYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT: "fp32",
     onnx.TensorProto.FLOAT16: "fp16",
@@ -63,72 +56,7 @@ def read_precision(path: Path) -> Achieved:
     evidence["opset"] = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
     main = counts.most_common(1)[0][0] if counts else next(iter(weights), "")
     others = tuple(sorted(name for name, kind in kinds.items() if kind != main))
-    return Achieved(main, evidence, others, _rounded(model), _few(graph, others))
-
-
-def _few(graph: onnx.GraphProto, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of the named operators that gain nothing by 8 bits."""
-    narrow = narrow_blocks(graph) if names else frozenset[str]()
-    return tuple(n for n in names if n in narrow)
-
-
-def narrow_blocks(graph: onnx.GraphProto) -> frozenset[str]:
-    """Convolutions that gain nothing by 8 bits, by name; empty where most are too narrow, in a small model.
-
-    Those with fewer than VECTOR channels on both sides, whose kernels would be filled up, and those that are joined
-    with them (Concat) or read what is joined: between the two, every tensor would be converted. A convolution of an
-    image has kernels of its own.
-    """
-    shapes = {i.name: tuple(i.dims) for i in graph.initializer}
-    made_by = {output: node for node in graph.node for output in node.output}
-    narrow: set[str] = set()
-    convolutions = [n for n in graph.node if n.op_type == "Conv"]
-    for node in convolutions:
-        maker = made_by.get(node.input[1])
-        shape = shapes.get(node.input[1] if maker is None else maker.input[0], ())
-        groups = next((a.i for a in node.attribute if a.name == "group"), 1)
-        if len(shape) > 1 and shape[1] > IMAGE and max(shape[0], shape[1] * groups) < VECTOR:
-            narrow.add(_name(node))
-    if len(narrow) > len(convolutions) / 2:
-        return frozenset()
-    found = set(narrow)
-    for node in graph.node:
-        if node.op_type == "Concat":
-            behind = {name for tensor in node.input for name in _heavy_behind(tensor, made_by)}
-            if behind & narrow:
-                found |= behind | {_name(n) for n in _heavy_before(node.output[0], graph)}
-    return frozenset(found)
-
-
-def _name(node: onnx.NodeProto) -> str:
-    return node.name or node.output[0]
-
-
-def _heavy_behind(tensor: str, made_by: Mapping[str, onnx.NodeProto]) -> set[str]:
-    """The convolutions and products that a tensor comes from, through activations and what leaves channels alone."""
-    found, todo, seen = set[str](), [tensor], set[str]()
-    while todo:
-        node = made_by.get(todo.pop())
-        if node is None or _name(node) in seen:
-            continue
-        seen.add(_name(node))
-        if node.op_type in HEAVY:
-            found.add(_name(node))
-        elif node.op_type in CHANNELWISE:
-            todo.extend(node.input)
-    return found
-
-
-def _heavy_before(tensor: str, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """The convolutions and products that read a tensor, at once or through Q/DQ."""
-    found: list[onnx.NodeProto] = []
-    for node in graph.node:
-        if tensor in node.input:
-            if node.op_type in HEAVY:
-                found.append(node)
-            elif node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-                found += _heavy_before(node.output[0], graph)
-    return found
+    return Achieved(main, evidence, others, _rounded(model))
 
 
 def _rounded(model: onnx.ModelProto) -> tuple[str, ...]:

@@ -124,9 +124,9 @@ class DFL(nn.Module):
         self.conv.weight.data[:] = torch.arange(REG_MAX, dtype=torch.float32).view(1, REG_MAX, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # A sum and not the convolution that holds the weights: that one wants the bins in front, a transposition.
-        bins = x.view(-1, 4, REG_MAX, x.shape[2]).softmax(2)
-        return (bins * self.conv.weight.view(1, 1, REG_MAX, 1)).sum(2)
+        # A product and not the convolution that holds the weights: that one wants the bins in front, a transposition.
+        a = x.shape[2]
+        return torch.matmul(self.conv.weight.view(1, REG_MAX), x.view(-1, 4, REG_MAX, a).softmax(2)).view(-1, 4, a)
 
 
 class Decode(nn.Module):
@@ -139,8 +139,8 @@ class Decode(nn.Module):
     def forward(self, distances: Tensor, logits: Tensor, anchors: Tensor, strides: Tensor) -> Tensor:
         left_top, right_bottom = cast("tuple[Tensor, ...]", distances.split((2, 2), 1))
         centre = anchors + (right_bottom - left_top) * 0.5
-        size = left_top + right_bottom
-        return torch.cat((centre * strides, size * strides, logits.sigmoid()), 1)
+        boxes = torch.cat((centre, left_top + right_bottom), 1) * strides
+        return torch.cat((boxes, logits.sigmoid()), 1)
 
 
 class Anchors(nn.Module):

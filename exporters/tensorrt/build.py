@@ -1,6 +1,4 @@
 """Engines from networks: configuration, profiles, timing caches, and the builder's log made one line with a fix."""
-# pyright: reportUnknownMemberType=false
-# (onnx.load leaves the type of a path open)
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from typing import Any
 
 from exporters.errors import BadRequest, ExportError, NotSupported
 from exporters.models.spec import belongs
-from exporters.spec import CALIBRATED, ExportSpec, Precision
+from exporters.spec import ExportSpec, Precision
 from exporters.tensorrt import timing
 from exporters.tensorrt.calibrators import Calibration, calibrator
 from exporters.tensorrt.library import Library, Log, builder, library
@@ -80,7 +78,6 @@ def build(path: Path, spec: ExportSpec, gpu: Mapping[str, str], folder: Path) ->
         "heavy": len(heavy),  # convolutions and matrix products
         "typing": "strong" if network.strongly_typed else "weak",
         "quantization": f"implicit {spec.trt_quant_algo}" if implicit else "",
-        "narrow": _narrow(path) if spec.precision in CALIBRATED else [],
         "network": _tf32(kinds) if spec.precision is Precision.TF32 else kinds,
     }
     return Built(bytes(serialized), facts, tuple(n for n in notes if n), log.text() if spec.verbose else "")
@@ -220,15 +217,6 @@ def _target(found: Library, config: Any, spec: ExportSpec, on_cpu: bool) -> None
             has = ", ".join(f"{n[2:-1]}.{n[-1]}" for n in sorted(known, key=lambda n: int(n[2:])))
             raise NotSupported(f"{found.name} {found.version} does not build for {capability}: it builds for {has}")
         config.set_compute_capability(getattr(members, name), number)
-
-
-def _narrow(path: Path) -> list[str]:
-    """Convolutions of an ONNX file that may stay in floating point, for the engine's header."""
-    import onnx
-
-    from exporters.graph.precision import narrow_blocks
-
-    return sorted(narrow_blocks(onnx.load(path, load_external_data=False).graph))
 
 
 def _signature(network: Network, inputs: bool) -> list[dict[str, Any]]:

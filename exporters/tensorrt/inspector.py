@@ -34,7 +34,6 @@ WORDS = (
     ("fp32", "fp32"),
     ("float", "fp32"),
 )
-VECTOR = 32  # channels in a vector of TensorRT's 8-bit kernels
 HEAVY = re.compile(r"(Conv|ConvTranspose|MatMul|Gemm)(_\d+)?$")
 
 
@@ -71,9 +70,7 @@ def _layer(entry: Mapping[str, Any], times: Mapping[str, float]) -> Layer:
     if precision == "fp32" and re.search(r"tf32", str(entry.get("TacticName", ""))):
         precision = "tf32"
     parts = re.findall(r"\[ONNX Layer: ([^\]]+)\]", str(entry.get("Metadata", "")))
-    dimensions = [tensor.get("Dimensions", ()) for tensor in (*inputs[:1], *entry.get("Outputs", ())[:1])]
-    channels = max((int(d[1]) for d in dimensions if len(d) > 1), default=0)
-    return Layer(name, kind, precision, times.get(name), tuple(parts) or tuple(_named_in(name)), channels)
+    return Layer(name, kind, precision, times.get(name), tuple(parts) or tuple(_named_in(name)))
 
 
 def _named_in(name: str) -> list[str]:
@@ -114,8 +111,8 @@ def achieved(layers: Sequence[Layer], facts: Mapping[str, Any] | None = None) ->
     """The precision of an engine with the evidence; `exceptions` names the ONNX nodes that compute in another one.
 
     Args:
-        facts: what its header says that it was made of. Where the network had no convolution and no matrix product,
-            what most layers read counts; without a header, what is narrow is told by the layers' channels.
+        facts: what its header says that it was made of: where the network had no convolution and no matrix product,
+            what most layers read counts.
 
     Raises:
         ArtifactError: none is found in an engine that must have some.
@@ -133,9 +130,7 @@ def achieved(layers: Sequence[Layer], facts: Mapping[str, Any] | None = None) ->
     evidence = {f"operators {kind or 'unknown'}": n for kind, n in counts.items()}
     evidence |= {"layers": len(layers), "reformats": sum(layer.kind == "Reformat" for layer in layers)}
     others = sorted(name for name, layer in found.items() if layer.precision != main)
-    few = {name for name, layer in found.items() if 0 < layer.channels < VECTOR}
-    few = set[str](facts.get("narrow", few if len(few) <= len(found) / 2 else ()))
-    return Achieved(main, evidence, tuple(others), narrow=tuple(name for name in others if name in few))
+    return Achieved(main, evidence, tuple(others))
 
 
 def achieved_of_plan(path: Path) -> Achieved:
@@ -162,6 +157,4 @@ def achieved_of_network(file: Engine) -> Achieved:
     counts = Counter(kinds.values())
     main = counts.most_common(1)[0][0]
     evidence = {f"operators {kind}": n for kind, n in counts.items()}
-    others = tuple(sorted(name for name, kind in kinds.items() if kind != main))
-    narrow = set[str](file.facts.get("narrow", ()))
-    return Achieved(main, evidence, others, narrow=tuple(name for name in others if name in narrow))
+    return Achieved(main, evidence, tuple(sorted(n for n, kind in kinds.items() if kind != main)))

@@ -15,6 +15,8 @@ from exporters.spec import ExportSpec
 from exporters.tensorrt.library import Library
 from exporters.toolchain import cache_root
 
+PACKED = ".xz"  # a timing cache in a repository: 9 MB become 0.7
+
 
 @dataclass(frozen=True)
 class Begun:
@@ -40,19 +42,23 @@ def seed(stored: Path) -> None:
 
     So baselines bring along the cache that their engines were built with: the same tactics are found again, in seconds.
     """
-    for path in stored.glob("*/*.cache"):
-        target = folder() / path.name
+    for path in stored.glob(f"*/*.cache{PACKED}"):
+        import lzma  # which some builds of Python lack
+
+        target = folder() / path.name.removesuffix(PACKED)
         if not target.exists():
             with writing():
-                _place(path.read_bytes(), target)
+                _place(lzma.decompress(path.read_bytes()), target)
 
 
 def store(stored: Path, gpu: str) -> list[Path]:
     """Copies the kept timing caches of a GPU model into a folder, beside the baselines that were built with them."""
+    import lzma
+
     made: list[Path] = []
     for path in sorted(folder().glob(f"{slug(gpu)}-*.cache")):
-        _place(path.read_bytes(), stored / path.name)
-        made.append(stored / path.name)
+        made.append(stored / (path.name + PACKED))
+        _place(lzma.compress(path.read_bytes()), made[-1])
     return made
 
 

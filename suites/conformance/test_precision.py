@@ -7,7 +7,6 @@ from dataclasses import asdict
 from exporters import formats
 from exporters.errors import NotSupported
 from exporters.models.spec import belongs
-from exporters.spec import CALIBRATED
 from suites.support.bench import Bench
 
 
@@ -18,9 +17,7 @@ def test_achieved_precision_is_the_requested(case: Bench) -> None:
     evidence = ", ".join(f"{n} {k}" for k, n in achieved.counts.items())
     assert achieved.precision == asked, f"asked for {asked}, the file is {achieved.precision or 'unknown'} ({evidence})"
     kept = [path for path, _ in case.model.fp32]
-    # 8-bit kernels work on vectors of 32 channels: a block with fewer on both sides may stay in floating point.
-    narrow = achieved.narrow if case.spec.precision in CALIBRATED else ()
-    wrong = [name for name in achieved.exceptions if not belongs(name, kept) and name not in narrow]
+    wrong = [name for name in achieved.exceptions if not belongs(name, kept)]
     assert not wrong, f"asked for {asked}, but {len(wrong)} operators are not: {', '.join(wrong[:5])} ({evidence})"
     # What our request keeps in FP32 is to be kept between its operators too; others' files promise nothing there.
     rounded = achieved.rounded if case.brought is None else ()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,6 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from exporters.errors import NotSupported
 from exporters.graph.fp16 import to_fp16
+from exporters.graph.padding import VECTOR, pad
+from exporters.graph.placement import place
+from exporters.graph.qdq import insert
 from exporters.graph.simplify import fold_constants, simplify
 from exporters.models.catalog import from_checkpoint
 from exporters.pool import Pool
@@ -134,3 +139,104 @@ def test_monte_carlo_arithmetic_rounds_as_the_precision_does(trained: Path, pool
         assert not np.array_equal(first, other)
         # Below 2^-11 no rounding would have happened; a hundred operators deep it is far below 1.
         assert 2**-11 < np.median(scores) < 0.2
+
+
+# ---- channels filled up to the vectors of 8-bit kernels -------------------------------------------------------------
+
+# name -> (operators behind x as ONNX text, what of it is filled up). Wk_c_d are weights of d -> c channels.
+BLOCKS = {
+    "halves": (
+        """y = Conv(x, W1_32_8, B_32)  b = Slice(y, "16", "32", "1")  m = Conv(b, W2_16_16)  s = Sigmoid(m)
+        n = Mul(m, s)  c = Conv(n, W3_16_16)  r = Add(b, c)  j = Concat(y, r)  z = Conv(j, W4_8_48)""",
+        {"W1_32_8": (64, 8), "B_32": (64,), "W2_16_16": (32, 32), "W3_16_16": (32, 32), "W4_8_48": (8, 96)},
+    ),
+    "split": (
+        """y = Conv(x, W1_40_8)  a, b = Split(y, "24,16")  c = Conv(b, W2_48_16)  j = Concat(a, c, b)
+        z = Conv(j, W3_8_88)""",
+        {"W1_40_8": (64, 8), "W2_48_16": (64, 32), "W3_8_88": (8, 128)},
+    ),
+    "aligned": (
+        """y = Conv(x, W1_64_8)  b = Slice(y, "32", "64", "1")  c = Conv(b, W2_32_32)  j = Concat(y, c)
+        z = Conv(j, W3_8_96)""",
+        {},
+    ),
+    "a chain": ("""y = Conv(x, W1_16_8)  b = Relu(y)  z = Conv(b, W2_8_16)""", {}),
+    "an operator that is not known": (
+        """y = Conv(x, W1_32_8)  b = Slice(y, "16", "32", "1")  c = Conv(b, W2_16_16)  d = Softmax(c)  j = Concat(y, d)
+        z = Conv(j, W3_8_48)""",
+        {},
+    ),
+    "an output": ("""y = Conv(x, W1_20_8)  b = Conv(x, W2_20_8)  z = Concat(y, b)""", {}),
+    "shared weights": (
+        """y = Conv(x, W1_16_8)  b = Conv(x, W1_16_8)  c = Conv(x, W2_16_8)  j = Concat(y, b, c)
+        z = Conv(j, W3_8_48)""",
+        {},
+    ),
+}
+
+
+def block(text: str) -> onnx.ModelProto:
+    """A graph of x (1, 8, 6, 6) -> z from "name = Operator(tensors and numbers)" entries."""
+    random = np.random.default_rng(0)
+    stored: dict[str, np.ndarray[Any, Any]] = {}
+    nodes: list[onnx.NodeProto] = []
+    for outputs, operator, inside in re.findall(r"([a-z, ]+?) = (\w+)\(([^)]*)\)", text):
+        names: list[str] = []
+        for word in re.findall(r'[\w,]+(?=")|\w+(?!")\b', inside):
+            if word[0] in "WB":
+                stored[word] = random.normal(size=[*map(int, word.split("_")[1:]), *([3, 3] if word[0] == "W" else [])])
+                stored[word] = stored[word].astype(np.float32)
+            elif word[0].isdigit():
+                stored[f"n{word}"] = np.array([int(v) for v in word.split(",")])
+            names.append(f"n{word}" if word[0].isdigit() else word)
+        options: dict[str, Any] = {"Concat": {"axis": 1}, "Split": {"axis": 1}, "Softmax": {"axis": 1}}.get(
+            operator, {}
+        )
+        options |= {"pads": [1, 1, 1, 1]} if operator == "Conv" else {}
+        nodes.append(helper.make_node(operator, names, [o.strip() for o in outputs.split(",")], **options))
+    ends = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8, 6, 6])]
+    out = [helper.make_tensor_value_info("z", TensorProto.FLOAT, [1, "channels", 6, 6])]
+    constants = [numpy_helper.from_array(v, k) for k, v in stored.items()]
+    graph = helper.make_graph(nodes, "block", ends, out, constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+def computed(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, dict(feeds))[0])
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_filled_channels_change_no_value(name: str) -> None:
+    """What is cut or joined inside a vector is filled up, nothing else, and the outputs are the same to rounding."""
+    text, wanted = BLOCKS[name]
+    model = block(text)
+    before = {i.name: tuple(i.dims) for i in model.graph.initializer}
+    made = pad(model)
+    onnx.checker.check_model(made, full_check=True)
+    shapes = {i.name: tuple(i.dims) for i in made.graph.initializer}
+    changed = {k: shapes[k][:2] for k in before if shapes[k] != before[k]}
+    assert changed == {k: v for k, v in wanted.items() if v != before[k][:2]}
+    assert (made is model) == (not wanted), "a graph that needs nothing stays the same one"
+    feeds = {"x": np.random.default_rng(1).normal(size=(1, 8, 6, 6)).astype(np.float32)}
+    want, got = computed(model, feeds), computed(made, feeds)
+    # Sums of at most 9 * 128 FP32 products whose order may differ.
+    assert np.abs(got - want).max() <= 9 * 128 * 2**-24 * np.abs(want).max()
+
+
+def test_the_real_graph_is_filled_up_and_computes_the_same(raw: onnx.ModelProto) -> None:
+    """Of YOLOv8n one block is narrower than a vector: its three convolutions and who reads them."""
+    model = fold_constants(onnx.ModelProto.FromString(raw.SerializeToString()))
+    placement = place(model.graph, ["model.22.dfl", "model.22.decode"])
+    insert(model, placement, dict.fromkeys(placement.measured, 8.0), Precision.INT8)
+    before = {i.name: tuple(i.dims) for i in model.graph.initializer}
+    made = pad(model)
+    shapes = {i.name: tuple(i.dims) for i in made.graph.initializer}
+    changed = {k for k in before if shapes.get(k, before[k]) != before[k] and k.endswith("/q")}
+    block = ("cv1", "m.0.cv1", "m.0.cv2", "cv2")
+    assert changed == {f"model.2.{part}.conv.weight/q" for part in block}
+    assert all(size % VECTOR == 0 for part in block[:3] for size in shapes[f"model.2.{part}.conv.weight/q"][:2])
+    feeds = {"images": np.random.default_rng(0).uniform(0, 1, (1, 3, 320, 320)).astype(np.float32)}
+    np.testing.assert_allclose(computed(made, feeds), computed(model, feeds), rtol=1e-4, atol=1e-4)

@@ -200,9 +200,9 @@ WAIVER: Event = {
 }
 LAYERS: list[Event] = [
     {"name": "/model.0/conv/Conv + SiLU", "kind": "CaskConvolution", "precision": "int8", "milliseconds": 0.021,
-     "parts": ["/model.0/conv/Conv"], "channels": 16},
+     "parts": ["/model.0/conv/Conv"]},
     {"name": "/model.22/dfl/conv/Conv", "kind": "CaskConvolution", "precision": "fp16", "milliseconds": 0.011,
-     "parts": ["/model.22/dfl/conv/Conv"], "channels": 16},
+     "parts": ["/model.22/dfl/conv/Conv"]},
     {"name": "Reformatting CopyNode", "kind": "Reformat", "precision": "int8", "milliseconds": 0.004},
 ]  # fmt: skip
 # What each verdict's claim carries beside its word.
