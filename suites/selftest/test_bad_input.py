@@ -145,6 +145,8 @@ def test_an_option_that_cannot_be_met_is_refused(
         # A shell variable that was not set: the default would judge something else, and pass.
         (["check", "", "--model", "best.pt", "--format", "onnx"], ("artifact is given and empty",)),
         (["qualify", ""], ("model is given and empty",)),
+        (["qualify", "--replicates", "0"], ("replicates '0'", "from 1")),
+        (["qualify", "--exports", "all"], ("exports 'all'", "from 1")),
         (["export", "a" * 300 + ".pt", "--format", "onnx"], ("name too long",)),
         (["qualify", "a" * 300 + ".pt"], ("name too long",)),
         (["export", "best.pt", "--format", "onnx", "--", "-x"], ("-x", "for pytest")),

@@ -34,6 +34,7 @@ from exporters.spec import request
 from suites.conformance import test_export as export
 from suites.conformance import test_robustness as robustness
 from suites.conformance import test_shapes as shapes
+from suites.support.ahead import export_ahead
 from suites.support.bench import Bench, Run
 from suites.support.cases import Case
 from suites.support.config import Project
@@ -190,6 +191,27 @@ def test_no_worker_outlives_its_pool(folder: Path) -> None:
         numbers = [w.process.pid for w in pool.workers.values() if isinstance(w, Worker)]
     assert numbers
     assert not [n for n in numbers if psutil.pid_exists(n)]
+
+
+# ---- several at once -------------------------------------------------------------------------------------------------
+
+
+def test_exports_made_ahead_are_found_and_failures_are_told(folder: Path, judge: Judge) -> None:
+    """Two at a time; what could not be made fails its own case in its own words, without another try."""
+    with Pool() as pool:
+        run = Run(Project(folder), pool)
+        benches = [bench_of(run, folder, "plain", form) for form in ("pytorch", "torchscript", "onnx")]
+        lost = bench_of(run, folder, "aborting", "torchscript")
+        run.failed = export_ahead(pool, [b.case for b in (*benches, lost)], 2)
+        assert list(run.failed) == [lost.case.id]
+        made = list(pool.fresh)
+        assert len(made) == 3
+        for bench in benches:
+            assert judge(shapes.test_output_shapes_match_reference, bench) == (Verdict.PASS, "")
+            assert bench.artifact().key in made
+        verdict, because = judge(shapes.test_output_shapes_match_reference, lost)
+        assert verdict is Verdict.CRASH and "SIGABRT" in because, because
+        assert len(set(pool.fresh)) == len(pool.fresh), "one was made twice"
 
 
 # ---- interrupted ---------------------------------------------------------------------------------------------------
