@@ -137,7 +137,10 @@ def builder(on_cpu: bool = False) -> Any:
     """
     found = library(on_cpu)
     with found.recording() as log:
-        made = found.module.Builder(found.logger)
+        try:
+            made = found.module.Builder(found.logger)
+        except TypeError:  # what the bindings make of a null pointer
+            made = None
     if made is None:
         raise ToolchainMissing(
             f"{found.name} {found.version} has no builder here ({'; '.join(log.errors()[:1]) or 'no words'})",
