@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from exporters.tensorrt import timing
 from exporters.tensorrt.header import read_engine, write_engine
 from exporters.tensorrt.plans import strip, wrap
 from suites.selftest.test_bad_input import assert_refused, run
@@ -135,6 +136,25 @@ def test_bad_requests_are_one_line(words: list[str], said: tuple[str, ...], tmp_
     before = {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
     assert_refused(run(["engine", *words], tmp_path), *said)
     assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+
+
+def test_timing_caches_travel_packed_beside_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is stored for a GPU model seeds an empty cache, byte for byte, and never replaces one that is kept."""
+    name, data = "nvidia-h100-80gb-hbm3-tensorrt-10.6.0.cache", bytes(range(256)) * 400
+    for place in ("one", "two"):
+        (tmp_path / place / "timing").mkdir(parents=True)
+    (tmp_path / "one" / "timing" / name).write_bytes(data)
+    (tmp_path / "one" / "timing" / "nvidia-a100-tensorrt-10.6.0.cache").write_bytes(b"another GPU's")
+    monkeypatch.setenv("EXPORTGATE_CACHE", str(tmp_path / "one"))
+    stored = timing.store(tmp_path / "baselines" / "h100", "NVIDIA H100 80GB HBM3")
+    assert [p.name for p in stored] == [f"{name}.xz"] and stored[0].stat().st_size < len(data) / 10
+    monkeypatch.setenv("EXPORTGATE_CACHE", str(tmp_path / "two"))
+    timing.seed(tmp_path / "baselines")
+    kept = tmp_path / "two" / "timing" / name
+    assert kept.read_bytes() == data
+    kept.write_bytes(b"what later builds learnt")
+    timing.seed(tmp_path / "baselines")
+    assert kept.read_bytes() == b"what later builds learnt"
 
 
 def test_the_cache_is_shown_and_pruned(tmp_path: Path) -> None:
