@@ -322,7 +322,8 @@ class Pool:
         entry = formats.get(spec.format)
         self._trust(artifact)
         runtime = entry.runtime(runtime_id, device)
-        role = f"{runtime.id}-{runtime.device}" + (f"-{replicate}" if replicate else "")
+        # A process of its own for each GPU: a context is one of a thread's.
+        role = f"{runtime.id}-{device.replace(':', '')}" + (f"-{replicate}" if replicate else "")
         caller = self.worker(entry.chain(device), entry.id, role, runtime.imports, _source(spec))
         opened = caller.call(
             "open", spec=spec.to_dict(), artifact=artifact.to_dict(), runtime=runtime_id, device=device
@@ -356,7 +357,7 @@ class Pool:
     def retire(self, spec: ExportSpec, runtime_id: str, device: str, replicate: int) -> None:
         """Ends the worker of one replicate."""
         entry = formats.get(spec.format)
-        role = f"{runtime_id}-{device.partition(':')[0]}-{replicate}"
+        role = f"{runtime_id}-{device.replace(':', '')}-{replicate}"
         worker = self.workers.pop((entry.chain(device), entry.id, role), None)
         if worker is not None:
             worker.close()

@@ -181,6 +181,7 @@ def _pytest(options: argparse.Namespace, words: list[str], further: list[str]) -
 
 def _export(options: argparse.Namespace, further: list[str]) -> int:
     from exporters import formats
+    from exporters.cuda.nvml import gpu_facts
     from exporters.pool import Pool
     from exporters.tensorrt import timing
     from suites.options import names_in
@@ -191,8 +192,9 @@ def _export(options: argparse.Namespace, further: list[str]) -> int:
         raise BadRequest("export was given no format", "add --format, for example --format onnx")
     project = find_project(options.project, Path.cwd())
     names = [formats.canonical(f) for f in names_in("format", options.format)]
-    timing.seed(project.baselines)
     with Pool(project.limits) as pool, _progress(pool):
+        if options.device not in (None, "cpu"):
+            timing.seed(project.baselines, str(gpu_facts().get("name", "")), pool.progress)
         # Started before the checkpoint is read: importing torch is the longest part of a cold export.
         for name in names:
             pool.start_early(name)

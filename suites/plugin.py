@@ -15,6 +15,7 @@ import pytest
 
 from exporters import formats
 from exporters.artifact import Artifact, foreign
+from exporters.cuda.nvml import gpu_facts
 from exporters.errors import BadRequest, ExportgateError, NotSupported
 from exporters.pool import Pool
 from exporters.spec import ExportSpec
@@ -185,15 +186,18 @@ def exportgate_run(request: pytest.FixtureRequest) -> Iterator[Run]:
     def start(line: str) -> None:
         config.hook.pytest_exportgate_export_start(description=line)
 
-    timing.seed(state.project.baselines)
     pool = Pool(state.project.limits, in_process=bool(config.getoption("in_process")), progress=start)
     run = state.run = Run(state.project, pool, damage)
     judged = list({c.id: c for item in request.session.items if (c := _case_of(item))}.values())
+    if any(c.spec.device != "cpu" for c in judged):
+        timing.seed(state.project.baselines, str(gpu_facts().get("name", "")), start)
     count = exports_at_once(state.exports, judged)
-    if count > 1 and len(judged) > 1 and state.brought is None and not pool.in_process:
-        run.failed = export_ahead(pool, judged, count)
-    yield run
-    run.close()
+    try:
+        if count > 1 and len(judged) > 1 and state.brought is None and not pool.in_process:
+            run.failed = export_ahead(pool, judged, count)
+        yield run
+    finally:
+        run.close()
 
 
 @pytest.fixture(scope="session")

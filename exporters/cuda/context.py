@@ -40,7 +40,6 @@ def driver() -> Any:
     return found
 
 
-@cache
 def enter(device: str) -> dict[str, str]:
     """Makes the primary context of "cuda:N" current in this thread; returns the GPU's name and compute capability.
 
@@ -52,10 +51,11 @@ def enter(device: str) -> dict[str, str]:
     count = int(found.Device.count())
     if number >= count:
         raise BadRequest(f"device '{device}': this machine has {count} GPUs", f"use cuda:0 to cuda:{count - 1}")
-    chosen = found.Device(number)
-    context = chosen.retain_primary_context()
-    context.push()
-    _entered[f"cuda:{number}"] = context
+    chosen, name = found.Device(number), f"cuda:{number}"
+    if current() != name or not _entered:
+        context = _entered.pop(name, None) or chosen.retain_primary_context()
+        context.push()
+        _entered[name] = context  # the last one is the current one
     major, minor = chosen.compute_capability()
     return {"name": str(chosen.name()), "compute_capability": f"{major}.{minor}"}
 

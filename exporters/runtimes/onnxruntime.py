@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -91,9 +91,9 @@ class OnnxRuntimeSession(Session):
 
     def _open(self, options: Any) -> Any:
         try:
-            # No second provider: what the asked one cannot run makes the session fail instead of falling back.
             providers = [(self.provider, self._provider_options())]
-            return cast("Any", ort.InferenceSession(str(self.path), options, providers=providers))
+            # Else a provider that fails is replaced by others, and the error is a line of its log.
+            return cast("Any", ort.InferenceSession(str(self.path), options, providers=providers, enable_fallback=0))
         except Exception as error:
             # ONNX Runtime's exception types are generated and share no base but Exception.
             if not type(error).__module__.startswith("onnxruntime"):
@@ -109,16 +109,18 @@ class OnnxRuntimeSession(Session):
         if self.provider == "CUDAExecutionProvider":
             return options | {"use_tf32": "1" if self.spec.precision is Precision.TF32 else "0"}
         # The provider names its engines by the graph without its weights: a folder for each file keeps them apart.
-        folder = cache_root() / "ort-trt"
+        version, gpu = _tensorrt_version(), str(gpu_facts(self.device).get("name", ""))
+        folder = cache_root() / "ort-trt" / timing.slug(f"{gpu} {version} {ort.__version__}")
         engines = folder / f"{digest(self.path)[:32]}-{self.spec.precision}"
-        engines.mkdir(parents=True, exist_ok=True)
-        _share_timing(self.device, folder)
+        with writing():
+            engines.mkdir(parents=True, exist_ok=True)
+        _share_timing(self.device, version, folder)
         return options | {
-            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_enable": "True",  # its parser knows no other words, "1" is refused
             "trt_engine_cache_path": str(engines),
-            "trt_fp16_enable": "1" if self.spec.precision in (Precision.FP16, Precision.INT8) else "0",
-            "trt_int8_enable": "1" if self.spec.precision is Precision.INT8 else "0",
-            "trt_timing_cache_enable": "1",
+            "trt_fp16_enable": str(self.spec.precision in (Precision.FP16, Precision.INT8)),
+            "trt_int8_enable": str(self.spec.precision is Precision.INT8),
+            "trt_timing_cache_enable": "True",
             "trt_timing_cache_path": str(folder),
             "trt_max_workspace_size": str(4 << 30),
         }
@@ -236,30 +238,35 @@ def _prepare_cuda(device: str) -> Any:
     Raises:
         ToolchainMissing: PyTorch sees no GPU.
     """
+    # TensorRT rounds FP32 to TF32 unless it is told not to, for which its provider has no option.
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     import torch
 
     if not torch.cuda.is_available():
         raise ToolchainMissing("PyTorch sees no NVIDIA GPU", "run it on a machine with an NVIDIA GPU and driver")
     torch.cuda.set_device(device)
     cast("Any", ort).preload_dlls()
-    with suppress(ImportError):
-        importlib.import_module("tensorrt")  # loads libnvinfer, which TensorrtExecutionProvider links against
+    _tensorrt_version()  # loads libnvinfer, which TensorrtExecutionProvider links against
     return torch.cuda.Stream(device)
 
 
-def _share_timing(device: str, folder: Path) -> None:
+def _tensorrt_version() -> str:
+    """Version of the TensorRT whose libraries the provider finds; "" where its Python package is not here."""
+    try:
+        return str(importlib.import_module("tensorrt").__version__)
+    except (ImportError, OSError, RuntimeError):  # a library that cannot be loaded, too
+        return ""
+
+
+def _share_timing(device: str, version: str, folder: Path) -> None:
     """Begins the provider's timing cache with that of the engine format: the same tactics of the same TensorRT."""
     facts = gpu_facts(device)
-    try:
-        version = str(importlib.import_module("tensorrt").__version__)
-    except ImportError:
-        return
     ours = timing.kept_path("TensorRT", version, str(facts.get("name", "")))
     capability = str(facts.get("compute_capability", "")).replace(".", "")
     theirs = folder / f"TensorrtExecutionProvider_cache_sm{capability}.timing"  # its name for it
     if ours.is_file() and not theirs.exists():
         with writing():
-            theirs.write_bytes(ours.read_bytes())
+            timing.place(ours.read_bytes(), theirs)
 
 
 def _info(value: Any) -> TensorInfo:

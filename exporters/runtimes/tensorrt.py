@@ -145,7 +145,8 @@ class TensorRtSession(Session):
     def use_profile(self, profile: int) -> None:
         """Switches the context to another profile."""
         if profile != self.profile:
-            self.context.set_optimization_profile_async(profile, self.stream.handle)
+            if not self.context.set_optimization_profile_async(profile, self.stream.handle):
+                raise ExportError(f"TensorRT refused to switch to profile {profile + 1}", "see the worker's log")
             self.stream.synchronize()
             self.profile = profile
 
@@ -269,7 +270,7 @@ class Slot(OnDevice):
     def _bind(self) -> None:
         """Tells the context shapes and addresses, and reserves room for the outputs."""
         context = self.session.context
-        self.session.bound = self
+        self.session.bound = None  # until everything is: after an error nothing may run with addresses that are gone
         self.session.use_profile(self.profile)
         for info in self.session.inputs:
             if any(isinstance(d, str) for d in info.shape) and not context.set_input_shape(
@@ -290,6 +291,7 @@ class Slot(OnDevice):
             self.shapes[info.name] = shape
             buffer.reserve(int(np.prod(shape)) * np.dtype(info.dtype).itemsize)
             context.set_tensor_address(info.name, int(buffer.device))
+        self.session.bound = self
 
     def enqueue(self, graph: bool = False) -> None:
         """One inference on the stream, without waiting; `graph` launches the captured one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,18 +37,31 @@ def kept_path(name: str, version: str, gpu: str) -> Path:
     return folder() / f"{slug(gpu)}-{slug(name)}-{version}.cache"
 
 
-def seed(stored: Path) -> None:
-    """Copies timing caches that lie below a folder to where they are kept, unless one is kept there already.
+def seed(stored: Path, gpu: str, tell: Callable[[str], None]) -> None:
+    """Copies a GPU model's timing caches, where some lie below a folder, to where they are kept, unless they are there.
 
     So baselines bring along the cache that their engines were built with: the same tactics are found again, in seconds.
+    One that cannot be read is told and left out: builds are slow without it, and as good.
     """
-    for path in stored.glob(f"*/*.cache{PACKED}"):
-        import lzma  # which some builds of Python lack
-
+    paths = list(stored.glob(f"*/{slug(gpu)}-*.cache{PACKED}")) if gpu else []
+    if not paths:
+        return
+    try:
+        import lzma
+    except ImportError:  # some builds of Python lack it
+        tell(f"this Python has no lzma, so that {paths[0]} is left out")
+        return
+    for path in paths:
         target = folder() / path.name.removesuffix(PACKED)
-        if not target.exists():
-            with writing():
-                _place(lzma.decompress(path.read_bytes()), target)
+        if target.exists():
+            continue
+        try:
+            data = lzma.decompress(path.read_bytes())
+        except (EOFError, OSError, lzma.LZMAError) as error:
+            tell(f"timing cache {path} cannot be read ({type(error).__name__}: {error}); it is left out")
+            continue
+        with writing():
+            place(data, target)
 
 
 def store(stored: Path, gpu: str) -> list[Path]:
@@ -58,11 +71,11 @@ def store(stored: Path, gpu: str) -> list[Path]:
     made: list[Path] = []
     for path in sorted(folder().glob(f"{slug(gpu)}-*.cache")):
         made.append(stored / (path.name + PACKED))
-        _place(lzma.compress(path.read_bytes()), made[-1])
+        place(lzma.compress(path.read_bytes()), made[-1])
     return made
 
 
-def _place(data: bytes, target: Path) -> None:
+def place(data: bytes, target: Path) -> None:
     """Writes a file in whole, or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{uuid.uuid4().hex}")
@@ -124,6 +137,6 @@ def keep(config: Any, begun: Begun | None) -> str:
             now = config.create_timing_cache(begun.path.read_bytes())
             if now is not None and now.combine(cache, False):
                 data = bytes(now.serialize())
-        _place(data, begun.path)
+        place(data, begun.path)
     line = f"timing cache {begun.path.name}: {begun.bytes >> 10} KiB before, {len(data) >> 10} KiB after"
     return f"{begun.note}; {line}" if begun.note else line

@@ -146,15 +146,23 @@ def test_timing_caches_travel_packed_beside_baselines(tmp_path: Path, monkeypatc
     (tmp_path / "one" / "timing" / name).write_bytes(data)
     (tmp_path / "one" / "timing" / "nvidia-a100-tensorrt-10.6.0.cache").write_bytes(b"another GPU's")
     monkeypatch.setenv("EXPORTGATE_CACHE", str(tmp_path / "one"))
-    stored = timing.store(tmp_path / "baselines" / "h100", "NVIDIA H100 80GB HBM3")
+    gpu = "NVIDIA H100 80GB HBM3"
+    stored = timing.store(tmp_path / "baselines" / "h100", gpu)
     assert [p.name for p in stored] == [f"{name}.xz"] and stored[0].stat().st_size < len(data) / 10
     monkeypatch.setenv("EXPORTGATE_CACHE", str(tmp_path / "two"))
-    timing.seed(tmp_path / "baselines")
+    told: list[str] = []
+    timing.seed(tmp_path / "baselines", "NVIDIA A100", told.append)
+    assert not list((tmp_path / "two" / "timing").iterdir()), "of another GPU model"
+    timing.seed(tmp_path / "baselines", gpu, told.append)
     kept = tmp_path / "two" / "timing" / name
     assert kept.read_bytes() == data
     kept.write_bytes(b"what later builds learnt")
-    timing.seed(tmp_path / "baselines")
-    assert kept.read_bytes() == b"what later builds learnt"
+    timing.seed(tmp_path / "baselines", gpu, told.append)
+    assert kept.read_bytes() == b"what later builds learnt" and not told
+    kept.unlink()
+    stored[0].write_bytes(stored[0].read_bytes()[:-50])
+    timing.seed(tmp_path / "baselines", gpu, told.append)
+    assert not kept.exists() and len(told) == 1 and stored[0].name in told[0]
 
 
 def test_the_cache_is_shown_and_pruned(tmp_path: Path) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 from exporters import formats
 from exporters.cuda.nvml import same_gpus
@@ -15,12 +13,15 @@ from exporters.pool import Pool
 from exporters.spec import ExportSpec
 from suites.support.cases import Case
 
+FIRST = "cuda:0"
+
 
 def exports_at_once(asked: int | None, cases: Sequence[Case]) -> int:
     """How many exports are made at a time: what the user asked for, else one a GPU of the host where cases need one."""
     if asked is not None:
         return asked
-    return len(same_gpus("cuda:0")) if any(c.spec.device != "cpu" for c in cases) else 1
+    devices = {c.spec.device for c in cases} - {"cpu"}
+    return len(same_gpus(FIRST)) if devices == {FIRST} else 1
 
 
 def export_ahead(pool: Pool, cases: Sequence[Case], count: int) -> dict[str, ExportgateError]:
@@ -32,49 +33,47 @@ def export_ahead(pool: Pool, cases: Sequence[Case], count: int) -> dict[str, Exp
     Returns:
         What could not be made, by the case's id, for the claim that asks for it.
     """
-    wanted = {repr(c.spec): c for c in reversed(cases) if not c.missing and not c.because}
-    failed: dict[str, ExportgateError] = {}
+    wanted = {repr(c.spec): c.spec for c in cases if not c.missing and not c.because}
+    failed: dict[str, ExportgateError] = {}  # by the request
 
-    def make(made_in: Pool, case: Case) -> None:
+    def make(made_in: Pool, spec: ExportSpec) -> None:
         try:
-            made_in.export(case.spec)
+            made_in.export(spec)
         except ExportgateError as error:
-            failed[case.id] = error
+            failed[repr(spec)] = error
 
-    for case in wanted.values():
-        for parent in formats.get(case.spec.format).parents(case.spec):
-            make(pool, replace(case, spec=parent))
+    for spec in wanted.values():
+        for parent in formats.get(spec.format).parents(spec):
+            make(pool, parent)
     failed.clear()  # who needs that parent fails by it, in the words of its own export
-    gpus = same_gpus("cuda:0") or [os.environ.get("CUDA_VISIBLE_DEVICES", "")]
+    gpus = same_gpus(FIRST) if {s.device for s in wanted.values()} <= {"cpu", FIRST} else []
     pools = [
-        Pool(
-            pool.limits,
-            pool.folder / f"ahead-{number}",
-            progress=pool.progress,
-            variables={"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if len(gpus) > 1 else {},
-        )
-        for number in range(count)
+        Pool(pool.limits, pool.folder / f"ahead-{n}", progress=pool.progress, variables=_seeing(gpus, n))
+        for n in range(count)
     ]
     mine = threading.local()
     free = list(pools)
 
-    def one(case: Case) -> None:
+    def one(spec: ExportSpec) -> None:
         if not hasattr(mine, "pool"):
             mine.pool = free.pop()
-        make(mine.pool, case)
+        make(mine.pool, spec)
 
     executor = ThreadPoolExecutor(count)
     try:
         # The longest first, as far as that is known: the largest batches.
-        list(executor.map(one, sorted(wanted.values(), key=_effort)))
+        list(executor.map(one, sorted(wanted.values(), key=lambda s: -s.batch)))
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
         for made in pools:
             pool.fresh += made.fresh
             made.close()
-    return failed
+    return {c.id: failed[repr(c.spec)] for c in cases if repr(c.spec) in failed}
 
 
-def _effort(case: Case) -> tuple[int, str]:
-    spec: ExportSpec = case.spec
-    return -spec.batch, case.id
+def _seeing(gpus: Sequence[str], number: int) -> dict[str, str]:
+    """The variables by which a process sees one GPU as its first; none where there is only one."""
+    if len(gpus) < 2:
+        return {}
+    # NVML, which named them, counts in the order of the bus; CUDA by default the fastest first.
+    return {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)], "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
