@@ -8,7 +8,7 @@ columns of zeros, and every other value stays what it was.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -42,7 +42,8 @@ def pad(model: onnx.ModelProto) -> onnx.ModelProto:
     copied = onnx.ModelProto.FromString(model.SerializeToString())
     try:
         _Padder(copied.graph).apply(layouts)
-    except _CannotPad:
+        onnx.shape_inference.infer_shapes(copied, check_type=True, strict_mode=True)
+    except (_CannotPad, onnx.shape_inference.InferenceError):
         return model
     return copied
 
@@ -52,7 +53,8 @@ class _Padder:
         self.graph = graph
         self.stored = {i.name: i for i in graph.initializer}
         self.made_by = {output: node for node in graph.node for output in node.output}
-        self.changed = set[str]()  # stored tensors
+        self.readers = Counter(name for node in graph.node for name in node.input)
+        self.readers.update(o.name for o in graph.output)
         self.added = 0
 
     # ---- what is to be filled up -------------------------------------------------------------------------------------
@@ -154,9 +156,11 @@ class _Padder:
         return int(weight.dims[0]) if weight is not None and _attribute(node, "group", 1) == 1 else 0
 
     def _weight(self, name: str) -> onnx.TensorProto | None:
-        """The stored weights, behind their DequantizeLinear where they have one."""
+        """The stored weights, behind their DequantizeLinear where they have one; None where they are computed."""
         maker = self.made_by.get(name)
-        return self.stored.get(maker.input[0] if maker is not None and maker.op_type == "DequantizeLinear" else name)
+        if maker is None:
+            return self.stored.get(name)
+        return self.stored.get(maker.input[0]) if maker.op_type == "DequantizeLinear" else None
 
     def _values(self, name: str) -> list[int]:
         return [int(v) for v in numpy_helper.to_array(self.stored[name]).reshape(-1)] if name in self.stored else []
@@ -169,6 +173,10 @@ class _Padder:
         Raises:
             _CannotPad: something reads a filled tensor that is not known here; the graph is then half changed.
         """
+        if any(a.HasField("g") or a.graphs for node in self.graph.node for a in node.attribute):
+            raise _CannotPad  # a branch or a loop may read what is outside
+        if any(i.name in self.stored for i in self.graph.input):
+            raise _CannotPad  # weights that may be replaced
         layouts: dict[str, Layout] = {}  # tensors that are filled up
         for node in self.graph.node:
             inputs = [layouts[name] for name in node.input if name in layouts]
@@ -181,10 +189,11 @@ class _Padder:
                     self._widen(node, made, given)
             elif inputs and node.op_type in CHANNELWISE:
                 data = [name for name in node.input if name and name not in self.stored]
-                if len(set(inputs)) > 1 or len(inputs) != len(data) or not self._is_scalar(node, data):
+                is_one = len(set(inputs)) == 1 and len(inputs) == len(data) and len(node.output) == 1
+                if not is_one or not self._is_scalar(node, data):
                     raise _CannotPad
                 made = inputs[0]
-            elif inputs and node.op_type == "Resize" and not (len(node.input) > 3 and node.input[3]):
+            elif inputs and node.op_type == "Resize" and self._scales_only_places(node):
                 made = inputs[0]
             elif inputs and node.op_type == "Slice":
                 made = self._cut(node, inputs[0])
@@ -207,6 +216,13 @@ class _Padder:
         del self.graph.value_info[:]
         self.graph.value_info.extend(left)
 
+    def _scales_only_places(self, node: onnx.NodeProto) -> bool:
+        """Whether a Resize has stored scales, of which that of the channels is 1."""
+        if len(node.input) != 3 or node.input[2] not in self.stored or any(a.name == "axes" for a in node.attribute):
+            return False
+        scales = numpy_helper.to_array(self.stored[node.input[2]]).reshape(-1)
+        return len(scales) > 1 and float(scales[1]) == 1.0
+
     def _known(self, name: str, layouts: Mapping[str, Layout]) -> int:
         return sum(r for r, _ in layouts[name]) if name in layouts else self._channels(name)
 
@@ -216,13 +232,16 @@ class _Padder:
 
     def _widen(self, node: onnx.NodeProto, made: Layout | None, given: Layout | None) -> None:
         """Rows of zeros for filled outputs and columns of zeros for filled inputs."""
-        maker = self.made_by.get(node.input[1])
-        names = [maker.input[0] if maker is not None else node.input[1]]
-        if names[0] not in self.stored:
+        maker, weight = self.made_by.get(node.input[1]), self._weight(node.input[1])
+        if weight is None or (maker is not None and self.readers[node.input[1]] > 1):
             raise _CannotPad
-        values = numpy_helper.to_array(self.stored[names[0]])
+        if maker is not None and not all(name in self.stored for name in maker.input):
+            raise _CannotPad
+        if maker is not None and _attribute(maker, "axis", 1) != 0 and not self._is_scalar(maker, maker.input[:1]):
+            raise _CannotPad  # scales along the inputs
+        values = numpy_helper.to_array(weight)
         values = _spread(values, made, 0) if made else values
-        self._store(names[0], _spread(values, given, 1) if given else values)
+        self._store(weight.name, _spread(values, given, 1) if given else values)
         if made and maker is not None and int(np.prod(self.stored[maker.input[1]].dims)) > 1:
             self._store(maker.input[1], _spread(numpy_helper.to_array(self.stored[maker.input[1]]), made, 0, fill=1.0))
             if len(maker.input) > 2 and int(np.prod(self.stored[maker.input[2]].dims)) > 1:
@@ -233,9 +252,8 @@ class _Padder:
             self._store(node.input[2], _spread(numpy_helper.to_array(self.stored[node.input[2]]), made, 0))
 
     def _store(self, name: str, values: Array) -> None:
-        if name in self.changed:  # two convolutions share it
+        if self.readers[name] > 1:  # somebody else reads it as it was
             raise _CannotPad
-        self.changed.add(name)
         self.stored[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values), name))
 
     def _constant(self, values: Sequence[int]) -> str:
@@ -249,10 +267,11 @@ class _Padder:
     def _cut(self, node: onnx.NodeProto, layout: Layout) -> Layout:
         """Moves a Slice to where its parts are now."""
         axes = self._values(node.input[3]) if len(node.input) > 3 else []
-        if axes and 1 not in axes:
+        if axes and min(axes) >= 0 and 1 not in axes:
             return layout
         starts, ends = self._values(node.input[1]), self._values(node.input[2])
-        if axes != [1] or not starts or not ends:
+        steps = self._values(node.input[4]) if len(node.input) > 4 and node.input[4] else [1]
+        if axes != [1] or steps != [1] or not starts or not ends:
             raise _CannotPad
         channels = sum(real for real, _ in layout)
         start, end = (min(v if v >= 0 else v + channels, channels) for v in (starts[0], ends[0]))

@@ -97,7 +97,9 @@ def _reaches(node: onnx.NodeProto, readers: Mapping[str, Sequence[onnx.NodeProto
     for name in node.output:
         if name in wanted:
             return True
-        if any(r.op_type in (*PASSING, "Concat") and _reaches(r, readers, wanted) for r in readers[name]):
+        # What passes on has its values in front; behind them stand numbers, as the sizes of a Resize.
+        onward = (r for r in readers[name] if r.op_type == "Concat" or (r.op_type in PASSING and r.input[0] == name))
+        if any(_reaches(r, readers, wanted) for r in onward):
             return True
     return False
 

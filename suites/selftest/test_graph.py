@@ -166,6 +166,18 @@ BLOCKS = {
         z = Conv(j, W3_8_48)""",
         {},
     ),
+    "a shared bias": (
+        """y = Conv(x, W1_16_8, B_16)  b = Conv(x, W2_16_8, B_16)  j = Concat(y, b)  z = Conv(j, W3_8_32)""",
+        {},
+    ),
+    "an axis from behind": (
+        """y = Conv(x, W1_32_8)  b = Slice(y, "16", "32", "-3")  j = Concat(b, y)  z = Conv(j, W3_8_48)""",
+        {},
+    ),
+    "every second channel": (
+        """y = Conv(x, W1_32_8)  b = Slice(y, "0", "32", "1", "2")  j = Concat(b, y)  z = Conv(j, W3_8_48)""",
+        {},
+    ),
     "an output": ("""y = Conv(x, W1_20_8)  b = Conv(x, W2_20_8)  z = Concat(y, b)""", {}),
     "shared weights": (
         """y = Conv(x, W1_16_8)  b = Conv(x, W1_16_8)  c = Conv(x, W2_16_8)  j = Concat(y, b, c)
@@ -182,13 +194,13 @@ def block(text: str) -> onnx.ModelProto:
     nodes: list[onnx.NodeProto] = []
     for outputs, operator, inside in re.findall(r"([a-z, ]+?) = (\w+)\(([^)]*)\)", text):
         names: list[str] = []
-        for word in re.findall(r'[\w,]+(?=")|\w+(?!")\b', inside):
+        for word in re.findall(r'[-\w,]+(?=")|\w+(?!")\b', inside):
             if word[0] in "WB":
                 stored[word] = random.normal(size=[*map(int, word.split("_")[1:]), *([3, 3] if word[0] == "W" else [])])
                 stored[word] = stored[word].astype(np.float32)
-            elif word[0].isdigit():
+            elif word[0] in "-0123456789":
                 stored[f"n{word}"] = np.array([int(v) for v in word.split(",")])
-            names.append(f"n{word}" if word[0].isdigit() else word)
+            names.append(f"n{word}" if word[0] in "-0123456789" else word)
         options: dict[str, Any] = {"Concat": {"axis": 1}, "Split": {"axis": 1}, "Softmax": {"axis": 1}}.get(
             operator, {}
         )
@@ -199,6 +211,19 @@ def block(text: str) -> onnx.ModelProto:
     constants = [numpy_helper.from_array(v, k) for k, v in stored.items()]
     graph = helper.make_graph(nodes, "block", ends, out, constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+def test_sizes_of_a_resize_are_not_quantized() -> None:
+    """They are numbers behind the values, and reach the next convolution through a Concat, too."""
+    text = """y = Conv(x, W1_16_8)  s = Shape(y)  t = Slice(s, "0", "2")  u = Slice(s, "2", "4")  v = Concat(t, u)
+        r = Resize(y, , , v)  z = Conv(r, W2_8_16)"""
+    model = block(text)
+    next(n for n in model.graph.node if n.output[0] == "v").attribute[0].i = 0
+    for number, node in enumerate(model.graph.node):
+        node.name = f"/{node.op_type}_{number}"
+    resize = next(n for n in model.graph.node if n.op_type == "Resize")
+    resize.input[:] = ["y", "", "", "v"]
+    assert set(place(model.graph, []).measured) == {"x", "y", "r"}
 
 
 def computed(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
