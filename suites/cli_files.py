@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,16 @@ def _engine(options: argparse.Namespace, further: list[str]) -> int:
             if options.output:
                 raise BadRequest(f"--output {options.output} with --triton: a repository has its own names", "drop one")
             name = options.name or source.stem
+            if not re.fullmatch(r"\w[\w.-]*", name):
+                raise BadRequest(f"name '{name}' is no name of a model", "use letters, digits, _, - and .")
             folder = Path(options.triton) / name
-            _check_free((folder / "config.pbtxt", folder / "1" / "model.plan"), options.overwrite)
+            written = (folder / "config.pbtxt", folder / "1" / "model.plan", folder / "1" / "model.plan.json")
+            _check_free(written, options.overwrite)
             print(plans.triton(source, Path(options.triton), name))
             return 0
         target = Path(options.output) if options.output else source.with_suffix(plans.SUFFIX)
+        if target.resolve() == source.resolve():
+            raise BadRequest(f"--output '{target}' is the engine itself", "name another place")
         _check_free((target, target.with_name(f"{target.name}.json")), options.overwrite)
         for path in plans.strip(source, target):
             print(path)

@@ -54,6 +54,8 @@ def read_engine(path: Path) -> Engine:
                 raise ArtifactError(f"'{path}' has {size} bytes, which is no engine", "export it again")
             (length,) = struct.unpack("<i", first)
             if not 2 <= length <= LIMIT:
+                if file.read(1) == b"{":  # no plan begins so
+                    raise ArtifactError(f"'{path}': its metadata header has a length of {length}", "export it again")
                 return Engine(path, None, 0)
             text = file.read(length)
     except OSError as error:
@@ -64,11 +66,44 @@ def read_engine(path: Path) -> Engine:
         raise ArtifactError(f"'{path}' ends within its metadata header ({size} bytes)", "export it again")
     try:
         values: Any = json.loads(text.decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"'{path}': the metadata header is not JSON ({error})", "export it again") from None
-    if not isinstance(values, dict):
-        raise ArtifactError(f"'{path}': the metadata header is {type(values).__name__}", "export it again")
+    if size == 4 + length:
+        raise ArtifactError(f"'{path}' ends behind its metadata header: there is no plan", "export it again")
+    check_header(values, str(path))
     return Engine(path, cast("dict[str, Any]", values), 4 + length)
+
+
+def check_header(values: Any, where: str) -> None:
+    """Raises ArtifactError where a header, or what ours says of the plan in it, has not the form that is read here."""
+
+    def wrong(what: str, value: Any) -> ArtifactError:
+        return ArtifactError(f"'{where}': {what} of the metadata header is {value!r:.80}", "export it again")
+
+    if not isinstance(values, dict):
+        raise wrong("the whole", values)
+    header = cast("dict[str, Any]", values)
+    if not isinstance(header.get("batch", 1), int):
+        raise wrong("batch", header["batch"])
+    facts = header.get("plan")
+    if not isinstance(facts, dict):  # somebody else's: the peer writes none
+        return
+    ours = cast("dict[str, Any]", facts)
+    if not isinstance(ours.get("network", {}), dict):
+        raise wrong("plan.network", ours["network"])
+    for key in ("inputs", "outputs"):
+        tensors = ours.get(key, [])
+        if not isinstance(tensors, list) or not all(_is_tensor(t) for t in cast("list[Any]", tensors)):
+            raise wrong(f"plan.{key}", tensors)
+
+
+def _is_tensor(value: Any) -> bool:
+    """Whether this is {"name": text, "shape": [whole numbers], "dtype": text}."""
+    if not isinstance(value, dict):
+        return False
+    name, shape, dtype = (cast("dict[str, Any]", value).get(key) for key in ("name", "shape", "dtype"))
+    numbers = isinstance(shape, list) and all(isinstance(d, int) for d in cast("list[Any]", shape))
+    return isinstance(name, str) and isinstance(dtype, str) and numbers
 
 
 def read_metadata(path: Path) -> Metadata:

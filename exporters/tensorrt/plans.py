@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from exporters.artifact import digest
 from exporters.errors import ArtifactError, BadRequest
-from exporters.tensorrt.header import Engine, read_engine, write_engine
+from exporters.tensorrt.header import Engine, check_header, read_engine, write_engine
 
 # TensorRT's names of types -> those of a Triton model configuration (its model_configuration.md, "Datatypes").
 TRITON = {
@@ -60,12 +60,11 @@ def wrap(plan: Path, manifest: Path, target: Path) -> Path:
         raise ArtifactError(
             f"'{error.filename}' cannot be read ({error.strerror})", "name a plan with its manifest"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(
             f"'{manifest}' is no manifest of a plan ({type(error).__name__}: {error})", "name the one that strip wrote"
         ) from None
-    if not isinstance(header, dict):
-        raise ArtifactError(f"'{manifest}' holds no header", "name the one that strip wrote")
+    check_header(header, str(manifest))
     if here != told:
         raise ArtifactError(
             f"'{plan}' is not the plan that '{manifest}' describes (SHA-256 {here[:12]}, expected {told[:12]})",

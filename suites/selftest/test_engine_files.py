@@ -109,6 +109,14 @@ def _damaged(folder: Path) -> None:
     (folder / "other.plan").write_bytes(PLAN + b"x")
     (folder / "other.plan.json").write_bytes((folder / "best.plan.json").read_bytes())
     (folder / "list.json").write_text("[]")
+    good = (folder / "best.engine").read_bytes()
+    (folder / "length.engine").write_bytes((-5).to_bytes(4, "little", signed=True) + good[4:])
+    write_engine(folder / "empty.engine", HEADER, b"")
+    deep = b'{"names": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    (folder / "deep.engine").write_bytes(len(deep).to_bytes(4, "little") + deep + PLAN)
+    write_engine(folder / "inputs.engine", {**HEADER, "plan": {**HEADER["plan"], "inputs": 5}}, PLAN)
+    write_engine(folder / "tensor.engine", {**HEADER, "plan": {**HEADER["plan"], "outputs": [{"name": "o"}]}}, PLAN)
+    write_engine(folder / "batch.engine", {**HEADER, "batch": "x"}, PLAN)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +137,14 @@ def _damaged(folder: Path) -> None:
         (["wrap", "best.plan"], ("best.engine", "exists", "--overwrite")),
         (["show", "."], ("'.'", "no file")),
         (["weigh", "best.engine"], ("weigh",)),
+        (["show", "length.engine"], ("length.engine", "length of -5")),
+        (["show", "empty.engine"], ("empty.engine", "no plan")),
+        (["show", "deep.engine"], ("deep.engine", "not JSON")),
+        (["show", "inputs.engine"], ("inputs.engine", "plan.inputs", "5")),
+        (["strip", "tensor.engine"], ("tensor.engine", "plan.outputs")),
+        (["strip", "batch.engine", "--triton", "m"], ("batch.engine", "batch", "'x'")),
+        (["strip", "best.engine", "--triton", "m", "--name", "../outside"], ("'../outside'", "no name")),
+        (["strip", "best.engine", "--output", "best.engine", "--overwrite"], ("best.engine", "the engine itself")),
     ],
 )
 def test_bad_requests_are_one_line(words: list[str], said: tuple[str, ...], tmp_path: Path) -> None:
