@@ -75,7 +75,6 @@ def _beside(
     if graph:
         figures["compute without CUDA graph ms"] = _median(lambda n: slots[n % len(slots)].compute_ms(False), seconds)
         figures["enqueue of a CUDA graph ms"] = _median(lambda n: _enqueue(slots[n % len(slots)], True), seconds)
-    figures |= _at_another_size(session, feeds[0])
     batch = len(next(iter(feeds[0].values())))
     energy, begin, count = energy_mj(device), time.perf_counter(), 0
     while time.perf_counter() - begin < max(seconds, 0.3):  # NVML counts energy in steps of some 100 ms
@@ -88,6 +87,7 @@ def _beside(
     after = energy_mj(device)
     if energy is not None and after is not None:
         figures["energy per input mJ"] = (after - energy) / (count * batch)
+    figures |= _at_another_size(session, feeds[0])  # last: graphs were captured for the shapes before it
     return {name: round(value, 5) for name, value in figures.items()}
 
 

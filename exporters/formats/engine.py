@@ -161,9 +161,10 @@ def refusal(spec: ExportSpec) -> str:
         )
     if spec.device == "cpu" and implicit:
         return "implicit quantization calibrates on the GPU, and TensorRT-RTX has none"
-    old = next((c for c in spec.compute_capability.split(",") if c and float(c) < 8.9), "")
-    if old and spec.precision is Precision.FP8:
-        return f"fp8 needs compute capability 8.9 (Ada) or newer, and {old} is asked for"
+    for precision, least, name in ((Precision.FP8, 8.9, "Ada"), (Precision.BF16, 8.0, "Ampere")):
+        old = next((c for c in spec.compute_capability.split(",") if c and float(c) < least), "")
+        if old and spec.precision is precision:
+            return f"{precision} needs compute capability {least} ({name}) or newer, and {old} is asked for"
     if spec.device != "cpu" and spec.compute_capability:
         raise BadRequest(
             f"compute_capability {spec.compute_capability} with device {spec.device}: the engine is built for that GPU",
@@ -171,27 +172,40 @@ def refusal(spec: ExportSpec) -> str:
         )
     if spec.profiles and not spec.dynamic:
         raise BadRequest("profiles are given and the shape is fixed", "add --dynamic, or leave profiles out")
-    for profile in spec.profiles:
-        _check_profile(spec, profile)
+    if spec.profiles:
+        _check_profiles(spec)
+    if spec.device == "cpu" and spec.timing_cache:
+        raise BadRequest(
+            f"timing_cache '{spec.timing_cache}' with device cpu: nothing is timed without a GPU", "leave it out"
+        )
     if spec.dynamic and spec.precision is Precision.INT8 and implicit and not model.has_images:
         return "implicit quantization of dynamic inputs that are no images"
     return ""
 
 
-def _check_profile(spec: ExportSpec, profile: tuple[tuple[int, int, int], ...]) -> None:
+def _check_profiles(spec: ExportSpec) -> None:
     """TensorRT builds these with a warning at most, and the engine then fails, or answers for another size."""
-    stride, largest = spec.model.stride, profile[2][0]
-    for name, shape in zip(("min", "opt", "max"), profile, strict=True):
-        wrong = next((s for s in shape[1:] if s % stride), None)
-        if wrong is not None and spec.model.has_images:
-            raise BadRequest(
-                f"profile {name} {'x'.join(map(str, shape))}: {wrong} is not a multiple of the model's stride {stride}",
-                f"use {max(wrong // stride, 1) * stride} or {(wrong // stride + 1) * stride}",
-            )
-    if spec.batch > largest:
+    stride, largest = spec.model.stride, max(profile[2][0] for profile in spec.profiles)
+    for profile in spec.profiles:
+        for name, shape in zip(("min", "opt", "max"), profile, strict=True):
+            wrong = next((s for s in shape[1:] if s % stride), None)
+            if wrong is not None and spec.model.has_images:
+                words = "x".join(map(str, shape))
+                raise BadRequest(
+                    f"profile {name} {words}: {wrong} is not a multiple of the model's stride {stride}",
+                    f"use {max(wrong // stride, 1) * stride} or {(wrong // stride + 1) * stride}",
+                )
+    if spec.batch != largest:
         raise BadRequest(
-            f"batch {spec.batch} is above the largest of the profile ({largest})",
-            "make them agree: batch is the largest",
+            f"batch {spec.batch} is not the largest of the profiles ({largest})",
+            f"add --batch {largest}, or change them",
+        )
+    sizes = [(low[1:], high[1:]) for low, _, high in spec.profiles]
+    if spec.model.has_images and not any(
+        all(a <= s <= b for a, s, b in zip(low, spec.imgsz, high, strict=True)) for low, high in sizes
+    ):
+        raise BadRequest(
+            f"imgsz {spec.imgsz[0]}x{spec.imgsz[1]} lies in none of the profiles", "add --imgsz, or change them"
         )
 
 

@@ -78,7 +78,7 @@ def build(path: Path, spec: ExportSpec, gpu: Mapping[str, str], folder: Path) ->
         "heavy": len(heavy),  # convolutions and matrix products
         "typing": "strong" if network.strongly_typed else "weak",
         "quantization": f"implicit {spec.trt_quant_algo}" if implicit else "",
-        "network": _tf32(kinds) if spec.precision is Precision.TF32 else kinds,
+        "network": _tf32(kinds) if spec.precision is Precision.TF32 and config.get_flag(found.flag("TF32")) else kinds,
     }
     return Built(bytes(serialized), facts, tuple(n for n in notes if n), log.text() if spec.verbose else "")
 
@@ -113,7 +113,7 @@ def _check(found: Library, spec: ExportSpec) -> None:
         cores = int(getattr(builder(found.is_rtx), "num_DLA_cores", 0))
         if spec.dla >= cores:
             raise NotSupported(f"dla {spec.dla}: this device has {cores} DLA cores ({found.name} {found.version})")
-    if spec.hardware_compatibility != "none" and not _compatibility(found, spec):
+    if spec.hardware_compatibility != "none" and (found.is_rtx or not _compatibility(found, spec)):
         raise NotSupported(
             f"hardware_compatibility {spec.hardware_compatibility}: {found.name} {found.version} does not have it"
         )
@@ -149,6 +149,9 @@ def _configure(found: Library, config: Any, spec: ExportSpec, network: Network, 
     config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, int(spec.workspace * GIB))
     config.builder_optimization_level = spec.builder_level
     config.profiling_verbosity = module.ProfilingVerbosity.DETAILED  # the inspector's evidence
+    shared = getattr(getattr(module, "PreviewFeature", None), "PROFILE_SHARING_0806", None)
+    if shared is not None:  # 8.6: else a second context of a dynamic engine finds no free profile
+        config.set_preview_feature(shared, True)
     if found.flag("TF32") is not None and spec.precision is not Precision.TF32:
         config.clear_flag(found.flag("TF32"))  # on by default: FP32 would not be FP32
     if not network.strongly_typed:
@@ -238,7 +241,7 @@ def _told(found: Library, spec: ExportSpec, log: Log) -> ExportError | NotSuppor
         return BadRequest(made, f"lower workspace (it is {spec.workspace:g} GiB)")
     if "OutOfMemory" in text or "out of memory" in text.lower() or "cudaErrorMemoryAllocation" in text:
         return BadRequest(made, "lower batch or imgsz, or free memory of the GPU")
-    if "insufficient" in text.lower() and "workspace" in text.lower():
+    if "workspace" in text.lower() and any(w in text.lower() for w in ("insufficient", "increase", "greater than")):
         return BadRequest(made, f"raise workspace (it is {spec.workspace:g} GiB)")
     if "Could not find any implementation" in text and spec.trt_quant_algo:
         return NotSupported(f"{made}; the calibrator {spec.trt_quant_algo} has no kernels for it")

@@ -16,7 +16,7 @@ from exporters.errors import BadRequest, ExportError, ExportgateError, first_lin
 from exporters.session import Array
 from exporters.spec import ExportSpec, is_factory
 from exporters.tensorrt.library import Library
-from exporters.tensorrt.timing import slug
+from exporters.tensorrt.timing import place, slug
 from exporters.toolchain import cache_root
 
 BASES = {
@@ -93,8 +93,8 @@ def calibrator(found: Library, spec: ExportSpec, onnx: Path, gpu: Mapping[str, s
             )
         state.notes.append(f"scales of {spec.calibration_cache} reused: they were not calibrated for these weights")
     elif path.is_file():
-        cached = path.read_bytes()
-        if not is_cache(cached):
+        told, _, cached = path.read_bytes().partition(b"\n")
+        if told.decode("ascii", errors="replace") != hashlib.sha256(cached).hexdigest():
             state.notes.append(f"the calibration cache {path} is damaged and was made anew")
             cached = b""
     size = calibration.calibration_batch(spec.batch) if spec.batch > 1 or spec.dynamic else 1
@@ -145,12 +145,16 @@ def _implementation(
 
         def write_calibration_cache(self, cache: Any) -> None:
             data = bytes(cache)
-            (folder / f"{spec.trt_quant_algo.lower()}{SUFFIX}").write_bytes(data)
-            if spec.calibration_cache:
+            try:
+                with writing():
+                    place(data, folder / f"{spec.trt_quant_algo.lower()}{SUFFIX}")
+                    if spec.calibration_cache:
+                        return
+                    # The digest in front tells a whole cache from one that was cut at the end of a line.
+                    place(hashlib.sha256(data).hexdigest().encode() + b"\n" + data, path)
+            except ExportgateError as error:  # called from C++, where an exception would be lost
+                state.error = error
                 return
-            with writing():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(data)
             state.notes.append(f"calibrated on {state.images} images ({spec.trt_quant_algo})")
             if state.images < calibration.SMALL:
                 state.notes.append(f"warning: fewer than {calibration.SMALL} calibration images; NVIDIA recommends 500")

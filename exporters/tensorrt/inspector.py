@@ -34,6 +34,7 @@ WORDS = (
     ("fp32", "fp32"),
     ("float", "fp32"),
 )
+MULTIPLIES = re.compile("conv|gemm|matrix|matmul", re.IGNORECASE)  # kinds of layers
 HEAVY = re.compile(r"(Conv|ConvTranspose|MatMul|Gemm)(_\d+)?$")
 
 
@@ -88,12 +89,15 @@ def _type(text: str) -> str:
 
 def heavy_of(layers: Sequence[Layer]) -> dict[str, Layer]:
     """Convolutions and matrix products by ONNX node, with the layer that computes them."""
-    return {
-        part: layer
-        for layer in layers
-        for part in layer.parts
-        if HEAVY.search(part) and layer.kind not in ("Reformat", "NoOp", "Constant")
-    }
+    found: dict[str, Layer] = {}
+    for layer in layers:
+        if layer.kind in ("Reformat", "NoOp", "Constant"):
+            continue
+        for part in layer.parts:
+            # Where a second layer names the node, too, the one that multiplies is the one that counts.
+            if HEAVY.search(part) and (part not in found or not MULTIPLIES.search(found[part].kind)):
+                found[part] = layer
+    return found
 
 
 def precision_word(layers: Sequence[Layer]) -> tuple[str, tuple[str, ...]]:

@@ -242,6 +242,14 @@ def _manifest(artifact: Artifact) -> None:
         (["--dynamic", "--profiles", "1x300x320:1x320x320:1x640x640"], ("min", "300", "stride 32", "288 or 320")),
         (["--dynamic", "--batch", "8", "--profiles", "1x320x320:1x320x320:4x640x640"], ("batch 8", "4")),
         (["--dynamic", "--profiles", "1x320x320"], ("profile", "1 shapes")),
+        (
+            ["--dynamic", "--profiles", "1x320x320:1x320x320:1x320x320,1x320x320:4x320x320:8x640x640"],
+            ("add --batch 8",),
+        ),
+        (["--dynamic", "--profiles", "1x64x64:1x96x96:1x128x128"], ("imgsz 320x320", "none of the profiles")),
+        (["--timing-cache", "off", "--compute-capability", "8.9"], ("timing_cache", "nothing is timed")),
+        (["--precision", "bf16", "--compute-capability", "7.5"], ("bf16", "7.5", "8.0")),
+        (["--hardware-compatibility", "ampere_plus", "--compute-capability", "8.9"], ("hardware_compatibility",)),
     ],
 )
 def test_an_engine_that_cannot_be_is_refused_in_one_line(
