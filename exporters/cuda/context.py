@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 from functools import cache
 from typing import Any
@@ -55,12 +56,23 @@ def enter(device: str) -> dict[str, str]:
     if current() != name or not _entered:
         context = _entered.pop(name, None) or chosen.retain_primary_context()
         context.push()
+        if not _entered:
+            atexit.register(_leave)
+        _pushed.append(context)
         _entered[name] = context  # the last one is the current one
     major, minor = chosen.compute_capability()
     return {"name": str(chosen.name()), "compute_capability": f"{major}.{minor}"}
 
 
 _entered: dict[str, Any] = {}  # device -> its context, which is held as long as the process lives
+_pushed: list[Any] = []  # every push
+
+
+def _leave() -> None:
+    """Takes back every push: PyCUDA aborts a process that ends with a context on its stack."""
+    while _pushed:
+        _pushed.pop()
+        driver().Context.pop()
 
 
 def current() -> str:

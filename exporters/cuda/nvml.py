@@ -35,13 +35,23 @@ def _handle(device: str) -> Any:
     if nvml is None:
         return None
     number = int(device.partition(":")[2] or 0)
-    visible = [v for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v]
+    visible = _visible()
     try:
-        if number < len(visible) and not visible[number].isdecimal():
+        if visible is None:
+            return nvml.nvmlDeviceGetHandleByIndex(number)
+        if number >= len(visible):  # CUDA sees no such GPU
+            return None
+        if not visible[number].isdecimal():
             return nvml.nvmlDeviceGetHandleByUUID(visible[number])
-        return nvml.nvmlDeviceGetHandleByIndex(int(visible[number]) if number < len(visible) else number)
+        return nvml.nvmlDeviceGetHandleByIndex(int(visible[number]))
     except Exception:  # noqa: BLE001 (NVML's errors: no such GPU, no permission)
         return None
+
+
+def _visible() -> list[str] | None:
+    """The GPUs that CUDA is allowed to see, in its order; None where it sees all."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if given is None else [v for v in given.split(",") if v]
 
 
 def _text(value: Any) -> str:
@@ -78,10 +88,9 @@ def same_gpus(device: str) -> list[str]:
     nvml, wanted = _nvml(), gpu_facts(device).get("name")
     if wanted is None:
         return []
-    visible = [v for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v]
-    count = len(visible) or int(nvml.nvmlDeviceGetCount())
-    numbers = sorted(range(count), key=lambda n: f"cuda:{n}" != device)
-    return [visible[n] if visible else str(n) for n in numbers if gpu_facts(f"cuda:{n}").get("name") == wanted]
+    visible = _visible() or [str(n) for n in range(int(nvml.nvmlDeviceGetCount()))]
+    numbers = sorted(range(len(visible)), key=lambda n: f"cuda:{n}" != device)
+    return [visible[n] for n in numbers if gpu_facts(f"cuda:{n}").get("name") == wanted]
 
 
 def gpu_state(device: str) -> dict[str, Any]:
