@@ -204,11 +204,13 @@ def test_exports_made_ahead_are_found_and_failures_are_told(folder: Path, judge:
         lost = bench_of(run, folder, "aborting", "torchscript")
         run.failed = export_ahead(pool, [b.case for b in (*benches, lost)], 2)
         assert list(run.failed) == [lost.case.id]
-        made = list(pool.fresh)
-        assert len(made) == 3
+        made = list(pool.fresh)  # other tests of this module may have made the first one
+        assert len(made) >= 2
+        for bench in benches:
+            bench.artifact()
+        assert pool.fresh == made, "one was made again"
         for bench in benches:
             assert judge(shapes.test_output_shapes_match_reference, bench) == (Verdict.PASS, "")
-            assert bench.artifact().key in made
         verdict, because = judge(shapes.test_output_shapes_match_reference, lost)
         assert verdict is Verdict.CRASH and "SIGABRT" in because, because
         assert len(set(pool.fresh)) == len(pool.fresh), "one was made twice"
