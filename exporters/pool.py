@@ -326,7 +326,11 @@ class Pool:
         role = f"{runtime.id}-{device.replace(':', '')}" + (f"-{replicate}" if replicate else "")
         caller = self.worker(entry.chain(device), entry.id, role, runtime.imports, _source(spec))
         opened = caller.call(
-            "open", spec=spec.to_dict(), artifact=artifact.to_dict(), runtime=runtime_id, device=device
+            "build" if runtime.builds else "open",
+            spec=spec.to_dict(),
+            artifact=artifact.to_dict(),
+            runtime=runtime_id,
+            device=device,
         )
         return RemoteSession(caller, opened, artifact, self.folder / "arrays" / uuid.uuid4().hex)
 

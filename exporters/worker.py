@@ -51,6 +51,7 @@ class Server:
                 "state": self.state,
                 "samples": self.samples,
                 "open": self.open,
+                "build": self.open,
                 "run": self.run,
                 "measure": self.measure,
                 "describe": self.describe,

@@ -24,7 +24,8 @@ class Runtime:
 
     `executes` names the precisions whose arithmetic it really does; for another one of the format's precisions the
     claim about executed precision is NOT_SUPPORTED, with `because`. Where it `runs` nothing at all, artifacts are made
-    for elsewhere, and every claim that needs a session is NOT_SUPPORTED with `because`.
+    for elsewhere, and every claim that needs a session is NOT_SUPPORTED with `because`. One that `builds` an engine
+    when it opens a file takes minutes over it the first time.
     """
 
     id: str
@@ -33,6 +34,7 @@ class Runtime:
     because: str = ""
     imports: tuple[str, ...] = ()
     runs: bool = True
+    builds: bool = False
 
 
 @dataclass(frozen=True)

@@ -188,6 +188,7 @@ FORMAT = Format(
             (),
             "ONNX Runtime tells which provider runs a subgraph, not in which precision TensorRT runs it",
             imports=("torch", "onnxruntime"),
+            builds=True,
         ),
     ),
     steps=steps,

@@ -302,7 +302,8 @@ class Slot(OnDevice):
         if self.session.bound is not self:
             self._bind()
         if not self.session.context.execute_async_v3(self.session.stream.handle):
-            raise ExportError("TensorRT refused to enqueue this inference", "see the worker's log")
+            said = next(iter(library().log.errors()[-1:]), "no words")
+            raise ExportError(f"TensorRT refused to enqueue this inference ({said})", "report it with the engine")
 
     def capture(self) -> bool:
         """Captures a CUDA graph; False where this engine cannot be captured."""

@@ -67,7 +67,7 @@ class Twins(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.left, self.right = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+        self.left, self.right = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1)
 
     def forward(self, images):
         return self.left(images), self.right(images)

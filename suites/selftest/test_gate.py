@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ from exporters.errors import BadRequest, MeasurementError
 from exporters.models.catalog import detect_outputs
 from exporters.models.spec import ChannelGroup, ModelSpec, OutputSpec
 from exporters.spec import Precision
-from suites.support.compare import compare
+from suites.support.compare import DRAWS, compare
 from suites.support.detections import iou, match
 from suites.support.gate import judge, percentiles
 from suites.support.power import prove
@@ -195,12 +197,34 @@ def test_only_the_box_that_rounding_moves_is_allowed_more() -> None:
         moved = reference.copy()
         moved[0, 2, anchor] += pixels
         outputs = {"output0": reference}, {"output0": moved}
-        rows = compare(*outputs, DETECTOR, precision, imgsz=(640, 640), rounding=lambda: {"output0": spread})
+        rows = compare(*outputs, DETECTOR, precision, imgsz=(640, 640), rounding=lambda _: {"output0": spread})
         return all(r.passed for r in rows)
 
     assert passes(0, 0.9) and passes(1, 2.9)
     assert not passes(0, 1.1) and not passes(1, 3.1)
     assert not passes(1, 0.9, Precision.FP32)
+
+
+def test_more_draws_judge_what_few_reject() -> None:
+    """A standard deviation of few draws may be far too small; what no better one reaches is not drawn again."""
+    reference = _output(GOOD)
+    asked: list[int] = []
+
+    def rounding(draws: int) -> dict[str, np.ndarray[Any, Any]]:
+        asked.append(draws)
+        return {"output0": np.full_like(reference, 0.2 if draws == DRAWS[0] else 0.4)}  # 1.2 px, then 2.4
+
+    def passes(pixels: float) -> bool:
+        moved = reference.copy()
+        moved[0, 2, 1] += pixels
+        outputs = {"output0": reference}, {"output0": moved}
+        asked.clear()
+        return all(r.passed for r in compare(*outputs, DETECTOR, Precision.FP16, imgsz=(640, 640), rounding=rounding))
+
+    assert passes(1.1) and asked == [8]
+    assert passes(2.3) and asked == [8, 32]
+    assert not passes(2.5) and asked == [8, 32]
+    assert not passes(5.0) and asked == [8]
 
 
 def test_an_override_of_the_user_is_not_widened() -> None:
@@ -210,7 +234,7 @@ def test_an_override_of_the_user_is_not_widened() -> None:
     override = {"precision": "fp16", "group": "boxes", "measure": "max_abs", "allowed": 0.1, "reason": "tight"}
     rows = compare(
         {"output0": reference}, {"output0": moved}, DETECTOR, Precision.FP16, imgsz=(640, 640), overrides=[override],
-        rounding=lambda: {"output0": np.ones_like(reference)},
+        rounding=lambda _: {"output0": np.ones_like(reference)},
     )  # fmt: skip
     assert not all(r.passed for r in rows)
 

@@ -95,21 +95,26 @@ class Run:
     def rounding(self, model: ModelSpec, feeds: FeedSet, precision: Precision) -> Rounding | None:
         """Standard deviation of each element of the reference in Monte Carlo arithmetic; None for precisions without.
 
-        Kept once per model, feeds and width of the fraction; computed when it is called.
+        Kept once per model, feeds, width of the fraction and number of draws; computed when it is called.
         """
         bits = FRACTION_BITS.get(precision)
         if bits is None:
             return None
 
-        def spread() -> Outputs:
-            expected = self.expected(model, feeds)
+        def spread(draws: int) -> Outputs:
+            expected, before = self.expected(model, feeds), max((d for d in DRAWS if d < draws), default=0)
             squares = {k: np.zeros(v.shape) for k, v in expected.items()}
-            for seed in range(DRAWS):
+            if before:  # go on from there
+                squares = {k: v.astype(np.float64) ** 2 * before for k, v in made(before).items()}
+            for seed in range(before, draws):
                 for name, drawn in self.reference(model).run_rounded(feeds.arrays, bits, seed).items():
                     squares[name] += (drawn.astype(np.float64) - expected[name]) ** 2
-            return {k: np.sqrt(v / DRAWS) for k, v in squares.items()}
+            return {k: np.sqrt(v / draws) for k, v in squares.items()}
 
-        return lambda: self.kept(("rounding", repr(model), _key(feeds), bits), spread)
+        def made(draws: int) -> Outputs:
+            return self.kept(("rounding", repr(model), _key(feeds), bits, draws), lambda: spread(draws))
+
+        return made
 
     def layers(self, model: ModelSpec) -> list[str]:
         """Layers of the reference that can be damaged, in order."""
@@ -226,7 +231,7 @@ class Bench:
     def rounding(self, feeds: FeedSet, precision: Precision) -> Rounding | None:
         """See Run.rounding."""
         made = self.run.rounding(self.model, feeds, precision)
-        return made and (lambda: self.guard(made))
+        return made and (lambda draws: self.guard(lambda: made(draws)))
 
     def outputs(self, feeds: FeedSet) -> Outputs:
         """The artifact's outputs; feeds are cast to the floating type that its inputs have."""
