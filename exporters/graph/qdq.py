@@ -3,6 +3,7 @@
 The ranges are those that ONNX Runtime's calibrators find on the calibration set.
 """
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
 # (onnxruntime.quantization has no types, and onnx.load leaves the type of a path open)
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ def quantize(parent: Path, folder: Path, spec: ExportSpec) -> tuple[onnx.ModelPr
 
 def _ranges(parent: Path, folder: Path, placement: Placement, feeds: _Feeds) -> dict[str, float]:
     """The largest magnitude of each tensor that is measured, on the calibration set."""
+    import onnxruntime as ort
     from onnxruntime.quantization.calibrate import CalibrationDataReader, MinMaxCalibrater
 
     class Calibrater(MinMaxCalibrater):
@@ -85,6 +87,18 @@ def _ranges(parent: Path, folder: Path, placement: Placement, feeds: _Feeds) -> 
         def select_tensors_to_calibrate(self, model: onnx.ModelProto) -> tuple[set[str], dict[str, Any]]:
             _, known = super().select_tensors_to_calibrate(model)
             return set(placement.measured), cast("dict[str, Any]", known)
+
+        def create_inference_session(self) -> None:
+            options = ort.SessionOptions()
+            options.graph_optimization_level = (
+                ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            )  # as its own: all tensors stay
+            # Exports may run at once, each with a thread a core: threads that spin while they wait starve the others
+            # (seen: three calibrations on 32 cores took minutes instead of seconds).
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            self.infer_session = ort.InferenceSession(
+                self.augmented_model_path, options, providers=self.execution_providers
+            )
 
     CalibrationDataReader.register(_Feeds)
     augmented = folder / "augmented.onnx"
