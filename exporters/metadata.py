@@ -21,7 +21,8 @@ from exporters.version import __version__
 
 @dataclass(frozen=True)
 class Metadata:
-    """What an artifact says of itself. `imgsz` is (height, width) in pixels; `args` the options it was made with."""
+    """What an artifact says of itself. `imgsz` is (height, width) in pixels; `args` the options it was made with;
+    `kpt_shape` of pose how many key points and values of each."""
 
     description: str = ""
     author: str = ""
@@ -35,6 +36,7 @@ class Metadata:
     imgsz: tuple[int, int] = (0, 0)
     names: Mapping[int, str] = field(default_factory=dict[int, str])
     args: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    kpt_shape: tuple[int, ...] = ()
 
     @staticmethod
     def of(spec: ExportSpec) -> Metadata:
@@ -63,6 +65,7 @@ class Metadata:
             imgsz=spec.imgsz,
             names=dict(spec.model.names),
             args=args,
+            kpt_shape=spec.model.kpt_shape,
         )
 
     def values(self) -> dict[str, Any]:
@@ -80,6 +83,7 @@ class Metadata:
             "imgsz": list(self.imgsz),
             "names": dict(self.names),
             "args": dict(self.args),
+            **({"kpt_shape": list(self.kpt_shape)} if self.kpt_shape else {}),  # of pose alone
         }
 
     def as_json(self) -> str:
@@ -126,6 +130,8 @@ def normalize(values: Any, where: str) -> Metadata:
             read["names"] = class_names(_literal(values["names"]), where)
         if "args" in values:  # older artifacts of the peer lack it
             read["args"] = dict(_literal(values["args"]))
+        if values.get("kpt_shape"):
+            read["kpt_shape"] = tuple(int(v) for v in _literal(values["kpt_shape"]))
     except (ValueError, SyntaxError, TypeError, LookupError, OverflowError, RecursionError, MemoryError) as error:
         raise ArtifactError(
             f"{where}: the metadata cannot be read ({type(error).__name__}: {error})", "export the artifact again"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,13 +12,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporters.errors import BadRequest, CheckpointError, ToolchainMissing
-from exporters.models.spec import ChannelGroup, InputSpec, ModelSpec, OutputSpec, Preprocess, class_names
-from exporters.models.yolov8_scales import SCALES, STRIDES
+from exporters.models.spec import (
+    GROUP_KINDS,
+    ChannelGroup,
+    InputSpec,
+    ModelSpec,
+    OutputSpec,
+    Preprocess,
+    class_names,
+)
+from exporters.models.yolov8_scales import BN_EPS, SCALES, STRIDES
 from exporters.spec import near, parse_imgsz, user_path
 
 if TYPE_CHECKING:
     from exporters.models.checkpoint import Checkpoint
 
+TASKS = ("detect", "segment", "pose", "obb", "classify")
+IMGSZ = {"classify": 224, "obb": 1024}  # of released checkpoints; else 640
+MASKS = 32  # coefficients of an anchor
+DECODE = ("dfl", "anchors", "decode")
 DECODE_REASON = "coordinates reach the image size, where FP16 resolves half a pixel (IEEE 754: 10 bits of fraction)"
 KEYS = frozenset(
     {
@@ -82,7 +95,7 @@ def locate(weights: str, folder: Path, requires: str = "") -> Path:
 
 
 def from_checkpoint(path: Path | str, name: str = "", task: str = "") -> ModelSpec:
-    """The ModelSpec of a YOLOv8 checkpoint: scale, classes, stride, image size and owner are read from the file.
+    """The ModelSpec of a YOLOv8 checkpoint: task, scale, classes, stride, image size and owner are read from the file.
 
     Raises:
         CheckpointError: the file cannot be read, or holds another architecture or task.
@@ -94,15 +107,19 @@ def from_checkpoint(path: Path | str, name: str = "", task: str = "") -> ModelSp
     checkpoint = read_checkpoint(path)
     if task and checkpoint.task and task != checkpoint.task:
         raise BadRequest(f"task '{task}': '{path}' is a {checkpoint.task} model", "leave the task out")
-    task = task or checkpoint.task or "detect"
-    if task != "detect":
-        raise CheckpointError(f"'{path}' is a {task} model", "this version knows the task detect")
-    scale, nc = _scale_and_classes(checkpoint)
-    stride = checkpoint.stride or max(STRIDES)
+    task = task or checkpoint.task or _task(checkpoint)
+    if task not in TASKS:
+        raise CheckpointError(f"'{path}' is a {task} model", "tasks: " + ", ".join(TASKS))
+    scale, nc = _scale_and_classes(checkpoint, task)
+    arguments: dict[str, Any] = {"scale": scale, "nc": nc, **_linear(checkpoint)}
+    arguments |= ({"task": task} if task != "detect" else {}) | _eps(checkpoint, task)
+    kpt_shape = _kpt_shape(checkpoint) if task == "pose" else (0, 0)
+    arguments |= {"kpt_shape": list(kpt_shape)} if task == "pose" else {}
+    stride = checkpoint.stride or (1 if task == "classify" else max(STRIDES))
     names = dict(checkpoint.names) if checkpoint.names else {i: f"class{i}" for i in range(nc)}
     if len(names) != nc:
         raise CheckpointError(f"'{path}' has {len(names)} class names and its head {nc} classes", "correct the names")
-    size = parse_imgsz(checkpoint.imgsz or 640, 1)
+    size = parse_imgsz(checkpoint.imgsz or IMGSZ.get(task, 640), 1)
     # The peer rounds a training size up to the stride as well; here it is only the default for imgsz.
     imgsz = (-(-size[0] // stride) * stride, -(-size[1] // stride) * stride)
     owner = {k: v for k, v in (("author", checkpoint.author), ("license", checkpoint.license)) if v}
@@ -110,15 +127,17 @@ def from_checkpoint(path: Path | str, name: str = "", task: str = "") -> ModelSp
     return ModelSpec(
         name=name or case_name(path.stem),
         factory="exporters.models.yolov8:build",
-        arguments={"scale": scale, "nc": nc, **_linear(checkpoint)},
+        arguments=arguments,
         weights=path.resolve(),
         task=task,
-        outputs=detect_outputs(nc),
+        outputs=outputs_of(task, nc, kpt_shape),
         stride=stride,
         imgsz=imgsz,
         names=names,
         owner=owner,
-        fp32=tuple((f"model.22.{part}", DECODE_REASON) for part in ("dfl", "anchors", "decode")),
+        fp32=decode_of(task),
+        preprocess=Preprocess("crop" if task == "classify" else "letterbox"),
+        kpt_shape=kpt_shape if task == "pose" else (),
     )
 
 
@@ -139,20 +158,86 @@ def _linear(checkpoint: Checkpoint) -> dict[str, list[str]]:
     return {"linear": linear} if linear else {}
 
 
+def _eps(checkpoint: Checkpoint, task: str) -> dict[str, float]:
+    """The factory's argument `eps`, where the checkpoint's batch normalizations have another than the task's default.
+
+    Where they differ among themselves the most frequent is taken, and the build refuses the others by name.
+    """
+    found = [s["eps"] for s in checkpoint.modules.values() if s["class"] == "BatchNorm2d" and "eps" in s]
+    usual = max(set(found), key=found.count) if found else BN_EPS[task]
+    return {} if usual == BN_EPS[task] else {"eps": float(usual)}
+
+
+def decode_of(task: str) -> tuple[tuple[str, str], ...]:
+    """The parts of a YOLOv8 model that conversions leave in FP32, with the reason."""
+    parts = () if task == "classify" else ("dfl", "anchors", "decode", "points") if task == "pose" else DECODE
+    return tuple((f"model.22.{part}", DECODE_REASON) for part in parts)
+
+
 def detect_outputs(nc: int) -> tuple[OutputSpec, ...]:
     """output0 (B, 4 + nc, anchors): boxes in pixels, then scores."""
-    groups = (ChannelGroup("boxes", "box", "px", 0, 4), ChannelGroup("scores", "score", "", 4, 4 + nc, 1.0))
-    return (OutputSpec("output0", ((0, "batch"), (2, "anchors")), groups),)
+    return outputs_of("detect", nc)
 
 
-def _scale_and_classes(checkpoint: Checkpoint) -> tuple[str, int]:
+def outputs_of(task: str, nc: int, kpt_shape: tuple[int, int] = (17, 3)) -> tuple[OutputSpec, ...]:
+    """A YOLOv8 model's outputs: output0 (B, channels, anchors), of a classifier (B, nc); output1 of segment, prototypes
+    (B, 32, mask_height, mask_width)."""
+    if task == "classify":
+        group = ChannelGroup("probabilities", "probability", "", 0, nc, 1.0)
+        return (OutputSpec("output0", ((0, "batch"),), (group,)),)
+    first = 4 + nc
+    groups = [ChannelGroup("boxes", "box", "px", 0, 4), ChannelGroup("scores", "score", "", 4, first, 1.0)]
+    more: tuple[OutputSpec, ...] = ()
+    if task == "segment":
+        groups.append(ChannelGroup("mask coefficients", "mask", "", first, first + MASKS))
+        axes = ((0, "batch"), (2, "mask_height"), (3, "mask_width"))
+        more = (OutputSpec("output1", axes, (ChannelGroup("prototypes", "value", "", 0, MASKS),)),)
+    if task == "pose":
+        count, values = kpt_shape
+        last = first + count * values
+        groups += [ChannelGroup(f"points {'xy'[n]}", "point", "px", first + n, last, 0.0, values) for n in range(2)]
+        groups += [ChannelGroup("visibility", "visibility", "", first + 2, last, 1.0, 3)] if values == 3 else []
+    if task == "obb":
+        groups.append(ChannelGroup("angle", "angle", "rad", first, first + 1, math.pi))
+    return (OutputSpec("output0", ((0, "batch"), (2, "anchors")), tuple(groups)), *more)
+
+
+def _task(checkpoint: Checkpoint) -> str:
+    """The task of a file that does not say it, from its parameters."""
+    state = checkpoint.state
+    if "model.9.linear.bias" in state:
+        return "classify"
+    if "model.22.proto.cv1.conv.weight" in state:
+        return "segment"
+    extra = state.get("model.22.cv4.0.2.bias")
+    return "detect" if extra is None else "obb" if len(extra) == 1 else "pose"
+
+
+def _kpt_shape(checkpoint: Checkpoint) -> tuple[int, int]:
+    """How many key points, and values of each: as the file says, else triples.
+
+    Raises:
+        CheckpointError: the head has another number of values.
+    """
+    bias = checkpoint.state.get("model.22.cv4.0.2.bias")
+    total = 0 if bias is None else len(bias)
+    found = checkpoint.kpt_shape or (total // 3, 3)
+    if found[0] * found[1] != total or found[1] not in (2, 3):
+        raise CheckpointError(
+            f"'{checkpoint.path}' has kpt_shape {list(found)}, and its head {total} values of key points",
+            "use the checkpoint that the training wrote",
+        )
+    return found
+
+
+def _scale_and_classes(checkpoint: Checkpoint, task: str) -> tuple[str, int]:
     """Scale name and number of classes from the shapes of the parameters."""
     state, where = checkpoint.state, f"'{checkpoint.path}'"
-    stem, bias = "model.0.conv.weight", "model.22.cv3.0.2.bias"
+    stem, bias = "model.0.conv.weight", "model.9.linear.bias" if task == "classify" else "model.22.cv3.0.2.bias"
     missing = next((key for key in (stem, bias) if key not in state), None)
     if missing:
         raise CheckpointError(
-            f"{where} has no parameter '{missing}', so it is not a YOLOv8 detect model",
+            f"{where} has no parameter '{missing}', so it is not a YOLOv8 {task} model",
             "name the model's own factory in exportgate.toml: factory = 'package.module:function'",
         )
     width = int(state[stem].shape[0])
@@ -259,9 +344,9 @@ def _outputs(table: Mapping[str, Any], where: str) -> tuple[OutputSpec, ...]:
         _only(entry, frozenset({"name", "axes", "groups"}), f"{where} outputs")
         axes = tuple((int(a), str(n)) for a, n in entry.get("axes", {"0": "batch"}).items())
         groups = tuple(ChannelGroup(**g) for g in entry.get("groups", [])) or (ChannelGroup("values", "value"),)
-        kind = next((g.kind for g in groups if g.kind not in ("box", "score", "value")), None)
+        kind = next((g.kind for g in groups if g.kind not in GROUP_KINDS), None)
         if kind is not None:
-            raise BadRequest(f"{where}: a channel group has the kind '{kind}'", "kinds: box, score, value")
+            raise BadRequest(f"{where}: a channel group has the kind '{kind}'", "kinds: " + ", ".join(GROUP_KINDS))
         made.append(OutputSpec(str(entry["name"]), axes, groups))
     if not made:
         raise BadRequest(f"{where}: outputs is empty", "name every output, or leave the key out for one, output0")

@@ -25,7 +25,10 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels start:stop of an output's axis 1 that share one meaning, unit and tolerance (kind: box, score, value).
+    """Channels start:stop:step of an output's axis 1 that share one meaning, unit and tolerance.
+
+    Kinds: box, score, mask (coefficients), point (coordinates), visibility and angle belong to anchors; probability to
+    classifiers; value is anything else.
 
     `extent` is the range of values that the arithmetic works in (for boxes the image size in pixels); 0 takes the range
     of the reference's own values.
@@ -37,6 +40,16 @@ class ChannelGroup:
     start: int = 0
     stop: int | None = None
     extent: float = 0.0
+    step: int = 1
+
+    @property
+    def channels(self) -> slice:
+        return slice(self.start, self.stop, self.step)
+
+
+# What kinds of channels there are; the second belong to anchors, of which those count that fire.
+OF_ANCHORS = ("box", "mask", "point", "visibility", "angle")
+GROUP_KINDS = ("score", "value", "probability", *OF_ANCHORS)
 
 
 @dataclass(frozen=True)
@@ -72,6 +85,7 @@ class ModelSpec:
         fp32: (module path, reason): modules that conversions to lower precision leave in FP32.
         owner: author, license, description ... of the model, from the checkpoint or the request.
         feeds: folder of images or `module:factory`, whose inputs the outputs are compared on.
+        kpt_shape: of pose, how many key points and how many values of each.
     """
 
     name: str
@@ -90,6 +104,7 @@ class ModelSpec:
     owner: Mapping[str, str] = field(default_factory=dict[str, str])
     preprocess: Preprocess = Preprocess()
     feeds: str = ""
+    kpt_shape: tuple[int, ...] = ()
 
     def shape(self, entry: InputSpec, batch: int, imgsz: tuple[int, int]) -> tuple[int, ...]:
         """Concrete shape of an input for a batch size and an image size (height, width)."""
@@ -141,6 +156,7 @@ class ModelSpec:
             preprocess=Preprocess(p["resize"], p["pad"], tuple(p["mean"]), tuple(p["std"])),
             names={int(k): v for k, v in data["names"].items()},
             fp32=tuple((a, b) for a, b in data["fp32"]),
+            kpt_shape=tuple(data["kpt_shape"]),
         )
 
 

@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 
 STRIDES = (8, 16, 32)
+CLASSIFY_LARGEST = 1024  # classifiers have this limit of channels in every scale
+# Epsilon of batch normalizations: the peer sets it for every task but this one, which has torch's default.
+BN_EPS = {"detect": 1e-3, "segment": 1e-3, "pose": 1e-3, "obb": 1e-3, "classify": 1e-5}
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,38 @@ def forward_theirs() -> Callable[[Call], Call]:
     return answer
 
 
+def variant_theirs() -> Callable[[Call], Call]:
+    """A checkpoint of the peer's architecture of any task and scale, and what its own PyTorch model makes of feeds.
+
+    Every parameter and statistic is random: with those of a fresh model outputs hardly depend on the input.
+    """
+    import torch
+    from ultralytics import YOLO  # pyright: ignore[reportMissingImports] (installed by tox -e peer only)
+
+    def tensors(value: Any) -> list[Any]:
+        if isinstance(value, torch.Tensor):
+            return [value]
+        return [t for v in value for t in tensors(v)] if isinstance(value, (tuple, list)) else []
+
+    def answer(call: Call) -> Call:
+        whole: Any = YOLO(call["yaml"])
+        generator = torch.Generator().manual_seed(0)
+        for name, value in whole.model.state_dict().items():
+            if name.endswith(("running_var", "bn.weight")):
+                value.uniform_(0.5, 1.5, generator=generator)
+            elif name.endswith(("running_mean", "bias")):
+                value.normal_(0.0, 0.1, generator=generator)
+        whole.save(call["checkpoint"])  # in FP16, so it is read again
+        with torch.no_grad():
+            made = YOLO(call["checkpoint"]).model.float().eval()(torch.from_numpy(np.load(call["feeds"])))
+        first: Any = made[0] if isinstance(made, (tuple, list)) else made
+        for number, value in enumerate(tensors(first)):
+            np.save(Path(call["folder"]) / f"output{number}.npy", value.numpy())
+        return {"outputs": len(tensors(first))}
+
+    return answer
+
+
 def predict_theirs() -> Callable[[Call], Call]:
     """What the peer's `predict` says of an image (H, W, 3) BGR with one file: names, boxes, confidences, classes."""
     from ultralytics import YOLO  # pyright: ignore[reportMissingImports] (installed by tox -e peer only)
@@ -137,6 +169,7 @@ ROLES: dict[str, Callable[[], Callable[[Call], Call]]] = {
     "export-theirs": export_theirs,
     "forward-theirs": forward_theirs,
     "predict-theirs": predict_theirs,
+    "variant-theirs": variant_theirs,
     "latency": latency,
 }
 
