@@ -153,7 +153,7 @@ class Reference(Session):
             losses: list[Tensor] = []
             reached = True
             for index, group in groups:
-                scores = outputs[index][:, group.start : group.stop]
+                scores = outputs[index][:, group.channels]
                 # A classifier's (B, classes) has one place.
                 scores = scores.flatten(2) if scores.ndim > 2 else scores.unsqueeze(2)
                 # The same number of places for each class, so that several classes fire and swapping two shows.

@@ -11,7 +11,7 @@ from exporters.errors import NotSupported
 from exporters.spec import Precision
 from suites.support.bench import Bench, Outputs
 from suites.support.compare import Comparison, compare
-from suites.support.detections import detector_output, match
+from suites.support.detections import same_objects
 from suites.support.feeds import FeedSet
 from suites.support.power import prove
 from suites.support.verdict import Judged, Verdict
@@ -52,17 +52,16 @@ def test_outputs_match_reference(case: Bench) -> None:
 
 
 def test_detections_match_reference(case: Bench) -> None:
-    """The same objects: one-to-one by class with enough overlap, none lost, none added."""
-    spec = detector_output(case.model)
-    if spec is None:
-        raise NotSupported(f"model {case.model.name} has no boxes with scores")
+    """The same objects: one-to-one by class with enough overlap, none lost, none added; of a classifier its class."""
     total = matched = 0
     floor, lowest = 0.0, 1.0
     problems: list[str] = []
     for feeds in case.feeds():
         expected, observed = case.expected(feeds), case.outputs(feeds)
         _present(expected, observed, case.spec.format)
-        found = match(np.asarray(expected[spec.name]), np.asarray(observed[spec.name]), spec, case.spec.precision)
+        found = same_objects(expected, observed, case.model, case.spec.precision)
+        if found is None:
+            raise NotSupported(f"model {case.model.name} has neither boxes with scores nor probabilities")
         total, matched, floor, lowest = (
             total + found.reference,
             matched + found.matched,

@@ -111,8 +111,9 @@ def variant_theirs() -> Callable[[Call], Call]:
             elif name.endswith(("running_mean", "bias")):
                 value.normal_(0.0, 0.1, generator=generator)
         whole.save(call["checkpoint"])  # in FP16, so it is read again
+        again: Any = YOLO(call["checkpoint"])
         with torch.no_grad():
-            made = YOLO(call["checkpoint"]).model.float().eval()(torch.from_numpy(np.load(call["feeds"])))
+            made = again.model.float().eval()(torch.from_numpy(np.load(call["feeds"])))
         first: Any = made[0] if isinstance(made, (tuple, list)) else made
         for number, value in enumerate(tensors(first)):
             np.save(Path(call["folder"]) / f"output{number}.npy", value.numpy())

@@ -156,7 +156,7 @@ GOOD = [(100.0, 100.0, 40.0, 60.0, 0, 0.9), (300.0, 200.0, 80.0, 80.0, 1, 0.8), 
 def test_matching_is_one_to_one_by_class(
     change: list[tuple[float, float, float, float, int, float]], lost: int, extra: int
 ) -> None:
-    found = match(_output(GOOD), _output(change), DETECTOR.outputs[0], Precision.FP16)
+    found = match({"output0": _output(GOOD)}, {"output0": _output(change)}, DETECTOR, Precision.FP16)
     assert (len(found.lost), len(found.extra)) == (lost, extra)
 
 
@@ -176,15 +176,15 @@ def test_which_of_two_tied_anchors_nms_keeps_is_no_difference(
     scores: tuple[float, float], others: tuple[float, float], lost: int, extra: int
 ) -> None:
     a, b = (_output([(*box, 0, score) for box, score in zip(PAIR, s, strict=True)]) for s in (scores, others))
-    found = match(a, b, DETECTOR.outputs[0], Precision.FP16)
+    found = match({"output0": a}, {"output0": b}, DETECTOR, Precision.FP16)
     assert (len(found.lost), len(found.extra)) == (lost, extra)
 
 
 def test_two_boxes_that_overlap_by_just_the_limit_of_nms_may_become_one() -> None:
     apart, joined = (_output([(*PAIR[0], 0, 0.9), (100.0 + shift, *PAIR[0][1:], 0, 0.6)]) for shift in (7.2, 6.8))
-    assert match(apart, joined, DETECTOR.outputs[0], Precision.FP16).passed
-    assert match(joined, apart, DETECTOR.outputs[0], Precision.FP16).passed
-    assert not match(apart, _output([(*PAIR[0], 0, 0.9)]), DETECTOR.outputs[0], Precision.FP16).passed
+    assert match({"output0": apart}, {"output0": joined}, DETECTOR, Precision.FP16).passed
+    assert match({"output0": joined}, {"output0": apart}, DETECTOR, Precision.FP16).passed
+    assert not match({"output0": apart}, {"output0": _output([(*PAIR[0], 0, 0.9)])}, DETECTOR, Precision.FP16).passed
 
 
 def test_only_the_box_that_rounding_moves_is_allowed_more() -> None:

@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from exporters.errors import BadRequest
-from exporters.models.spec import ChannelGroup, ModelSpec, OutputSpec
+from exporters.models.spec import OF_ANCHORS, ChannelGroup, ModelSpec, OutputSpec
 from exporters.spec import Precision
 
 Array = npt.NDArray[Any]
 Rounding = Callable[[int], Mapping[str, Array]]
+PIXELS = ("box", "point")  # kinds whose channels are coordinates of one thing
 SCORE_FLOOR = 0.25  # the contract's default confidence: below it a deployment drops the box
 
 
@@ -23,9 +24,9 @@ SCORE_FLOOR = 0.25  # the contract's default confidence: below it a deployment d
 class Tolerance:
     """What is allowed of one measure. `relative` scales it by the group's extent (the image size for boxes).
 
-    Boxes count on anchors that fire, `everywhere` on all of them. `conditioned`: where Monte Carlo arithmetic moves an
-    element of the reference so far that SIGMAS standard deviations of it are more than `allowed`, that much is allowed
-    of this element.
+    What belongs to anchors counts on those that fire, `everywhere` on all of them. `conditioned`: where Monte Carlo
+    arithmetic moves an element of the reference so far that SIGMAS standard deviations of it are more than `allowed`,
+    that much is allowed of this element.
     """
 
     measure: str  # max_abs, p99_abs, cosine, snr_db ...
@@ -94,24 +95,40 @@ DFL = (
     "DFL: 15 cells x stride 32 x FP16's half ulp 2^-11 = 0.23 px a rounding, four deep; more for a box that FP16 "
     "arithmetic itself moves farther (6 standard deviations of the reference in Monte Carlo arithmetic)"
 )
+SUMS = "FP32 sums of some 10^3 terms differ by about 10^3 x 2^-24 = 6e-5 of the range"
+POINT = "2 x stride 32 x coordinates up to 8 x FP16's half ulp 2^-11 = 0.25 px a rounding, four deep; as for boxes"
+ANGLE = "sigmoid's slope 1/4 x pi x logits up to 10 x 2^-11 = 3.8e-3 rad a rounding, four deep; as for boxes"
+SIGMOID = "sigmoid's and softmax's slope 1/4 x logits up to 10 x 2^-11 = 1.2e-3 a rounding, four deep; as for boxes"
+VALUE = "2^-11 a rounding, some ten roundings deep; as for boxes"
+EIGHT = "8 times FP16's, since a rounding is; as for FP16"
+
+
+def _halves(precision: Precision, times: float) -> dict[tuple[Precision, str], tuple[Tolerance, ...]]:
+    """The limits of FP16, and of what rounds so many times as much, of what a task has beside boxes and classes."""
+    limits = {
+        "point": (1.0, POINT, False),
+        "angle": (5e-3, ANGLE, True),  # of pi
+        "visibility": (5e-3, SIGMOID, False),
+        "probability": (5e-3, SIGMOID, False),
+        "mask": (5e-3, VALUE, True),
+    }
+    return {
+        (precision, kind): (
+            Tolerance("max_abs", allowed * times, reason if times == 1 else EIGHT, relative, conditioned=True),
+        )
+        for kind, (allowed, reason, relative) in limits.items()
+    }
+
+
 DEFAULTS: Mapping[tuple[Precision, str], tuple[Tolerance, ...]] = {
-    (Precision.FP32, "box"): (
-        Tolerance(
-            "max_abs",
-            1e-4,
-            "FP32 sums of some 10^3 terms differ by about 10^3 x 2^-24 = 6e-5 of the range",
-            relative=True,
-            everywhere=True,
-        ),
-    ),
+    (Precision.FP32, "box"): (Tolerance("max_abs", 1e-4, SUMS, relative=True, everywhere=True),),
     (Precision.FP32, "score"): (
         Tolerance("max_abs", 1e-4, "FP32 sums of some 10^3 terms differ by about 10^3 x 2^-24 = 6e-5", True),
     ),
-    (Precision.FP32, "value"): (
-        Tolerance(
-            "max_abs", 1e-4, "FP32 sums of some 10^3 terms differ by about 10^3 x 2^-24 = 6e-5 of the range", True
-        ),
-    ),
+    **{
+        (Precision.FP32, kind): (Tolerance("max_abs", 1e-4, SUMS, relative=True, everywhere=True),)
+        for kind in ("point", "mask", "visibility", "angle", "probability", "value")
+    },
     (Precision.FP16, "box"): (
         Tolerance("max_abs", 1.0, DFL, conditioned=True),
         Tolerance("cosine", 0.999, "a scale error of 4 % turns 0.999 in one channel"),
@@ -125,24 +142,23 @@ DEFAULTS: Mapping[tuple[Precision, str], tuple[Tolerance, ...]] = {
         ),
     ),
     (Precision.FP16, "value"): (
-        Tolerance("max_abs", 5e-3, "2^-11 a rounding, some ten roundings deep; as for boxes", True, True),
+        Tolerance("max_abs", 5e-3, VALUE, True, True),
         Tolerance("cosine", 0.999, "ten roundings of 2^-11 keep 1 - 1e-5; 0.999 leaves room for outliers"),
     ),
+    **_halves(Precision.FP16, 1),
     # BF16 has 3 bits of fraction fewer than FP16: each rounding is 8 times as large.
+    **_halves(Precision.BF16, 8),
     (Precision.BF16, "box"): (
-        Tolerance("max_abs", 8.0, "8 times FP16's, since a rounding is; as for FP16", conditioned=True),
+        Tolerance("max_abs", 8.0, EIGHT, conditioned=True),
         Tolerance("cosine", 0.999, "a scale error of 4 % turns 0.999 in one channel"),
     ),
-    (Precision.BF16, "score"): (
-        Tolerance("max_abs", 4e-2, "8 times FP16's, since a rounding is; as for FP16", conditioned=True),
-    ),
+    (Precision.BF16, "score"): (Tolerance("max_abs", 4e-2, EIGHT, conditioned=True),),
     (Precision.BF16, "value"): (
-        Tolerance("max_abs", 4e-2, "8 times FP16's, since a rounding is; as for FP16", True, True),
+        Tolerance("max_abs", 4e-2, EIGHT, True, True),
         Tolerance("cosine", 0.999, "ten roundings of 2^-8 keep 1 - 1e-4; 0.999 leaves room for outliers"),
     ),
     # Elementwise limits say little about 8 bits: they are judged by matching, and by the task's metric.
-    (Precision.INT8, "box"): (),
-    (Precision.INT8, "score"): (),
+    **{(p, kind): () for p in (Precision.INT8, Precision.FP8) for kind in (*OF_ANCHORS, "score", "probability")},
     (Precision.INT8, "value"): (
         Tolerance(
             "snr_db",
@@ -150,8 +166,6 @@ DEFAULTS: Mapping[tuple[Precision, str], tuple[Tolerance, ...]] = {
             "8 bits at a crest factor of 4 give 41 dB a layer; 60 layers add 18 dB of noise; 3 dB margin",
         ),
     ),
-    (Precision.FP8, "box"): (),
-    (Precision.FP8, "score"): (),
     (Precision.FP8, "value"): (
         Tolerance(
             "snr_db",
@@ -219,21 +233,19 @@ def compare(
         _check_cover(spec, want)
         score = next((g for g in spec.groups if g.kind == "score"), None)
         is_matched = {"box", "score"} <= {g.kind for g in spec.groups}  # by `detections.match`
-        fires = (
-            want[:, score.start : score.stop].max(1, keepdims=True) >= SCORE_FLOOR if score and want.ndim == 3 else None
-        )
+        fires = want[:, score.channels].max(1, keepdims=True) >= SCORE_FLOOR if score and want.ndim == 3 else None
         for group in spec.groups:
             limits = tolerances(precision, group, overrides)
             # Where nothing fires a score is the tail of a sigmoid, whose relative error says nothing.
-            masked = group.kind == "box"
+            masked = group.kind in OF_ANCHORS
             if not limits and (same_graph or not is_matched):
                 limits, masked = DEFAULTS[precision, "value"], masked or is_matched
             if not limits:
                 continue
-            where = slice(group.start, group.stop)
+            where = group.channels
             a, b = (want[:, where], got[:, where]) if want.ndim > 1 else (want, got)
             firing = np.broadcast_to(fires, a.shape) if fires is not None and masked else None
-            extent = group.extent or (float(max(imgsz)) if group.kind == "box" else float(np.ptp(a)) or 1.0)
+            extent = group.extent or (float(max(imgsz)) if group.kind in PIXELS else float(np.ptp(a)) or 1.0)
             for limit in limits:
                 mask = None if limit.everywhere else firing
                 if mask is not None and not mask.any():
@@ -247,7 +259,7 @@ def compare(
                     assert rounding is not None
                     spread = rounding(draws)[spec.name]
                     spread = spread[:, where] if want.ndim > 1 else spread
-                    if group.kind == "box":
+                    if group.kind in PIXELS:
                         spread = np.sqrt(np.mean(spread**2, axis=1, keepdims=True))
                     # Two sides that both round differ by the root of two times what one differs from exact arithmetic.
                     moved = SIGMAS * spread * (math.sqrt(2) if same_graph else 1.0)
@@ -261,8 +273,8 @@ def _check_cover(spec: OutputSpec, want: Array) -> None:
     if want.ndim < 2:
         return
     channels = range(want.shape[1])
-    empty = next((g.name for g in spec.groups if not channels[g.start : g.stop]), None)
-    free = next((c for c in channels if not any(c in channels[g.start : g.stop] for g in spec.groups)), None)
+    empty = next((g.name for g in spec.groups if not channels[g.channels]), None)
+    free = next((c for c in channels if not any(c in channels[g.channels] for g in spec.groups)), None)
     if empty is not None or free is not None:
         raise BadRequest(
             f"output '{spec.name}' has {len(channels)} channels, "
@@ -297,8 +309,7 @@ def _row(
     observed = at_worst if limit.measure == "max_abs" else numbers[limit.measure]
     passed = observed >= allowed if limit.is_lower_bound else observed <= allowed
     outside = float((error > bound).mean()) if not limit.is_lower_bound else 0.0
-    start = group.start
-    index = (worst[0], worst[1] + start, *worst[2:]) if len(worst) > 1 else worst
+    index = (worst[0], worst[1] * group.step + group.start, *worst[2:]) if len(worst) > 1 else worst
     return Comparison(
         hop,
         feeds,

@@ -1,8 +1,8 @@
-"""A detector's output as detections, and one-to-one matching of two sets of them by class and IoU."""
+"""A detector's outputs as detections, and one-to-one matching of two sets of them by class and likeness."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,14 @@ from exporters.spec import Precision
 from suites.support.compare import SCORE_FLOOR
 
 Array = npt.NDArray[Any]
+Outputs = Mapping[str, Array]
 NMS_IOU = 0.7  # the contract's default
+PROTOTYPE_STRIDE = 4.0  # pixels of the image a pixel of the mask prototypes
+# Of the 17 key points of COCO (its evaluation's constants).
+COCO_SIGMAS = (
+    *(0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072),
+    *(0.062, 0.062, 0.107, 0.107, 0.087, 0.087, 0.089, 0.089),
+)
 IOU_FLOOR: Mapping[Precision, float] = {
     Precision.FP32: 0.99,
     Precision.TF32: 0.9,  # 10 bits of fraction, as FP16
@@ -55,29 +62,78 @@ def detector_output(model: ModelSpec) -> OutputSpec | None:
     return next((o for o in model.outputs if {"box", "score"} <= {g.kind for g in o.groups}), None)
 
 
-def candidates(output: Array, spec: OutputSpec, floor: float = SCORE_FLOOR) -> list[Array]:
-    """Per image (N, 6): x1, y1, x2, y2 in pixels, score, class of every anchor from `floor` on, before NMS."""
-    boxes = next(g for g in spec.groups if g.kind == "box")
-    scores = next(g for g in spec.groups if g.kind == "score")
-    found: list[Array] = []
-    for image in np.asarray(output, np.float64):
-        values = image[scores.start : scores.stop]
-        best, label = values.max(0), values.argmax(0)
-        keep = best >= floor
-        cx, cy, w, h = image[boxes.start : boxes.stop][:, keep]
+class Candidates:
+    """Anchors of one image from a score on, of both sides, the reference's first; numbered, before any suppression.
+
+    Attributes:
+        rows: (N, 6): x1, y1, x2, y2 in pixels (of a turned box before it is turned), score, class.
+        count: how many are the reference's.
+    """
+
+    def __init__(self, images: Sequence[Outputs], model: ModelSpec, spec: OutputSpec, floor: float) -> None:
+        anchors = [np.asarray(i[spec.name], np.float64) for i in images]
+        groups = {g.kind: g.channels for g in spec.groups}
+        best = [a[groups["score"]].max(0) for a in anchors]
+        kept = [a[:, s >= floor] for a, s in zip(anchors, best, strict=True)]
+        self.count = kept[0].shape[1]
+        joined = np.concatenate(kept, 1)
+        cx, cy, w, h = joined[groups["box"]]
+        scores = joined[groups["score"]]
         corners = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
-        found.append(np.stack([*corners, best[keep], label[keep].astype(np.float64)], 1))
-    return found
+        self.rows = np.stack([*corners, scores.max(0), scores.argmax(0).astype(np.float64)], 1).reshape(-1, 6)
+        self.turned = np.stack((cx, cy, w, h, joined[groups["angle"]][0]), 1) if "angle" in groups else None
+        self.area = w * h
+        coordinates = [joined[g.channels] for g in spec.groups if g.kind == "point"]
+        self.points = np.stack(coordinates, 2).transpose(1, 0, 2) if coordinates else None  # (N, K, 2)
+        self.coefficients = joined[groups["mask"]].T if "mask" in groups else None
+        self.prototypes = [
+            np.asarray(i[o.name], np.float64)
+            for i in images
+            for o in model.outputs
+            if o is not spec and "mask" in groups
+        ]
+        self.masks: dict[int, Array] = {}
 
+    def kept(self, ids: Array) -> Array:
+        """Greedy suppression within classes, highest score first: the ids that stay, in that order."""
+        left = ids[np.argsort(-self.rows[ids, 4], kind="stable")]
+        chosen: list[int] = []
+        for number in left:
+            if not chosen or float(self.overlap(np.array([number]), np.array(chosen)).max()) <= NMS_IOU:
+                chosen.append(int(number))
+        return np.array(chosen, int)
 
-def _nms(rows: Array) -> Array:
-    """Greedy suppression within classes, highest score first."""
-    rows = rows[np.argsort(-rows[:, 4], kind="stable")]
-    kept: list[Array] = []
-    for row in rows:
-        if not any(k[5] == row[5] and float(iou(k[None, :4], row[None, :4])[0, 0]) > NMS_IOU for k in kept):
-            kept.append(row)
-    return np.array(kept).reshape(-1, 6)
+    def overlap(self, a: Array, b: Array) -> Array:
+        """IoU of the boxes of candidates a (N,) and b (M,) -> (N, M), 0 where the classes differ."""
+        boxes = self.rows[:, :4]
+        table = iou(boxes[a], boxes[b]) if self.turned is None else rotated_iou(self.turned[a], self.turned[b])
+        return table * (self.rows[a, None, 5] == self.rows[None, b, 5])
+
+    def similar(self, a: Array, b: Array) -> Array:
+        """The least of the overlap and what the task adds: object key point similarity, IoU of masks -> (N, M)."""
+        table = self.overlap(a, b)
+        if self.points is not None and table.size:
+            table = np.minimum(table, oks(self.points[a], self.points[b], self.area[a]))
+        if self.coefficients is not None and table.size:
+            ours, theirs = (np.stack([self._mask(int(i)).ravel() for i in ids]).astype(np.float32) for ids in (a, b))
+            both = ours @ theirs.T
+            either = ours.sum(1)[:, None] + theirs.sum(1)[None] - both
+            # Two masks without a pixel are equal.
+            table = np.minimum(table, np.where(either > 0, both / np.maximum(either, 1), 1.0))
+        return table
+
+    def _mask(self, number: int) -> Array:
+        """The binary mask of a candidate at the prototypes' size, cut at its box."""
+        if number not in self.masks:
+            assert self.coefficients is not None
+            prototypes = self.prototypes[0 if number < self.count else 1]
+            logits = np.tensordot(self.coefficients[number], prototypes, 1)
+            # The prototypes have a quarter of the image's size in each direction.
+            x1, y1, x2, y2 = self.rows[number, :4] / PROTOTYPE_STRIDE
+            y, x = (np.arange(n) for n in logits.shape)
+            inside = ((x >= x1) & (x < x2))[None] & ((y >= y1) & (y < y2))[:, None]
+            self.masks[number] = (logits > 0) & inside
+        return self.masks[number]
 
 
 def iou(a: Array, b: Array) -> Array:
@@ -89,75 +145,131 @@ def iou(a: Array, b: Array) -> Array:
     return inter / np.maximum(area(a)[:, None] + area(b)[None] - inter, 1e-9)
 
 
-def match(expected: Array, observed: Array, spec: OutputSpec, precision: Precision) -> Matching:
-    """Matches the detections of two raw outputs (B, C, A), image by image.
+def rotated_iou(a: Array, b: Array) -> Array:
+    """IoU of turned boxes (N, 5) and (M, 5), each cx, cy, w, h and an angle in radians -> (N, M)."""
+    import shapely
+
+    def polygons(boxes: Array) -> Any:
+        cos, sin = np.cos(boxes[:, 4]), np.sin(boxes[:, 4])
+        x = np.array([-0.5, 0.5, 0.5, -0.5]) * boxes[:, 2:3]
+        y = np.array([-0.5, -0.5, 0.5, 0.5]) * boxes[:, 3:4]
+        corners = (
+            boxes[:, :1] + x * cos[:, None] - y * sin[:, None],
+            boxes[:, 1:2] + x * sin[:, None] + y * cos[:, None],
+        )
+        return shapely.polygons(np.stack(corners, 2))
+
+    ours, theirs = polygons(a)[:, None], polygons(b)[None]
+    inter = shapely.area(shapely.intersection(ours, theirs))
+    return inter / np.maximum(shapely.area(ours) + shapely.area(theirs) - inter, 1e-9)
+
+
+def oks(a: Array, b: Array, area: Array) -> Array:
+    """Object key point similarity (COCO) of points (N, K, 2) and (M, K, 2) -> (N, M); `area` (N,) in square pixels."""
+    count = a.shape[1]
+    others = np.full(
+        count, min(1 / count, max(COCO_SIGMAS))
+    )  # 1 / K is the peer's; few points would all be alike by it
+    sigmas = np.array(COCO_SIGMAS) if count == len(COCO_SIGMAS) else others
+    squares = ((a[:, None] - b[None]) ** 2).sum(3)
+    return np.exp(-squares / (2 * np.maximum(area, 1e-9)[:, None, None] * (2 * sigmas) ** 2)).mean(2)
+
+
+def same_objects(expected: Outputs, observed: Outputs, model: ModelSpec, precision: Precision) -> Matching | None:
+    """`match` of a detector, the first class of a classifier; None for a model that is neither."""
+    if detector_output(model) is not None:
+        return match(expected, observed, model, precision)
+    spec = next((o for o in model.outputs if any(g.kind == "probability" for g in o.groups)), None)
+    return None if spec is None else _first_classes(expected[spec.name], observed[spec.name], precision)
+
+
+def _first_classes(expected: Array, observed: Array, precision: Precision) -> Matching:
+    """Rows (B, classes) whose most probable class is the same; two that are as likely may take each other's place."""
+    margin = MARGIN.get(precision, 1e-2)
+    lost: list[str] = []
+    for number, (want, got) in enumerate(zip(np.asarray(expected), np.asarray(observed), strict=True)):
+        first, here = int(want.argmax()), int(got.argmax())
+        if want[first] - want[here] > margin:
+            lost.append(f"image {number}: class {first} ({want[first]:.3f}), observed class {here} ({got[here]:.3f})")
+    return Matching(len(expected), len(expected) - len(lost), 1.0, 1.0, tuple(lost))
+
+
+def match(expected: Outputs, observed: Outputs, model: ModelSpec, precision: Precision) -> Matching:
+    """Matches the detections of two sides' raw outputs, image by image.
 
     Every reference detection that is clearly above the score floor must be found with the same class and enough
-    overlap; every observed one clearly above it must be one of the reference's. One that the other side suppressed for
+    likeness: IoU of the boxes (turned ones of obb), and of the masks, and similarity of the key points where there are
+    such. Every observed one clearly above it must be one of the reference's. One that the other side suppressed for
     another of nearly the same score, or of nearly the least overlap, is found among the candidates before NMS.
+
+    Args:
+        expected: by name, output0 (B, C, A) and what else the model has.
     """
+    spec = detector_output(model)
+    assert spec is not None
     floor, margin = IOU_FLOOR.get(precision, 0.9), MARGIN.get(precision, 1e-2)
     sure = SCORE_FLOOR + margin
     total = matched = 0
     lowest = 1.0
     lost: list[str] = []
     extra: list[str] = []
-    # The other side is taken a margin lower, so that a detection that slipped under the floor is still there to match.
-    sides = (candidates(side, spec, SCORE_FLOOR - margin) for side in (expected, observed))
-    for number, (all_want, all_got) in enumerate(zip(*sides, strict=True)):
-        want, got = _nms(all_want), _nms(all_got)
-        table = _overlaps(want, got)
+    for number in range(len(expected[spec.name])):
+        sides = [{o.name: np.asarray(side[o.name])[number] for o in model.outputs} for side in (expected, observed)]
+        # Both are taken a margin lower, so that a detection that slipped under the floor is still there to match.
+        found = Candidates(sides, model, spec, SCORE_FLOOR - margin)
+        scores, classes = found.rows[:, 4], found.rows[:, 5].astype(int)
+        all_want, all_got = np.arange(found.count), np.arange(found.count, len(scores))
+        want, got = found.kept(all_want), found.kept(all_got)
+        table = found.similar(want, got)
         free = np.ones(len(got), bool)
-        for i in np.argsort(-want[:, 4], kind="stable"):
-            overlaps = np.where(free, table[i], 0.0) if len(got) else np.zeros(1)
-            j = int(overlaps.argmax())
-            overlap = float(overlaps[j])
-            if overlap >= floor:
-                free[j] = False
+        for place, row in enumerate(want):  # highest score first
+            likeness = np.where(free, table[place], 0.0) if len(got) else np.zeros(1)
+            best = int(likeness.argmax())
+            like = float(likeness[best])
+            if like >= floor:
+                free[best] = False
             else:
-                overlap = max(overlap, _tied(want[i], all_want, all_got, got, floor, margin))
-            if want[i, 4] >= sure:
+                like = max(like, _tied(found, int(row), all_want, all_got, got, floor, margin))
+            if scores[row] >= sure:
                 total += 1
-                matched += overlap >= floor
-                if overlap < floor:
-                    name = f"image {number}: class {int(want[i, 5])} score {want[i, 4]:.3f}"
-                    lost.append(f"{name}, best IoU {overlap:.3f}")
-            if overlap >= floor:
-                lowest = min(lowest, overlap)
-        for row in got[free & (got[:, 4] >= sure)]:
-            if _tied(row, all_got, all_want, want, floor, margin) < floor:
-                extra.append(f"image {number}: class {int(row[5])} score {row[4]:.3f}")
+                matched += like >= floor
+                if like < floor:
+                    name = f"image {number}: class {classes[row]} score {scores[row]:.3f}"
+                    lost.append(f"{name}, best IoU {like:.3f}")
+            if like >= floor:
+                lowest = min(lowest, like)
+        for row in got[free & (scores[got] >= sure)]:
+            if _tied(found, int(row), all_got, all_want, want, floor, margin) < floor:
+                extra.append(f"image {number}: class {classes[row]} score {scores[row]:.3f}")
     return Matching(total, matched, floor, lowest, tuple(lost), tuple(extra))
 
 
-def _overlaps(a: Array, b: Array) -> Array:
-    """IoU of detections (N, 6) and (M, 6) -> (N, M), 0 where the classes differ."""
-    return iou(a[:, :4], b[:, :4]) * (a[:, None, 5] == b[None, :, 5])
-
-
-def _tied(row: Array, own: Array, others: Array, kept: Array, floor: float, margin: float) -> float:
-    """IoU with the candidate that is this detection and that NMS dropped by a hair, or 0.
+def _tied(found: Candidates, row: int, own: Array, others: Array, kept: Array, floor: float, margin: float) -> float:
+    """Likeness to the candidate that is this detection and that NMS dropped by a hair, or 0.
 
     Two anchors of one object often have scores that differ in the last digit only: which of them suppresses the other
     is rounding, and says nothing of the artifact. So it is whether two that overlap by just NMS_IOU are both kept.
 
     Args:
-        row: a detection (6,) of one side.
+        found: the candidates that the ids are of.
+        row: a detection of one side.
         own: candidates of that side.
         others, kept: candidates of the other side, and those that NMS kept.
-        floor: IoU from which two boxes are one.
+        floor: likeness from which two detections are one.
         margin: difference of scores that is a tie.
     """
-    same = _overlaps(row[None], others)[0]
+    scores = found.rows[:, 4]
+    one = np.array([row])
+    same = found.similar(one, others)[0] if len(others) else np.zeros(0)
     best = 0.0
-    for number in np.flatnonzero(same >= floor):
-        overlaps = _overlaps(others[number : number + 1], kept)[0]
+    for place in np.flatnonzero(same >= floor):
+        overlaps = found.overlap(others[place : place + 1], kept)[0]
         over = np.flatnonzero(overlaps > NMS_IOU)
         # A kept candidate overlaps itself wholly: it was there to be matched, and another took it.
-        tied = kept[over, 4] - others[number, 4] <= margin
+        tied = scores[kept[over]] - scores[others[place]] <= margin
         # On its own side it stays beside the very box that suppresses it on the other.
-        beside = [_overlaps(row[None], own[_overlaps(k[None], own)[0] >= floor])[0] for k in kept[over]]
+        beside = [found.overlap(one, own[found.similar(np.array([k]), own)[0] >= floor])[0] for k in kept[over]]
         tied |= np.array([bool(len(b)) and float(b.max()) <= NMS_IOU for b in beside], bool)
         if len(over) and overlaps[over].max() < 1 and tied.all():
-            best = max(best, float(same[number]))
+            best = max(best, float(same[place]))
     return best

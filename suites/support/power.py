@@ -12,7 +12,7 @@ from exporters.models.spec import ModelSpec
 from exporters.session import Array
 from exporters.spec import Precision
 from suites.support.compare import DRAWS, SCORE_FLOOR, Comparison, Rounding, compare
-from suites.support.detections import detector_output, match
+from suites.support.detections import detector_output, same_objects
 
 # Largest damage, as a share of the layer's standard deviation, that a comparison of this precision may miss. TF32 has
 # FP16's fraction; BF16's roundings are 8 times as large, and so is what is allowed of it.
@@ -87,11 +87,9 @@ def prove(
         seen.update((r.output, r.group) for r in bad)
         if bad:
             return f"{bad[0].group} {bad[0].measure} {bad[0].observed:.3g}, allowed {bad[0].allowed:.3g}"
-        spec = detector_output(model)
-        if spec is not None:
-            matching = match(np.asarray(reference[spec.name]), np.asarray(outputs[spec.name]), spec, precision)
-            if not matching.passed:
-                return f"matching: {len(matching.lost)} lost, {len(matching.extra)} extra of {matching.reference}"
+        matching = same_objects(reference, outputs, model, precision)
+        if matching is not None and not matching.passed:
+            return f"matching: {len(matching.lost)} lost, {len(matching.extra)} extra of {matching.reference}"
         return ""
 
     silent = _silent(reference, model)
@@ -142,7 +140,7 @@ def _silent(reference: Outputs, model: ModelSpec) -> str:
     if spec is None:
         return ""
     score = next(g for g in spec.groups if g.kind == "score")
-    best = float(np.asarray(reference[spec.name])[:, score.start : score.stop].max())
+    best = float(np.asarray(reference[spec.name])[:, score.channels].max())
     return (
         "" if best >= SCORE_FLOOR else f"no anchor has a score of {SCORE_FLOOR} (best {best:.3g}), so boxes say nothing"
     )
@@ -161,7 +159,7 @@ def _rearranged(reference: Outputs, model: ModelSpec) -> list[tuple[str, Outputs
     output = np.asarray(reference[spec.name])
     group = next((g for g in spec.groups if g.kind == "score"), spec.groups[0])
     if output.ndim > 1:
-        values = output[:, group.start : group.stop]
+        values = output[:, group.channels]
         if values.shape[1] > 1:
             counts = (
                 (values >= SCORE_FLOOR).sum(axis=(0, *range(2, values.ndim)))
