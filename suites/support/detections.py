@@ -98,16 +98,17 @@ class Candidates:
         """Greedy suppression within classes, highest score first: the ids that stay, in that order."""
         left = ids[np.argsort(-self.rows[ids, 4], kind="stable")]
         chosen: list[int] = []
-        for number in left:
-            if not chosen or float(self.overlap(np.array([number]), np.array(chosen)).max()) <= NMS_IOU:
-                chosen.append(int(number))
+        while len(left):
+            chosen.append(int(left[0]))
+            left = left[1:][self.overlap(left[:1], left[1:])[0] <= NMS_IOU]
         return np.array(chosen, int)
 
     def overlap(self, a: Array, b: Array) -> Array:
         """IoU of the boxes of candidates a (N,) and b (M,) -> (N, M), 0 where the classes differ."""
-        boxes = self.rows[:, :4]
-        table = iou(boxes[a], boxes[b]) if self.turned is None else rotated_iou(self.turned[a], self.turned[b])
-        return table * (self.rows[a, None, 5] == self.rows[None, b, 5])
+        same = self.rows[a, None, 5] == self.rows[None, b, 5]
+        if self.turned is not None:
+            return rotated_iou(self.turned[a], self.turned[b], same)
+        return iou(self.rows[a, :4], self.rows[b, :4]) * same
 
     def similar(self, a: Array, b: Array) -> Array:
         """The least of the overlap and what the task adds: object key point similarity, IoU of masks -> (N, M)."""
@@ -145,23 +146,29 @@ def iou(a: Array, b: Array) -> Array:
     return inter / np.maximum(area(a)[:, None] + area(b)[None] - inter, 1e-9)
 
 
-def rotated_iou(a: Array, b: Array) -> Array:
-    """IoU of turned boxes (N, 5) and (M, 5), each cx, cy, w, h and an angle in radians -> (N, M)."""
+def rotated_iou(a: Array, b: Array, wanted: Array | None = None) -> Array:
+    """IoU of turned boxes (N, 5) and (M, 5), each cx, cy, w, h and an angle in radians -> (N, M).
+
+    Args:
+        wanted: (N, M), false where 0 will do.
+    """
     import shapely
 
     def polygons(boxes: Array) -> Any:
-        cos, sin = np.cos(boxes[:, 4]), np.sin(boxes[:, 4])
+        cos, sin = np.cos(boxes[:, 4:]), np.sin(boxes[:, 4:])
         x = np.array([-0.5, 0.5, 0.5, -0.5]) * boxes[:, 2:3]
         y = np.array([-0.5, -0.5, 0.5, 0.5]) * boxes[:, 3:4]
-        corners = (
-            boxes[:, :1] + x * cos[:, None] - y * sin[:, None],
-            boxes[:, 1:2] + x * sin[:, None] + y * cos[:, None],
-        )
-        return shapely.polygons(np.stack(corners, 2))
+        return shapely.polygons(np.stack((boxes[:, :1] + x * cos - y * sin, boxes[:, 1:2] + x * sin + y * cos), 2))
 
-    ours, theirs = polygons(a)[:, None], polygons(b)[None]
-    inter = shapely.area(shapely.intersection(ours, theirs))
-    return inter / np.maximum(shapely.area(ours) + shapely.area(theirs) - inter, 1e-9)
+    reach = np.hypot(a[:, None, 2], a[:, None, 3]) + np.hypot(b[None, :, 2], b[None, :, 3])
+    near = 2 * np.hypot(a[:, None, 0] - b[None, :, 0], a[:, None, 1] - b[None, :, 1]) < reach
+    rows, columns = np.nonzero(near if wanted is None else near & wanted)
+    ours, theirs = polygons(a), polygons(b)
+    inter = shapely.area(shapely.intersection(ours[rows], theirs[columns]))
+    areas = a[rows, 2] * a[rows, 3] + b[columns, 2] * b[columns, 3]
+    table = np.zeros((len(a), len(b)))
+    table[rows, columns] = inter / np.maximum(areas - inter, 1e-9)
+    return table
 
 
 def oks(a: Array, b: Array, area: Array) -> Array:
