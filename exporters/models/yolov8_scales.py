@@ -32,6 +32,7 @@ class Scale:
 SCALES = {
     s.name: s
     for s in (
+        Scale("p", 0.33, 0.125, 896),  # ours, below the published ones: reference checkpoints have it
         Scale("n", 0.33, 0.25, 1024),
         Scale("s", 0.33, 0.50, 1024),
         Scale("m", 0.67, 0.75, 768),
