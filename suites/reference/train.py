@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -70,19 +70,23 @@ def _one(job: tuple[str, int, str]) -> tuple[np.ndarray[Any, Any], ...]:
     classes, valid, boxes = np.zeros(MOST, np.int64), np.zeros(MOST, bool), np.zeros((MOST, 4), np.float32)
     points, turned = np.zeros((MOST, *scenes.KPT_SHAPE), np.float32), np.zeros((MOST, 5), np.float32)
     turned[:, 2:4] = 1
-    canvas = Image.new("L", (GRID, GRID))
+    canvas = Image.new("L", (scenes.SIZE, scenes.SIZE))
     for row, thing in enumerate(things):
         classes[row], valid[row], boxes[row] = thing.label, True, thing.box
         points[row], turned[row] = thing.points, thing.turned
-        ImageDraw.Draw(canvas).polygon([(x / 4 - 0.5, y / 4 - 0.5) for x, y in thing.outline], fill=row + 1)
+        ImageDraw.Draw(canvas).polygon([(x - 0.5, y - 0.5) for x, y in thing.outline], fill=row + 1)
     image = made.image.transpose(2, 0, 1)
-    return image, classes, valid, boxes, points, turned, np.asarray(canvas)
+    # Pillow fills a pixel's breadth beyond an edge, so the mask is drawn large and read at the cells' middles.
+    return image, classes, valid, boxes, points, turned, np.asarray(canvas)[2::4, 2::4].copy()
 
 
-def pictures(split: str, count: int, task: str) -> Batch:
-    """`count` pictures of a split, made in a process a core."""
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        rows = pool.map(_one, [(split, n, task) for n in range(count)], chunksize=16)
+def pictures_of(jobs: Sequence[tuple[str, int, str]], processes: int = 1) -> Batch:
+    """The pictures of these splits, numbers and tasks; made in so many processes."""
+    if processes == 1:
+        rows = [_one(job) for job in jobs]
+    else:
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            rows = pool.map(_one, jobs, chunksize=16)
     return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
 
 
@@ -238,22 +242,35 @@ def start(model: YOLOv8) -> None:
             bias.data[:] = -math.log((1 - PRIOR) / PRIOR)
 
 
-def train(task: str, data: Batch, epochs: int, size: int, rate: float, seed: int, device: str) -> YOLOv8:
-    """The averaged model after `epochs` over the pictures in batches of `size`."""
+def train(
+    task: str,
+    data: Batch,
+    epochs: int,
+    size: int,
+    rate: float,
+    seed: int,
+    device: str,
+    tell: Callable[[dict[str, Tensor]], object] = lambda parts: None,
+) -> YOLOv8:
+    """The averaged model after `epochs` over the pictures in batches of `size`; `tell` gets each step's losses."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = build(SCALE, len(scenes.NAMES), task=task, kpt_shape=scenes.KPT_SHAPE).to(device).train()
     start(model)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     learnt = [(n, p) for n, p in model.named_parameters() if "dfl" not in n]
-    model.model[-1].get_parameter("dfl.conv.weight").requires_grad_(False) if task != "classify" else None
+    for name, value in model.named_parameters():
+        value.requires_grad_("dfl" not in name)  # whole numbers, which stay so
     groups = [
         {"params": [p for _, p in learnt if p.ndim > 1], "weight_decay": 5e-4 * size / 64},
         {"params": [p for _, p in learnt if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=rate)
     steps = epochs * (len(data.images) // size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    warm = max(steps // 10, 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda n: min((n + 1) / warm, (1 + math.cos(math.pi * n / max(steps, 1))) / 2)
+    )
     loss = Task(task, model)
     data = data.to(device)
     done, began = 0, time.monotonic()
@@ -264,6 +281,7 @@ def train(task: str, data: Batch, epochs: int, size: int, rate: float, seed: int
             batch = prepared(data[order[first : first + size]], generator)
             with torch.autocast("cuda", torch.bfloat16, enabled=device != "cpu"):
                 parts = loss.loss(batch)
+            tell(parts)
             optimizer.zero_grad(set_to_none=True)
             torch.stack(list(parts.values())).sum().backward()
             nn.utils.clip_grad_norm_(model.parameters(), 10.0)
@@ -321,7 +339,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     asked = parser.parse_args(words)
     began = time.monotonic()
-    data = pictures("train", asked.pictures, asked.task)
+    data = pictures_of([("train", n, asked.task) for n in range(asked.pictures)], os.cpu_count() or 1)
     print(f"{asked.pictures} pictures in {time.monotonic() - began:.0f} s", flush=True)
     model = train(asked.task, data, asked.epochs, asked.batch, asked.rate, asked.seed, asked.device)
     facts = {
