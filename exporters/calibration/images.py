@@ -46,16 +46,8 @@ def prepare_image(image: npt.NDArray[np.uint8], imgsz: tuple[int, int], how: Pre
     from PIL import Image
 
     h, w = imgsz
-    if how.resize == "letterbox":
-        ratio = min(h / image.shape[0], w / image.shape[1])
-        inner = (max(1, round(image.shape[0] * ratio)), max(1, round(image.shape[1] * ratio)))
-    elif how.resize == "crop":
-        ratio = max(h / image.shape[0], w / image.shape[1])
-        inner = (max(h, round(image.shape[0] * ratio)), max(w, round(image.shape[1] * ratio)))
-    else:
-        inner = (h, w)
+    inner, (top, left) = fitted((image.shape[0], image.shape[1]), imgsz, how)
     resized = np.asarray(Image.fromarray(image).resize((inner[1], inner[0]), Image.Resampling.BILINEAR))
-    top, left = (h - inner[0]) // 2, (w - inner[1]) // 2
     if how.resize == "crop":
         canvas = resized[-top : -top + h, -left : -left + w]
     else:
@@ -64,6 +56,23 @@ def prepare_image(image: npt.NDArray[np.uint8], imgsz: tuple[int, int], how: Pre
     values = canvas.astype(np.float32) / 255.0
     values = (values - np.asarray(how.mean, np.float32)) / np.asarray(how.std, np.float32)
     return np.ascontiguousarray(values.transpose(2, 0, 1))
+
+
+def fitted(size: tuple[int, int], imgsz: tuple[int, int], how: Preprocess) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What an image (height, width) becomes: its size when resized, and the place (top, left) of that on the canvas.
+
+    Where it is cropped the place is negative.
+    """
+    h, w = imgsz
+    if how.resize == "letterbox":
+        ratio = min(h / size[0], w / size[1])
+        inner = (max(1, round(size[0] * ratio)), max(1, round(size[1] * ratio)))
+    elif how.resize == "crop":
+        ratio = max(h / size[0], w / size[1])
+        inner = (max(h, round(size[0] * ratio)), max(w, round(size[1] * ratio)))
+    else:
+        inner = (h, w)
+    return inner, ((h - inner[0]) // 2, (w - inner[1]) // 2)
 
 
 def list_images(data: Path, split: str) -> list[Path]:

@@ -171,13 +171,16 @@ def rotated_iou(a: Array, b: Array, wanted: Array | None = None) -> Array:
     return table
 
 
+def point_sigmas(count: int) -> Array:
+    """(K,) how far each of so many key points is placed by people, in roots of the object's area."""
+    if count == len(COCO_SIGMAS):
+        return np.array(COCO_SIGMAS)
+    return np.full(count, min(1 / count, max(COCO_SIGMAS)))  # 1 / K is the peer's; few points would all be alike by it
+
+
 def oks(a: Array, b: Array, area: Array) -> Array:
     """Object key point similarity (COCO) of points (N, K, 2) and (M, K, 2) -> (N, M); `area` (N,) in square pixels."""
-    count = a.shape[1]
-    others = np.full(
-        count, min(1 / count, max(COCO_SIGMAS))
-    )  # 1 / K is the peer's; few points would all be alike by it
-    sigmas = np.array(COCO_SIGMAS) if count == len(COCO_SIGMAS) else others
+    sigmas = point_sigmas(a.shape[1])
     squares = ((a[:, None] - b[None]) ** 2).sum(3)
     return np.exp(-squares / (2 * np.maximum(area, 1e-9)[:, None, None] * (2 * sigmas) ** 2)).mean(2)
 
