@@ -27,10 +27,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from exporters.models.catalog import TASKS
+from exporters.models.build import as_tuple
+from exporters.models.catalog import TASKS, outputs_of
+from exporters.models.spec import ModelSpec
 from exporters.models.yolov8 import YOLOv8, build
 from exporters.models.yolov8_heads import REG_MAX, Classify, Detect, Segment
 from exporters.version import __version__
+from suites.accuracy.dataset import Item, Labels
+from suites.accuracy.deploy import Detections, deploy
+from suites.accuracy.metrics import Evaluation, evaluate
 from suites.reference import losses, scenes
 
 SCALE = "p"
@@ -306,6 +311,35 @@ def _averaged(average: YOLOv8, model: YOLOv8, share: float) -> None:
             value.copy_(theirs[name])
 
 
+@torch.no_grad()
+def measured(model: YOLOv8, task: str, count: int) -> Evaluation:
+    """The metric of a model on `count` pictures that no training sees, as a deployment would use it."""
+    spec = ModelSpec(task, "", task=task, outputs=outputs_of(task, len(scenes.NAMES), scenes.KPT_SHAPE))
+    size = (scenes.SIZE, scenes.SIZE)
+    items: list[Item] = []
+    found: list[Detections] = []
+    for number in range(count):
+        made = scenes.picture("val", number, task)
+        items.append(Item(Path(str(number)), size, labels_of(made)))
+        image = torch.from_numpy(made.image.transpose(2, 0, 1)[None].copy()).float() / 255
+        outputs = as_tuple(model.eval()(image))
+        named = {o.name: v.numpy() for o, v in zip(spec.outputs, outputs, strict=True)}
+        found.append(deploy(named, 0, spec, size, size, 0.001))
+    return evaluate(task, items, found, len(scenes.NAMES))
+
+
+def labels_of(made: scenes.Picture) -> Labels:
+    """A picture's labels as the reader of a data set would give them."""
+    things = made.things
+    return Labels(
+        np.array([t.label for t in things], int),
+        np.array([np.clip(t.box, 0, scenes.SIZE) for t in things]).reshape(-1, 4),
+        tuple(t.outline for t in things),
+        np.array([t.points for t in things]).reshape(-1, *scenes.KPT_SHAPE),
+        np.array([t.turned for t in things]).reshape(-1, 5),
+    )
+
+
 def save(model: YOLOv8, task: str, path: Path, facts: dict[str, str]) -> None:
     """A safetensors file in FP16 with what `read_checkpoint` looks for, and what made it."""
     from safetensors.torch import save_file
@@ -335,6 +369,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=80)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=4e-3, help="largest learning rate of AdamW")
+    parser.add_argument("--validate", type=int, default=500, help="pictures that the metric is taken on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     asked = parser.parse_args(words)
@@ -342,7 +377,9 @@ def main(words: list[str] | None = None) -> int:
     data = pictures_of([("train", n, asked.task) for n in range(asked.pictures)], os.cpu_count() or 1)
     print(f"{asked.pictures} pictures in {time.monotonic() - began:.0f} s", flush=True)
     model = train(asked.task, data, asked.epochs, asked.batch, asked.rate, asked.seed, asked.device)
+    metric = measured(model.half().float(), asked.task, asked.validate)  # of the weights that are stored
     facts = {
+        "metric": json.dumps({k: round(v, 4) for k, v in metric.values.items()}),
         "command": f"python -m suites.reference.train {asked.task} --pictures {asked.pictures} --epochs {asked.epochs} "
         f"--batch {asked.batch} --rate {asked.rate:g} --seed {asked.seed}",
         "version": f"exportgate {__version__}, torch {torch.__version__}, numpy {np.__version__}",
