@@ -30,9 +30,10 @@ def test_class_names_survive_the_round_trip(case: Bench) -> None:
 
 
 def test_metadata_describes_the_request(case: Bench) -> None:
-    """Stride, task, batch, image size and the options under `args` are those that were asked for."""
+    """Stride, task, batch, image size, key points and the options under `args` are those that were asked for."""
     found = _metadata(case)
     want = {"stride": case.model.stride, "task": case.model.task, "batch": case.spec.batch, "imgsz": case.spec.imgsz}
+    want |= {"kpt_shape": case.model.kpt_shape} if case.model.kpt_shape else {}
     for key, value in want.items():
         got = getattr(found, key)
         assert got == value, f"metadata {key} is {got!r}, expected {value!r}"

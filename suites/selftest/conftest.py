@@ -14,7 +14,7 @@ import pytest
 
 from exporters import formats
 from exporters.artifact import Artifact, commit, list_files
-from exporters.models.catalog import detect_outputs, from_checkpoint
+from exporters.models.catalog import detect_outputs, from_checkpoint, outputs_of
 from exporters.models.spec import ModelSpec, OutputSpec
 from exporters.pool import Pool
 from exporters.spec import ExportSpec, request
@@ -107,7 +107,7 @@ def trained() -> Path:
 
 @pytest.fixture(scope="session")
 def small_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSpec]:
-    """Models that export in a moment: `blobs` (a detector that stands INT8) and `twins` (two outputs)."""
+    """Models that export in a moment: `blobs` (a detector that stands INT8), `twins` (two outputs), `figures` (pose)."""
     folder = tmp_path_factory.mktemp("small")
     (folder / "small_models.py").write_text(SMALL, encoding="utf-8")
     blobs = ModelSpec(
@@ -128,7 +128,18 @@ def small_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSpe
         outputs=(OutputSpec("left"), OutputSpec("right")),
         imgsz=(32, 32),
     )
-    return {"blobs": blobs, "twins": twins}
+    figures = ModelSpec(
+        "figures",
+        "exporters.models.yolov8:build",
+        {"scale": "p", "nc": 2, "task": "pose", "kpt_shape": [4, 3]},
+        task="pose",
+        outputs=outputs_of("pose", 2, (4, 3)),
+        stride=32,
+        imgsz=(64, 64),
+        names={0: "bird", 1: "fish"},
+        kpt_shape=(4, 3),
+    )
+    return {"blobs": blobs, "twins": twins, "figures": figures}
 
 
 def judged(claim: Claim, bench: Bench) -> tuple[Verdict, str]:
