@@ -107,7 +107,7 @@ def trained() -> Path:
 
 @pytest.fixture(scope="session")
 def small_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSpec]:
-    """Models that export in a moment: `blobs` (a detector that stands INT8), `twins` (two outputs), `figures` (pose)."""
+    """Small models: `blobs` (a detector that stands INT8), `twins` (two outputs), `figures` (a pose)."""
     folder = tmp_path_factory.mktemp("small")
     (folder / "small_models.py").write_text(SMALL, encoding="utf-8")
     blobs = ModelSpec(
