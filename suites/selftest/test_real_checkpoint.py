@@ -55,30 +55,48 @@ def test_the_stored_outputs_tell_another_activation(trained: Path) -> None:
     assert boxes > 100 and scores > 1e-4
 
 
-def altered(trained: Path, target: Path, before: bytes, after: bytes) -> Path:
-    """A copy of the checkpoint with another pickle, of the same length."""
+def altered(trained: Path, target: Path, before: bytes, after: bytes, count: int = -1) -> Path:
+    """A copy of the checkpoint with another pickle, of the same length; `count` limits how many places are changed."""
     with zipfile.ZipFile(trained) as source, zipfile.ZipFile(target, "w") as made:
         for entry in source.infolist():
             content = source.read(entry)
             if entry.filename.endswith("data.pkl"):
                 assert before in content and len(before) == len(after)
-                content = content.replace(before, after)
+                content = content.replace(before, after, count)
             made.writestr(entry, content)
     return target
 
 
+# 8-byte floats of the pickle: the normalization's epsilon, 1e-3 and 2e-3.
+EPSILONS = (b"G" + b"\x3f\x50\x62\x4d\xd2\xf1\xa9\xfc", b"G" + b"\x3f\x60\x62\x4d\xd2\xf1\xa9\xfc")
+
+
 @pytest.mark.parametrize(
-    ("before", "after", "says"),
+    ("before", "after", "count", "says"),
     [
-        (b"activation\nSiLU\n", b"activation\nReLU\n", "activation ReLU in 'model.0'"),
-        # 8-byte floats of the pickle: the normalization's epsilon, 1e-3 and 2e-3.
-        (b"G" + b"\x3f\x50\x62\x4d\xd2\xf1\xa9\xfc", b"G" + b"\x3f\x60\x62\x4d\xd2\xf1\xa9\xfc", "has eps 0.002"),
+        (b"activation\nSiLU\n", b"activation\nReLU\n", -1, "activation ReLU in 'model.0'"),
+        (*EPSILONS, 1, "has eps 0.002"),
     ],
     ids=["activation", "epsilon"],
 )
 def test_a_checkpoint_that_computes_otherwise_is_refused(
-    trained: Path, tmp_path: Path, before: bytes, after: bytes, says: str
+    trained: Path, tmp_path: Path, before: bytes, after: bytes, count: int, says: str
 ) -> None:
-    path = altered(trained, tmp_path / "best.pt", before, after)
+    path = altered(trained, tmp_path / "best.pt", before, after, count)
     with Pool() as pool, pytest.raises(CheckpointError, match=says):
         pool.export(ExportSpec(from_checkpoint(path), "pytorch"))
+
+
+def test_an_epsilon_that_all_normalizations_have_is_the_model_s(trained: Path, tmp_path: Path) -> None:
+    """The peer's classifiers have another than its detectors: what the file says everywhere is built so."""
+    path = altered(trained, tmp_path / "best.pt", *EPSILONS)
+    model = from_checkpoint(path)
+    assert model.arguments["eps"] == 0.002
+    assert "eps" not in from_checkpoint(trained).arguments
+    outputs: list[Array] = []
+    with Pool() as pool:
+        for spec in (ExportSpec(m, "pytorch", imgsz=(320, 320)) for m in (model, from_checkpoint(trained))):
+            session = pool.open(pool.export(spec), spec, "eager", "cpu")
+            outputs.append(np.array(session.run({"images": blocks()})["output0"]))
+            session.close()
+    assert np.abs(outputs[0] - outputs[1]).max() > 1e-3
