@@ -1,20 +1,23 @@
-"""Engines of our ONNX file and of the peer's, built several times each without a timing cache, measured in turns.
+"""Engines of our ONNX file and of the peer's, built several times each from an empty timing cache, measured in turns.
 
 `python -m suites.peer.engines THEIRS.onnx --output builds.json` on a GPU host, after which the spread between builds is
 known apart from the spread between processes, and so is what our graph gains or loses by itself. Ours and theirs are
-built by the same function with the same flags; beside them stands the artifact that the exporter keeps. INT8 is held
-against implicit quantization of the same graph (ENTROPY_2, where this TensorRT has it): one build each, with the timing
-cache, since a cold one takes ten minutes.
+built by the same function with the same flags, one after the other in a cache that begins empty with every pair: a
+layer that both have is timed once, so that its luck is no difference between them, and who goes first takes turns.
+Beside them stands the artifact that the exporter keeps. INT8 is held against implicit quantization of the same graph
+(ENTROPY_2, where this TensorRT has it), built once, with the kept timing cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,14 +53,14 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--precision", default="fp32,fp16,int8", help="default: %(default)s")
     parser.add_argument("--builds", type=int, default=3, help="of each side, without a timing cache")
     parser.add_argument("--at-once", type=int, default=2, help="builders that run at a time")
+    parser.add_argument("--limit", type=float, default=1200.0, help="seconds after which a build is given up")
     asked = parser.parse_args(words)
     with tempfile.TemporaryDirectory(prefix="exportgate-") as name, Pool() as pool:
         folder = Path(name)
         sides = [s for p in asked.precision.split(",") for s in _sides(pool, Precision(p), asked, folder)]
-        jobs = [(side, n) for side in sides for n in range(side.builds) if side.onnx]
         with ThreadPoolExecutor(asked.at_once) as executor:
-            paths = list(executor.map(lambda job: _built(job[0], job[1], folder), jobs))
-        engines = {f"{side.name} {n}": str(path) for (side, n), path in zip(jobs, paths, strict=True) if path}
+            made = list(executor.map(lambda chain: _built(chain, folder, asked.limit), _chains(sides)))
+        engines = {name: path for chain in made for name, path in chain.items()}
         engines |= {f"{side.name} 0": str(pool.export(side.spec).path) for side in sides if not side.onnx}
         found: list[dict[str, Any]] = []
         for number in range(PROCESSES):
@@ -91,7 +94,6 @@ def _sides(pool: Pool, precision: Precision, asked: argparse.Namespace, folder: 
             Side("implicit int8", spec.but(trt_quant_algo=IMPLICIT), pool.export(request(model, "onnx")).path),
             kept,
         ]
-    spec = spec.but(timing_cache="off")
     theirs = asked.theirs.resolve()
     if precision is Precision.FP16:  # by the converter that makes ours
         import onnx
@@ -109,30 +111,54 @@ def _sides(pool: Pool, precision: Precision, asked: argparse.Namespace, folder: 
     ]
 
 
-def _built(side: Side, number: int, folder: Path) -> Path | None:
-    """The engine of one build, in a process of its own; what failed is told, and its side has a build less."""
-    target = folder / f"{side.name.replace(' ', '-')}-{number}.engine"
-    print(f"building {target.stem}", flush=True)
-    _child("build", {"onnx": str(side.onnx), "spec": side.spec, "target": str(target)})
-    return target if target.is_file() else None
+def _chains(sides: list[Side]) -> list[list[tuple[Side, int]]]:
+    """What is built one after the other in a cache of its own: the sides of a precision, once for each build."""
+    chains: list[list[tuple[Side, int]]] = []
+    for precision in dict.fromkeys(side.spec.precision for side in sides):
+        built = [side for side in sides if side.onnx and side.spec.precision is precision]
+        for number in range(max((side.builds for side in built), default=0)):
+            pair = [(side, number) for side in built if number < side.builds]
+            chains.append(pair if number % 2 == 0 else pair[::-1])
+    return chains
 
 
-def _child(what: str, task: dict[str, Any]) -> dict[str, Any]:
+def _built(chain: list[tuple[Side, int]], folder: Path, limit: float) -> dict[str, str]:
+    """The engines of a chain by name, each built in a process of its own; one that failed is told and left out."""
+    made: dict[str, str] = {}
+    for side, number in chain:
+        target = folder / f"{side.name.replace(' ', '-')}-{number}.engine"
+        # Implicit quantization has one build, with what is known already: from nothing it takes ten minutes.
+        cache = (
+            {} if side.spec.trt_quant_algo else {"EXPORTGATE_CACHE": str(folder / f"{side.spec.precision}-{number}")}
+        )
+        begun = time.monotonic()
+        _child("build", {"onnx": str(side.onnx), "spec": side.spec, "target": str(target)}, cache, limit)
+        if target.is_file():
+            made[f"{side.name} {number}"] = str(target)
+        state = "built" if target.is_file() else "no engine"
+        print(f"{side.name} {number}: {state} in {time.monotonic() - begun:.0f} s", flush=True)
+    return made
+
+
+def _child(
+    what: str, task: dict[str, Any], environment: dict[str, str] | None = None, limit: float | None = None
+) -> dict[str, Any]:
     """This module as a worker: the task by its standard input, the answer as the last line of its output."""
-    text = json.dumps(task, default=lambda spec: spec.to_dict())
-    done = subprocess.run(
-        [sys.executable, "-m", "suites.peer.engines", f"--{what}"],
-        input=text,
-        text=True,
-        stdout=subprocess.PIPE,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "suites.peer.engines", f"--{what}"],
+            input=json.dumps(task, default=lambda spec: spec.to_dict()),
+            text=True,
+            stdout=subprocess.PIPE,
+            check=False,
+            env={**os.environ, **(environment or {})},
+            timeout=limit,
+        )
+    except subprocess.TimeoutExpired:
+        return {}
     if done.returncode and what == "measure":
         sys.exit("the engines could not be measured")
-    if done.returncode:
-        print(f"building {Path(task['target']).stem} failed", flush=True)
-        return {}
-    return json.loads(done.stdout.splitlines()[-1])
+    return {} if done.returncode else json.loads(done.stdout.splitlines()[-1])
 
 
 def _build(task: dict[str, Any]) -> dict[str, Any]:
