@@ -32,6 +32,7 @@ def export_key(
     described = spec.to_dict()
     described["model"]["weights"] = spec.model.weights.name if spec.model.weights else None
     described.pop("verbose")
+    described["model"].pop("evaluate")  # the artifact is the same, whatever it is judged on
     parts = {
         "weights": weights_digest(spec.model),
         "factory": factory_digest(spec.model),

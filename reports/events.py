@@ -160,6 +160,24 @@ class Matching:
 
 
 @dataclass(frozen=True)
+class Accuracy:
+    """A task's metric of the artifact and of the reference on the same images; `change` is a share where `share` is.
+
+    `artifact` and `reference` have the gated metric first, by its name, then what else was computed.
+    """
+
+    metric: str
+    artifact: Mapping[str, float]
+    reference: Mapping[str, float]
+    change: float | None
+    low: float | None
+    high: float | None
+    allowed: float
+    share: bool
+    images: int
+
+
+@dataclass(frozen=True)
 class Percentile:
     """A percentile in milliseconds with its confidence interval."""
 
@@ -244,6 +262,7 @@ class Claim:
     comparisons: tuple[Comparison, ...] = ()
     power: Power | None = None
     matching: Matching | None = None
+    accuracy: Accuracy | None = None
     measurement: Measurement | None = None
     baseline: Baseline | None = None
     gate: Gate | None = None

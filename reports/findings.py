@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from reports.events import FAILING, Claim, Comparison, Damage
+from reports.events import FAILING, Accuracy, Claim, Comparison, Damage
 from reports.record import Row, Summary, Unmet
 from reports.wording import ADVICE, MISSING, SLOWER, arrow, change, digits_apart, number, percent, with_unit
 
@@ -66,6 +66,8 @@ def evidence(claim: Claim) -> Evidence | None:
         span = f" ({number(gate.low, digits)} to {number(gate.high, digits)})" if gate.low is not None else ""
         moved = "" if gate.ratio is None else f"{change(gate.ratio)} against its baseline"
         return Evidence("median latency", f"{number(gate.ratio)} ×{span}", f"≤ {number(limit, digits)} ×", moved)
+    if claim.accuracy:
+        return _accuracy(claim.accuracy)
     return _compared(decisive) if decisive else None
 
 
@@ -142,6 +144,14 @@ def _unit(entry: Comparison) -> str:
 
 def _compared(entry: Comparison) -> Evidence:
     return Evidence(subject(entry), observed(entry), allowed(entry), excess(entry))
+
+
+def _accuracy(found: Accuracy) -> Evidence:
+    digits = digits_apart(found.change, found.allowed)
+    span = f"{number(found.change, digits)} ({number(found.low)} to {number(found.high)})"
+    limit = f"≥ {number(found.allowed)}" if found.share else f"within ± {number(found.allowed)}"
+    what = f"{found.metric} {'as a share of' if found.share else 'less'} PyTorch's"
+    return Evidence(what, span, limit)
 
 
 def _unnoticed(damages: Sequence[Damage]) -> Evidence | None:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from reports import findings, latency, picture, wording
+from reports import accuracy, findings, latency, picture, wording
 from reports.events import GOOD, NEUTRAL, Claim, Comparison, Layer
 from reports.record import Row, Summary, Unmet
 
@@ -52,6 +52,7 @@ def render(summary: Summary) -> str:
         summary=summary,
         found=findings.findings(summary),
         boards=latency.boards(summary),
+        scores=accuracy.scores(summary),
         matrix=matrix,
         places={
             (row.where, row.case.case, cell.claim): cell.anchor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from reports.accuracy import Score, scores
 from reports.events import FAILING, GOOD
 from reports.findings import Finding, findings
 from reports.latency import Board, boards
@@ -13,7 +14,7 @@ from reports.wording import MISSING, change, milliseconds, moment, number, sente
 
 # Bytes that each section may take; together with what a line may add they stay below LIMIT.
 LIMIT = 60_000
-FINDINGS, MATRIX, LATENCY = 24_000, 20_000, 8_000
+FINDINGS, MATRIX, ACCURACY, LATENCY = 22_000, 18_000, 6_000, 8_000
 # Characters of one text from the record; beyond it the HTML report has the rest.
 TEXT = 300
 
@@ -33,6 +34,7 @@ def render(summary: Summary) -> str:
     parts += [f"- {text(remark)}" for remark in summary.remarks[:10]]
     parts += _failures(findings(summary))
     parts += _matrix(summary)
+    parts += _accuracy(scores(summary))
     parts += _latency(boards(summary))
     return "\n".join(parts) + "\n"
 
@@ -130,6 +132,28 @@ def _row(summary: Summary, row: Row, columns: Sequence[str]) -> str:
         words.append(f"**{text(word)}**" if loud else text(word))
     label = code(row.case.case, 120) + (f" {text(row.where, 60)}" if row.where else "")
     return f"| {label} | " + " | ".join(words) + " |"
+
+
+def _accuracy(found: Sequence[Score]) -> list[str]:
+    lines: list[str] = []
+    for score in found:
+        made, unit = score.accuracy, " ×" if score.accuracy.share else ""
+        lines.append(
+            f"| {code(score.row.case.case, 120)} | {text(made.metric, 30)} | {number(made.artifact.get(made.metric))} "
+            f"| {number(made.reference.get(made.metric))} | {number(made.change)}{unit} "
+            f"| {number(made.low)} to {number(made.high)} | {'≥' if made.share else '±'} {number(made.allowed)}{unit} "
+            f"| {text(score.claim.verdict)} |"
+        )
+    if not lines:
+        return []
+    head = [
+        "",
+        "### Accuracy",
+        "",
+        "| case | metric | artifact | PyTorch | change | confidence | allowed | verdict |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    return head + _within(ACCURACY, lines, "lines")
 
 
 def _latency(found: Sequence[Board]) -> list[str]:

@@ -86,6 +86,13 @@ MATRIX: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--int8", {"action": "store_true", "help": "the same as --precision int8"}),
     ("--task", {"metavar": "TASK", "help": "the model's task, where its file does not say"}),
     (
+        "--evaluate",
+        {
+            "metavar": "SET",
+            "help": "data that accuracy is judged on: data set YAML with labels, folder of images, or module:factory",
+        },
+    ),
+    (
         "--project",
         {"metavar": "DIR", "help": "folder with an exportgate.toml (default: this folder's, else exportgate's own)"},
     ),
@@ -205,7 +212,10 @@ def selection_of(config: pytest.Config, project: Project) -> Selection:
     """
 
     refuse_empty(
-        {k: config.getoption(k) for k in ("model", "artifact", "report", "project", "task", *REQUEST_FIELDS.values())}
+        {
+            k: config.getoption(k)
+            for k in ("model", "artifact", "report", "project", "task", "evaluate", *REQUEST_FIELDS.values())
+        }
     )
 
     def words(name: str) -> tuple[str, ...]:
@@ -224,7 +234,12 @@ def selection_of(config: pytest.Config, project: Project) -> Selection:
         )
     options = {k: config.getoption(v) for k, v in REQUEST_FIELDS.items() if config.getoption(v) is not None}
     selection = Selection(
-        config.getoption("model") or "", words("format"), precisions, options, config.getoption("task") or ""
+        config.getoption("model") or "",
+        words("format"),
+        precisions,
+        options,
+        config.getoption("task") or "",
+        config.getoption("evaluate") or "",
     )
     path = brought_path(config)
     if path is not None:

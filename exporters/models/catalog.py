@@ -47,6 +47,7 @@ KEYS = frozenset(
         "outputs",
         "preprocess",
         "feeds",
+        "evaluate",
         "fp32",
         "author",
         "license",
@@ -255,7 +256,7 @@ def from_table(name: str, table: Mapping[str, Any], folder: Path) -> ModelSpec:
     """The ModelSpec of one [models.NAME] table of exportgate.toml.
 
     Keys: weights, requires, factory, arguments, seed, task, imgsz, stride, names, inputs, outputs, preprocess, feeds,
-    fp32, author, license, description. Without a factory the weights are a YOLOv8 checkpoint.
+    evaluate, fp32, author, license, description. Without a factory the weights are a YOLOv8 checkpoint.
 
     Raises:
         BadRequest: an unknown key or a value that cannot be used.
@@ -369,6 +370,22 @@ def _preprocess(table: Mapping[str, Any], where: str) -> Preprocess:
     return Preprocess(resize, int(table.get("pad", 114)), mean, std)
 
 
+def parse_evaluate(text: str, folder: Path, where: str) -> str:
+    """The data that accuracy is judged on, as an absolute path, or module:factory as it is.
+
+    Raises:
+        BadRequest: neither a file, a folder nor a factory.
+    """
+    path = folder / Path(text).expanduser()
+    if ":" in text and not path.exists():
+        return text
+    if not path.exists():
+        raise BadRequest(
+            f"{where} '{text}' does not exist", "give a data set YAML, a folder of images, or module:factory"
+        )
+    return str(path.resolve())
+
+
 def _overridden(spec: ModelSpec, table: Mapping[str, Any], folder: Path, where: str) -> ModelSpec:
     """The spec with what the table says explicitly."""
     changes: dict[str, Any] = {}
@@ -385,6 +402,9 @@ def _overridden(spec: ModelSpec, table: Mapping[str, Any], folder: Path, where: 
                 f"{where}: feeds '{feeds}' is no folder in {folder}", "give a folder of images, or module:factory"
             )
         changes["feeds"] = feeds if ":" in feeds else str((folder / feeds).resolve())
+        changes["search"] = (folder.resolve(),)
+    if "evaluate" in table:
+        changes["evaluate"] = parse_evaluate(str(table["evaluate"]), folder, f"{where}: evaluate")
         changes["search"] = (folder.resolve(),)
     if "fp32" in table:
         changes["fp32"] = tuple((str(k), str(v)) for k, v in table["fp32"].items())

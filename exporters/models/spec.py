@@ -85,6 +85,7 @@ class ModelSpec:
         fp32: (module path, reason): modules that conversions to lower precision leave in FP32.
         owner: author, license, description ... of the model, from the checkpoint or the request.
         feeds: folder of images or `module:factory`, whose inputs the outputs are compared on.
+        evaluate: labelled data set, folder of images or `module:factory` of either, which accuracy is judged on.
         kpt_shape: of pose, how many key points and how many values of each.
     """
 
@@ -104,6 +105,7 @@ class ModelSpec:
     owner: Mapping[str, str] = field(default_factory=dict[str, str])
     preprocess: Preprocess = Preprocess()
     feeds: str = ""
+    evaluate: str = ""
     kpt_shape: tuple[int, ...] = ()
 
     def shape(self, entry: InputSpec, batch: int, imgsz: tuple[int, int]) -> tuple[int, ...]:
@@ -145,7 +147,7 @@ class ModelSpec:
         p = data["preprocess"]
         return replace(
             ModelSpec(data["name"], data["factory"]),
-            **{k: data[k] for k in ("arguments", "seed", "task", "stride", "owner", "feeds")},
+            **{k: data[k] for k in ("arguments", "seed", "task", "stride", "owner", "feeds", "evaluate")},
             weights=Path(data["weights"]) if data["weights"] else None,
             search=tuple(Path(p) for p in data["search"]),
             inputs=tuple(

@@ -76,7 +76,7 @@ def read_dataset(data: Path, split: str, task: str, kpt_shape: tuple[int, ...] =
     for path in images:
         image = read_image(path)
         size = (image.shape[0], image.shape[1])
-        items.append(Item(path, size, _labels(_label_file(path), size, task, len(names), kpt_shape)))
+        items.append(Item(path, size, _labels(label_file(path), size, task, len(names), kpt_shape)))
     return DataSet(names, items)
 
 
@@ -108,7 +108,7 @@ def _names(data: Path) -> Mapping[int, str]:
     return class_names(values["names"], f"data '{data}'")
 
 
-def _label_file(image: Path) -> Path:
+def label_file(image: Path) -> Path:
     """images/SPLIT/NAME.png -> labels/SPLIT/NAME.txt: the last folder named images counts."""
     parts = list(image.parts)
     where = len(parts) - 1 - parts[::-1].index("images") if "images" in parts else None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from exporters.calibration.images import fitted
 from exporters.models.spec import ModelSpec
-from suites.support.detections import NMS_IOU, detector_output, rotated_iou
+from suites.support.detections import NMS_IOU, detector_output, iou, rotated_iou
 
 Array = npt.NDArray[Any]
 MOST = 300  # detections of an image, the contract's default
@@ -64,7 +64,7 @@ def deploy(
     cx, cy, w, h = values[groups["box"]]
     boxes = np.stack((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), 1)
     turned = np.stack((cx, cy, w, h, values[groups["angle"]][0]), 1) if "angle" in groups else None
-    left = _suppressed(boxes, turned, best, classes)[:MOST]
+    left = _suppressed(boxes, turned, classes)
     inner, (top, start) = fitted(size, imgsz, model.preprocess)
     scale = np.array([size[1] / inner[1], size[0] / inner[0]])
     offset = np.array([start, top])
@@ -89,20 +89,32 @@ def deploy(
     return Detections(best[left], classes[left], np.clip(found, 0, bounds), points, turned, masks)
 
 
-def _suppressed(boxes: Array, turned: Array | None, scores: Array, classes: Array) -> Array:
-    """Places of what suppression within classes leaves, highest score first; the arrays are sorted so."""
-    if turned is None:
-        import torch
-        from torchvision.ops import batched_nms
+def above(found: Detections, conf: float, task: str) -> Detections:
+    """Those of at least this confidence; a classifier's probabilities as they are."""
+    if task == "classify":
+        return found
+    kept = found.scores >= conf
+    return Detections(
+        found.scores[kept],
+        found.classes[kept],
+        found.boxes[kept],
+        None if found.points is None else found.points[kept],
+        None if found.turned is None else found.turned[kept],
+        tuple(m for m, k in zip(found.masks, kept, strict=False) if k),
+    )
 
-        sides = (torch.from_numpy(np.ascontiguousarray(a)) for a in (boxes, scores, classes))
-        return batched_nms(next(sides), next(sides), next(sides), NMS_IOU).numpy()
-    left, chosen = np.arange(len(turned)), list[int]()
+
+def _suppressed(boxes: Array, turned: Array | None, classes: Array) -> Array:
+    """Places of what suppression within classes leaves, highest score first; the arrays are sorted so."""
+    left, chosen = np.arange(len(boxes)), list[int]()
     while len(left) and len(chosen) < MOST:
-        chosen.append(int(left[0]))
-        rest = left[1:]
-        same = classes[left[:1], None] == classes[None, rest]
-        left = rest[rotated_iou(turned[left[:1]], turned[rest], same)[0] <= NMS_IOU]
+        first, rest = left[:1], left[1:]
+        chosen.append(int(first[0]))
+        same = classes[first, None] == classes[None, rest]
+        overlap = (
+            iou(boxes[first], boxes[rest]) * same if turned is None else rotated_iou(turned[first], turned[rest], same)
+        )
+        left = rest[overlap[0] <= NMS_IOU]
     return np.array(chosen, int)
 
 
@@ -115,17 +127,18 @@ def _masks(
     size: tuple[int, int],
 ) -> tuple[Any, ...]:
     """Run lengths of each mask in the original image, cut at its box."""
-    from PIL import Image
+    import torch
     from pycocotools import mask as runs
+    from torch.nn.functional import interpolate
 
+    if not len(coefficients):
+        return ()
     (height, width), (top, left) = place
-    made: list[Any] = []
-    for row, box in zip(coefficients, boxes, strict=True):
-        logits = np.tensordot(row, prototypes, 1).astype(np.float32)
-        whole = Image.fromarray(logits).resize((imgsz[1], imgsz[0]), Image.Resampling.BILINEAR)
-        inner = whole.crop((left, top, left + width, top + height))
-        shown = np.asarray(inner.resize((size[1], size[0]), Image.Resampling.BILINEAR)) > 0
-        y, x = np.mgrid[: size[0], : size[1]] + 0.5  # a pixel belongs to the box that its middle lies in
-        shown = shown & (x >= box[0]) & (x < box[2]) & (y >= box[1]) & (y < box[3])
-        made.append(runs.encode(np.asfortranarray(shown.astype(np.uint8))))
-    return tuple(made)
+    logits = torch.from_numpy(np.tensordot(coefficients, prototypes, 1).astype(np.float32))[None]
+    whole = interpolate(logits, imgsz, mode="bilinear")[..., top : top + height, left : left + width]
+    shown = (whole if (height, width) == size else interpolate(whole, size, mode="bilinear"))[0].numpy() > 0
+    y, x = (np.arange(n) + 0.5 for n in size)  # a pixel belongs to the box that its middle lies in
+    across = (x >= boxes[:, :1]) & (x < boxes[:, 2:3])
+    down = (y >= boxes[:, 1:2]) & (y < boxes[:, 3:])
+    shown = shown & across[:, None, :] & down[:, :, None]
+    return tuple(cast("Any", runs).encode(np.asfortranarray(shown.transpose(1, 2, 0).astype(np.uint8))))

@@ -7,7 +7,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,6 @@ Array = npt.NDArray[Any]
 KINDS = {"detect": "bbox", "segment": "segm", "pose": "keypoints", "obb": "bbox"}
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
-RESAMPLES = 500
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,26 @@ class Evaluation:
     rows: tuple[tuple[Array, Array, Array, Array], ...] = ()
     images: int = 0
 
+    def at_half(self) -> Evaluation:
+        """The same where an overlap of 0.5 is enough: whether the objects are found, not how exactly."""
+        if self._is_of_classes:
+            return self
+        rows = tuple((scores, hits[:1], image, objects) for scores, hits, image, objects in self.rows)
+        values = {"mAP50": self.values["mAP50"], **self.values}
+        return replace(self, metric=self.values["mAP50"], values=values, rows=rows)
+
+    @property
+    def telling(self) -> int:
+        """How many images have objects: of a classifier all of them."""
+        return self.images if self._is_of_classes else int(np.any([row[3] > 0 for row in self.rows], 0).sum())
+
+    @property
+    def _is_of_classes(self) -> bool:
+        return len(self.rows) == 1 and not self.rows[0][3].size
+
     def resampled(self, weights: Array) -> float:
         """The metric of images that count so often each, (I,) whole numbers."""
-        if not self.classes:
+        if self._is_of_classes:
             return float((self.rows[0][1][0] * weights).sum() / weights.sum())
         found = [average_precision(*row, weights) for row in self.rows]
         known = [float(f.mean()) for f in found if f is not None]
@@ -118,17 +134,6 @@ def _at_best_confidence(rows: Sequence[tuple[Array, Array, Array, Array]]) -> tu
     mean = np.mean(means, 0)
     best = int(mean[2].argmax())
     return float(mean[0, best]), float(mean[1, best])
-
-
-def difference(artifact: Evaluation, reference: Evaluation, confidence: float = 0.95) -> tuple[float, float, float]:
-    """Metric of the artifact less the reference's on the same images, and a percentile interval over the images."""
-    generator = np.random.default_rng(0)
-    draws: list[float] = []
-    for _ in range(RESAMPLES):
-        weights = np.bincount(generator.integers(0, artifact.images, artifact.images), minlength=artifact.images)
-        draws.append(artifact.resampled(weights) - reference.resampled(weights))
-    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return artifact.metric - reference.metric, float(low), float(high)
 
 
 def as_labels(found: Detections, polygons: bool = False) -> Labels:

@@ -15,11 +15,14 @@ from exporters.calibration.images import fitted, read_image
 from exporters.errors import BadRequest
 from exporters.models.catalog import TASKS, outputs_of
 from exporters.models.spec import ModelSpec, Preprocess
+from suites.accuracy.budget import Budget
 from suites.accuracy.dataset import Item, read_dataset, rectangle
 from suites.accuracy.deploy import Detections, deploy
-from suites.accuracy.metrics import Evaluation, as_labels, difference, evaluate
+from suites.accuracy.gate import judge
+from suites.accuracy.metrics import Evaluation, as_labels, evaluate
 from suites.reference import scenes
 from suites.support.detections import rotated_iou
+from suites.support.verdict import Verdict
 
 Array = np.ndarray[Any, Any]
 COUNT = 12
@@ -167,14 +170,16 @@ def test_damage_lowers_the_metric_and_the_interval_says_so(items: dict[str, list
         assert bad.values["recall"] < 0.75
     if name == "first class":
         assert bad.values["top-1"] == pytest.approx(0.5)
-    off, low, high = difference(bad, good)
-    assert low <= off <= high < 0
+    found = judge(bad, good, Budget(0.001, False))
+    assert found.low <= found.change <= found.high < -0.001
+    assert found.verdict is Verdict.FAIL
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_equal_detections_do_not_differ(items: dict[str, list[Item]], task: str) -> None:
     good = judged(task, items[task])
-    assert difference(good, good) == (0.0, 0.0, 0.0)
+    found = judge(good, good, Budget(0.001, False))
+    assert (found.change, found.low, found.high) == (0.0, 0.0, 0.0)
 
 
 def test_our_accumulation_is_the_library_s(items: dict[str, list[Item]]) -> None:

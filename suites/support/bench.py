@@ -44,6 +44,7 @@ class Run:
         self.feed_sets: OrderedDict[Any, list[FeedSet]] = OrderedDict()
         self.layer_names: dict[str, list[str]] = {}
         self.open_reference: tuple[Any, RemoteSession] | None = None
+        self.found: dict[Any, Any] = {}  # what accuracy is judged on, and the detections of each case
         self.failed: dict[str, ExportgateError] = {}  # case -> why its artifact, made ahead, could not be made
 
     def reference(self, model: ModelSpec) -> RemoteSession:

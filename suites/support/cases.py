@@ -12,7 +12,7 @@ from exporters import formats
 from exporters.cuda.nvml import gpu_facts
 from exporters.errors import BadRequest, NotSupported, ToolchainMissing
 from exporters.formats import Runtime
-from exporters.models.catalog import from_checkpoint, from_table, locate
+from exporters.models.catalog import from_checkpoint, from_table, locate, parse_evaluate
 from exporters.models.spec import ModelSpec
 from exporters.spec import CALIBRATED, CALIBRATION, ExportSpec, Precision, is_factory, parse_device, request, user_path
 from suites.support.config import Project
@@ -115,6 +115,7 @@ class Selection:
     precisions: tuple[str, ...] = ()
     options: Mapping[str, Any] = ()  # type: ignore[assignment]  # of exporters.spec.request, from the command line
     task: str = ""
+    evaluate: str = ""
 
 
 def matrix(project: Project, selection: Selection) -> list[Case]:
@@ -145,6 +146,17 @@ def matrix(project: Project, selection: Selection) -> list[Case]:
 
 def find_model(project: Project, selection: Selection) -> ModelSpec:
     """The model that `--model` names: one of the project's, or a checkpoint's path."""
+    return _evaluated(_named(project, selection), selection)
+
+
+def _evaluated(model: ModelSpec, selection: Selection) -> ModelSpec:
+    """The model with the data that `--evaluate` names."""
+    if not selection.evaluate:
+        return model
+    return replace(model, evaluate=parse_evaluate(selection.evaluate, Path.cwd(), "evaluate"))
+
+
+def _named(project: Project, selection: Selection) -> ModelSpec:
     if selection.model in project.models:
         return from_table(selection.model, project.models[selection.model], project.folder)
     if selection.model.startswith("package:"):
@@ -238,7 +250,7 @@ def _own(project: Project, selection: Selection, chosen: Sequence[str], precisio
             )
         missing = ""
         try:
-            model = from_table(name, project.models[name], project.folder)
+            model = _evaluated(from_table(name, project.models[name], project.folder), selection)
         except ToolchainMissing as error:
             missing = str(error)
             model = ModelSpec(name, "exporters.models.yolov8:build", imgsz=(640, 640), stride=32)

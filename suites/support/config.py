@@ -14,9 +14,10 @@ from typing import Any
 from exporters.client import Limits
 from exporters.errors import BadRequest
 from exporters.spec import Precision, near
+from suites.accuracy.budget import DEFAULTS, Budget
 
 FILE = "exportgate.toml"
-KEYS = {"models", "matrix", "tolerances", "latency", "limits", "waivers", "must_pass", "baselines"}
+KEYS = {"models", "matrix", "tolerances", "accuracy", "latency", "limits", "waivers", "must_pass", "baselines"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Project:
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     matrix: Mapping[str, Any] = field(default_factory=dict[str, Any])
     tolerances: Sequence[Mapping[str, Any]] = ()
+    accuracy: Mapping[Precision, Budget] = field(default_factory=lambda: DEFAULTS)
     latency: Mapping[str, Latency] = field(default_factory=lambda: {"cpu": Latency(), "cuda": Latency()})
     limits: Limits = field(default_factory=Limits)
     waivers: tuple[Waiver, ...] = ()
@@ -104,6 +106,7 @@ def read_project(path: Path) -> Project:
         },
         matrix=_matrix(_table(data.get("matrix", {}), f"{path} [matrix]"), f"{path} [matrix]"),
         tolerances=tuple(_tolerance(t, f"{path} [[tolerances]]") for t in _list(data, "tolerances", str(path), dict)),
+        accuracy=_accuracy(_table(data.get("accuracy", {}), f"{path} [accuracy]"), f"{path} [accuracy]"),
         latency=_latency(_table(data.get("latency", {}), f"{path} [latency]"), f"{path} [latency]"),
         limits=_limits(_table(data.get("limits", {}), f"{path} [limits]"), f"{path} [limits]"),
         waivers=tuple(_waiver(w, f"{path} [[waivers]]") for w in _list(data, "waivers", str(path), dict)),
@@ -178,6 +181,19 @@ def _gate(table: Mapping[str, Any], where: str) -> Latency:
         _number(table, "seconds", where, 1.0, 0.05),
         must,
     )
+
+
+def _accuracy(table: Mapping[str, Any], where: str) -> Mapping[Precision, Budget]:
+    """The budget of each precision: a difference of the metric, or where the default is a share, a share."""
+    _only(table, {p.value for p in DEFAULTS}, where)
+    made = dict(DEFAULTS)
+    for key in table:
+        precision = Precision.parse(key)
+        allowed = _number(table, key, where, 0.0, 0.0)
+        if allowed > 1:
+            raise BadRequest(f"{where}: {key} = {allowed:g}", "metrics lie in 0 to 1: give a number up to 1")
+        made[precision] = Budget(allowed, DEFAULTS[precision].is_share)
+    return made
 
 
 def _limits(table: Mapping[str, Any], where: str) -> Limits:

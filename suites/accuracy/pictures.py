@@ -1,0 +1,163 @@
+"""The pictures that accuracy is judged on, and what the artifact and PyTorch find in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from exporters.calibration.images import list_images, prepare_image, read_image
+from exporters.errors import BadRequest, NotSupported
+from exporters.models.catalog import TASKS
+from exporters.models.factory import import_function, telling
+from exporters.models.spec import ModelSpec
+from exporters.spec import ExportSpec
+from suites.accuracy.dataset import DataSet, Item, Labels, label_file, read_dataset
+from suites.accuracy.deploy import Detections, deploy
+from suites.support.bench import Bench, Outputs, cast
+from suites.support.detections import detector_output
+
+SPLIT = "val"
+LOWEST = 0.001  # confidence from which detections count for the metric, as where YOLOv8's authors take theirs
+RELIABLE = 0.25  # confidence from which the reference's detections are taken as the truth: the contract's default
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Images, and their labels where there are any."""
+
+    items: Sequence[Item]
+    labelled: bool
+
+
+def task_of(model: ModelSpec) -> str:
+    """The task whose metric judges a model: its own, or what its outputs' channel groups make of it.
+
+    Raises:
+        NotSupported: neither boxes with scores nor probabilities.
+    """
+    if model.task in TASKS:
+        return model.task
+    if detector_output(model) is not None:
+        return "detect"
+    if any(g.kind == "probability" for o in model.outputs for g in o.groups):
+        return "classify"
+    raise NotSupported(f"model {model.name} has neither boxes with scores nor probabilities")
+
+
+def classes_of(model: ModelSpec) -> int:
+    """How many classes a model tells apart."""
+    groups = [g for o in model.outputs for g in o.groups if g.kind in ("score", "probability")]
+    return int((groups[0].stop or 0) - groups[0].start)
+
+
+def pictures_of(model: ModelSpec) -> Pictures:
+    """What the model is to be judged on.
+
+    Raises:
+        NotSupported: the model names no pictures.
+        BadRequest: they cannot be read, or belong to other classes.
+    """
+    task = task_of(model)
+    named = model.evaluate or (model.feeds if model.feeds and Path(model.feeds).exists() else "")
+    if not named:
+        raise NotSupported(
+            f"model {model.name} has no pictures to judge accuracy on: name them with --evaluate, or with evaluate "
+            "in its table"
+        )
+    data = Path(named) if Path(named).exists() else _made(named, model)
+    if not _is_labelled(data, task):
+        none = Labels(np.zeros(0, int))
+        return Pictures([Item(p, _size(p), none) for p in list_images(data, SPLIT)], False)
+    return Pictures(_in_our_numbers(read_dataset(data, SPLIT, task, model.kpt_shape), model, data), True)
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Height and width of an image file."""
+    shape = read_image(path).shape
+    return shape[0], shape[1]
+
+
+def _made(factory: str, model: ModelSpec) -> Path:
+    """The data set that `module:factory` writes for a model."""
+    function = import_function(factory, model.search, "evaluate")
+    with telling(factory, "evaluate"):
+        made = Path(function(model))
+    if not made.exists():
+        raise BadRequest(f"evaluate '{factory}' gave '{made}', which does not exist", "return the data set's path")
+    return made
+
+
+def _is_labelled(data: Path, task: str) -> bool:
+    if task == "classify":
+        root = data / SPLIT
+        return root.is_dir() and any(p.is_dir() for p in root.iterdir())
+    return not data.is_dir() and any(label_file(p).is_file() for p in list_images(data, SPLIT))
+
+
+def _in_our_numbers(found: DataSet, model: ModelSpec, data: Path) -> list[Item]:
+    """The images with the model's numbers of the classes, which have the same names in another order maybe.
+
+    Raises:
+        BadRequest: the classes are others.
+    """
+    count = classes_of(model)
+    theirs, ours = dict(found.names), dict(model.names) or dict(found.names)
+    if len(theirs) != count or set(theirs.values()) != set(ours.values()):
+        odd = sorted(set(theirs.values()) ^ set(ours.values()))
+        raise BadRequest(
+            f"data '{data}' has {len(theirs)} classes and model '{model.name}' {count}"
+            + (f"; '{odd[0]}' is not one of both" if odd else ""),
+            "judge the model on data with its own classes",
+        )
+    number = {name: k for k, name in ours.items()}
+    table = np.array([number[theirs[k]] for k in range(len(theirs))])
+    return [replace(i, labels=replace(i.labels, classes=table[i.labels.classes.astype(int)])) for i in found.items]
+
+
+def found_by(run: Callable[[Outputs], Outputs], spec: ExportSpec, items: Sequence[Item]) -> list[Detections]:
+    """The detections of each image, as a deployment of this batch and image size would have them."""
+    entry, found = spec.model.inputs[0], list[Detections]()
+    for first in range(0, len(items), spec.batch):
+        part = items[first : first + spec.batch]
+        images = [prepare_image(read_image(i.path), spec.imgsz, spec.model.preprocess) for i in part]
+        images += images[-1:] * (spec.batch - len(part))  # a fixed graph takes whole batches
+        outputs = run({entry.name: np.stack(images).astype(entry.dtype)})
+        found += [deploy(outputs, n, spec.model, spec.imgsz, i.size, LOWEST) for n, i in enumerate(part)]
+    return found
+
+
+def of_case(case: Bench) -> tuple[Pictures, list[Detections], list[Detections]]:
+    """The pictures, what the artifact finds in them, and what PyTorch does; kept for the next claim.
+
+    Raises:
+        NotSupported: see `pictures_of`; the model takes no images, or nothing here runs the artifact.
+    """
+    if len(case.model.inputs) > 1 or not case.model.has_images:
+        raise NotSupported(f"model {case.model.name} takes no images")
+    kept = case.run.found
+    key = ("pictures", repr(case.model))
+    if key not in kept:
+        kept[key] = pictures_of(case.model)
+    shown: Pictures = kept[key]
+    session = case.session()
+
+    def ours(feeds: Outputs) -> Outputs:
+        return case.guard(lambda: session.run(cast(session, feeds)))
+
+    def theirs(feeds: Outputs) -> Outputs:
+        return case.guard(lambda: case.run.reference(case.model).run(feeds))
+
+    for name, run, spec in (
+        (("case", case.case.id, session.artifact.root), ours, case.spec),
+        (("reference", repr(case.model), case.spec.imgsz), theirs, case.spec.but(batch=1)),
+    ):
+        if name not in kept:
+            kept[name] = found_by(run, spec, shown.items)
+    return (
+        shown,
+        kept["case", case.case.id, session.artifact.root],
+        kept["reference", repr(case.model), case.spec.imgsz],
+    )
