@@ -86,13 +86,6 @@ MATRIX: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--int8", {"action": "store_true", "help": "the same as --precision int8"}),
     ("--task", {"metavar": "TASK", "help": "the model's task, where its file does not say"}),
     (
-        "--evaluate",
-        {
-            "metavar": "SET",
-            "help": "data that accuracy is judged on: data set YAML with labels, folder of images, or module:factory",
-        },
-    ),
-    (
         "--project",
         {"metavar": "DIR", "help": "folder with an exportgate.toml (default: this folder's, else exportgate's own)"},
     ),
@@ -103,6 +96,13 @@ RUN: tuple[tuple[str, dict[str, Any]], ...] = (
     (
         "--json",
         {"action": "store_true", "help": "print the report as JSON (exportgate: and all else to standard error)"},
+    ),
+    (
+        "--evaluate",
+        {
+            "metavar": "SET",
+            "help": "data that accuracy is judged on: data set YAML with labels, folder of images, or module:factory",
+        },
     ),
     ("--claim", {"metavar": "TEST", "help": "judge this claim alone"}),
     ("--replicates", {"metavar": "N", "help": "processes of each latency measurement (default [latency] processes)"}),

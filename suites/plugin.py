@@ -285,6 +285,7 @@ def _reproduce(item: pytest.Item, case: Case) -> str:
         state.selection.model or case.spec.model.name,
         state.brought.path if state.brought else None,
         state.project.folder if item.config.getoption("project") else None,
+        state.selection.evaluate,
     )
 
 

@@ -106,10 +106,11 @@ def _in_our_numbers(found: DataSet, model: ModelSpec, data: Path) -> list[Item]:
     count = classes_of(model)
     theirs, ours = dict(found.names), dict(model.names) or dict(found.names)
     if len(theirs) != count or set(theirs.values()) != set(ours.values()):
-        odd = sorted(set(theirs.values()) ^ set(ours.values()))
+        sides = (("data", theirs, ours), ("model", ours, theirs))
+        odd = [f"'{n}' only in the {side}" for side, a, b in sides for n in a.values() if n not in b.values()]
         raise BadRequest(
             f"data '{data}' has {len(theirs)} classes and model '{model.name}' {count}"
-            + (f"; '{odd[0]}' is not one of both" if odd else ""),
+            + (f": {', '.join(odd[:2])}" if odd else ""),
             "judge the model on data with its own classes",
         )
     number = {name: k for k, name in ours.items()}

@@ -7,7 +7,10 @@ out as the YOLO data set format does; a training makes its pictures in memory.
 
 from __future__ import annotations
 
+import hashlib
 import math
+import shutil
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -18,10 +21,13 @@ import numpy as np
 import numpy.typing as npt
 
 from exporters.calibration.images import read_image
+from exporters.models.spec import ModelSpec
+from exporters.toolchain import cache_root
 from suites.reference.photographs import folder
 
 Array = npt.NDArray[Any]
 SIZE = 256  # pixels of a side
+COUNT = 200  # pictures that accuracy is judged on
 # Outlines around the origin, front to the right, in units of the length (1 from tail to front); the widths are theirs.
 OUTLINES: dict[str, list[tuple[float, float]]] = {
     "arrow": [(0.5, 0), (0.1, 0.3), (0.1, 0.12), (-0.5, 0.12), (-0.5, -0.12), (0.1, -0.12), (0.1, -0.3)],
@@ -230,6 +236,21 @@ def write(target: Path, task: str, counts: dict[str, int]) -> Path:
     lines += [f"kpt_shape: {list(KPT_SHAPE)}", f"flip_idx: {list(FLIP)}"] if task == "pose" else []
     (target / "data.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return target / "data.yaml"
+
+
+def data(model: ModelSpec) -> Path:
+    """COUNT labelled pictures of the model's task in the cache, written once: `evaluate` of the reference models."""
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    target = cache_root() / "reference" / f"{model.task}-{COUNT}-{source}"
+    name = "." if model.task == "classify" else "data.yaml"
+    if not target.exists():
+        temporary = target.with_name(f".{uuid.uuid4().hex}")
+        write(temporary, model.task, {"val": COUNT})
+        try:
+            temporary.rename(target)
+        except OSError:  # another process was faster
+            shutil.rmtree(temporary)
+    return target / name
 
 
 def line(thing: Thing, task: str) -> str:

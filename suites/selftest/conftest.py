@@ -28,8 +28,11 @@ Claim = Callable[[Bench], None]
 Judge = Callable[[Claim, Bench], tuple[Verdict, str]]
 
 # Written to a temporary folder and imported by workers only, as a user's own module would be.
-SMALL = '''
+SMALL = r'''
+import pathlib
+
 import numpy as np
+import PIL.Image
 import torch
 from torch import nn
 
@@ -85,14 +88,38 @@ def scenes(spec):
     """Images of coloured cells on black."""
     generator = np.random.default_rng(0)
     for _ in range(4):
-        image = np.zeros((spec.batch, 3, *spec.imgsz), np.float32)
-        for row in image:
-            for y in range(8, spec.imgsz[0] - 8, 16):
-                for x in range(8, spec.imgsz[1] - 8, 16):
-                    strong, weak = generator.permutation(3)[:2]
-                    row[strong, y : y + 8, x : x + 8] = generator.uniform(0.3, 0.8)
-                    row[weak, y : y + 8, x : x + 8] = generator.uniform(0.0, 0.2)
-        yield {"images": image}
+        yield {"images": np.stack([picture(generator, *spec.imgsz)[0] for _ in range(spec.batch)])}
+
+
+def picture(generator, height, width):
+    """Coloured cells on black (3, H, W), and of each its class, row and column."""
+    image, cells = np.zeros((3, height, width), np.float32), []
+    for y in range(8, height - 8, 16):
+        for x in range(8, width - 8, 16):
+            strong, weak = generator.permutation(3)[:2]
+            image[strong, y : y + 8, x : x + 8] = generator.uniform(0.3, 0.8)
+            image[weak, y : y + 8, x : x + 8] = generator.uniform(0.0, 0.2)
+            cells.append((strong, y // 8, x // 8))
+    return image, cells
+
+
+def labelled(model):
+    """40 such images with the boxes that the model gives their cells: a data set in the YOLO layout."""
+    root, generator = pathlib.Path(__file__).with_name("labelled"), np.random.default_rng(1)
+    for number in range(0 if root.exists() else 40):
+        image, cells = picture(generator, *model.imgsz)
+        stored = (image * 255).round().astype(np.uint8)
+        boxes = Blobs()(torch.from_numpy(stored[None] / np.float32(255)))[0, :4].detach().numpy()
+        rows = [(k, *boxes[:, y * (model.imgsz[1] // 8) + x] / model.imgsz[0]) for k, y, x in cells]
+        for kind, suffix in (("images", "png"), ("labels", "txt")):
+            path = root / kind / "val" / f"{number}.{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if kind == "images":
+                PIL.Image.fromarray(stored.transpose(1, 2, 0)).save(path)
+            else:
+                path.write_text("".join(" ".join(f"{v:.6g}" for v in row) + "\n" for row in rows))
+    (root / "data.yaml").write_text("path: .\nval: images/val\nnames: [red, green, blue]\n")
+    return root / "data.yaml"
 '''
 
 
@@ -120,6 +147,7 @@ def small_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSpe
         imgsz=(160, 160),
         names={0: "red", 1: "green", 2: "blue"},
         feeds="small_models:scenes",
+        evaluate="small_models:labelled",
     )
     twins = ModelSpec(
         "twins",

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from exporters.calibration.images import fitted, read_image
-from exporters.errors import BadRequest
+from exporters.errors import BadRequest, NotSupported
 from exporters.models.catalog import TASKS, outputs_of
 from exporters.models.spec import ModelSpec, Preprocess
 from suites.accuracy.budget import Budget
@@ -20,6 +20,7 @@ from suites.accuracy.dataset import Item, read_dataset, rectangle
 from suites.accuracy.deploy import Detections, deploy
 from suites.accuracy.gate import judge
 from suites.accuracy.metrics import Evaluation, as_labels, evaluate
+from suites.accuracy.pictures import pictures_of
 from suites.reference import scenes
 from suites.support.detections import rotated_iou
 from suites.support.verdict import Verdict
@@ -207,6 +208,77 @@ def test_detections_agree_with_themselves(items: dict[str, list[Item]], task: st
         Item(i.path, i.size, as_labels(f, polygons=task == "segment")) for i, f in zip(items[task], found, strict=True)
     ]
     assert evaluate(task, truth, found, NC).metric == pytest.approx(1.0)
+
+
+# ---- the verdict -----------------------------------------------------------------------------------------------------
+
+
+def lose(items: list[Item], count: int) -> Evaluation:
+    """Perfect detections but for the first `count` images, in which nothing is found."""
+    return judged("detect", items, lambda d, n: none(d) if n < count else d)
+
+
+@pytest.mark.parametrize(
+    ("copies", "lost", "budget", "verdict"),
+    [
+        (4, 0, Budget(0.001, False), Verdict.PASS),
+        (1, 0, Budget(0.001, False), Verdict.INCONCLUSIVE),  # 12 images
+        (4, 24, Budget(0.005, False), Verdict.FAIL),
+        (4, 1, Budget(0.02, False), Verdict.INCONCLUSIVE),  # one of 48: the interval reaches from 0 beyond it
+        (4, 1, Budget(0.5, True), Verdict.PASS),
+        (4, 24, Budget(0.99, True), Verdict.FAIL),
+    ],
+)
+def test_the_verdict_follows_from_interval_and_budget(
+    items: dict[str, list[Item]], copies: int, lost: int, budget: Budget, verdict: Verdict
+) -> None:
+    several = items["detect"] * copies
+    found = judge(lose(several, lost), lose(several, 0), budget)
+    assert found.verdict is verdict, found.line()
+    assert (verdict is not Verdict.INCONCLUSIVE) or "images" in found.line().rpartition(";")[2]
+
+
+def test_an_artifact_that_is_better_is_another_model(items: dict[str, list[Item]]) -> None:
+    several = items["detect"] * 4
+    better, worse = lose(several, 0), lose(several, 24)
+    assert judge(better, worse, Budget(0.005, False)).verdict is Verdict.FAIL
+    assert judge(better, worse, Budget(0.99, True)).verdict is Verdict.PASS
+
+
+def test_a_reference_that_finds_nothing_has_nothing_to_lose(items: dict[str, list[Item]]) -> None:
+    several = items["detect"] * 4
+    nothing = lose(several, len(several))
+    assert judge(nothing, nothing, Budget(0.001, False)).verdict is Verdict.INSENSITIVE
+
+
+# ---- the pictures ----------------------------------------------------------------------------------------------------
+
+
+def detector(evaluate: str | Path, names: list[str] | None = None) -> ModelSpec:
+    named = dict(enumerate(names or scenes.NAMES.values()))
+    return ModelSpec(
+        "m", "none:none", task="detect", outputs=outputs_of("detect", NC), names=named, evaluate=str(evaluate)
+    )
+
+
+def test_labels_get_the_model_s_numbers_by_name(folder: dict[str, Path], items: dict[str, list[Item]]) -> None:
+    turned = list(scenes.NAMES.values())[::-1]
+    found = pictures_of(detector(folder["detect"], turned))
+    assert found.labelled
+    for ours, theirs in zip(found.items, items["detect"], strict=True):
+        assert ours.labels.classes.tolist() == [NC - 1 - k for k in theirs.labels.classes]
+
+
+def test_pictures_without_labels_and_models_without_pictures(folder: dict[str, Path], tmp_path: Path) -> None:
+    images = folder["detect"].parent / "images" / "val"
+    found = pictures_of(detector(images))
+    assert len(found.items) == COUNT and not found.labelled
+    with pytest.raises(NotSupported, match="--evaluate"):
+        pictures_of(detector(""))
+    with pytest.raises(BadRequest, match="'fish' only in the data, 'rocket' only in the model"):
+        pictures_of(detector(folder["detect"], [*list(scenes.NAMES.values())[:-1], "rocket"]))
+    with pytest.raises(BadRequest, match="nowhere"):
+        pictures_of(detector("nowhere:made"))
 
 
 # ---- the deployment -------------------------------------------------------------------------------------------------

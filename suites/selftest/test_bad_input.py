@@ -260,6 +260,8 @@ TOLERANCE = "[[tolerances]]\nprecision='fp16'\ngroup='boxes'\nmeasure='max_abs'\
         ("[latency]\ndelta = nan", "delta = nan"),
         ("[latency]\nprocesses = 2.5", "processes = 2.5"),
         ("[limits]\nexport = inf", "export = inf"),
+        ("[accuracy]\nfp32 = 1.5", "fp32 = 1.5"),
+        ("[accuracy]\nfp33 = 0.1", "'fp33' is not known (did you mean fp32?)"),
         (TOLERANCE + "nan", "allowed = nan"),
         (TOLERANCE.replace("fp16", "fp61") + "1", "'fp61'"),
         (TOLERANCE.replace("'max_abs'", "['max_abs']") + "1", "measure = ['max_abs']"),
@@ -288,6 +290,11 @@ def test_what_the_matrix_would_pass_over_in_silence_is_refused(trained: Path, tm
     file.write_text(model.replace("[matrix]", "feeds = 'nowhere'\n[matrix]"))
     with pytest.raises(BadRequest, match="feeds 'nowhere' is no folder"):
         matrix(read_project(file), Selection())
+    file.write_text(model.replace("[matrix]", "evaluate = 'nowhere.yaml'\n[matrix]"))
+    with pytest.raises(BadRequest, match=r"evaluate 'nowhere\.yaml' does not exist"):
+        matrix(read_project(file), Selection())
+    file.write_text(model)
+    assert_refused(run(["qualify", "--evaluate", "nowhere"], tmp_path), "evaluate 'nowhere' does not exist")
     file.write_text("")
     done = run(["qualify"], tmp_path)
     assert done.returncode == 5

@@ -53,10 +53,12 @@ class Case:
     def device(self) -> str:
         return self.spec.device if self.runtime.device == "cuda" else "cpu"
 
-    def command(self, claim: str, model: str, artifact: Path | None = None, project: Path | None = None) -> str:
+    def command(
+        self, claim: str, model: str, artifact: Path | None = None, project: Path | None = None, evaluate: str = ""
+    ) -> str:
         """The command that judges one claim of this case alone; `model` is a name of the project's, or a checkpoint.
 
-        Of an artifact that was brought, and in a project that was named, it says so.
+        Of an artifact that was brought, in a project that was named and on data that were, it says so.
         """
         from suites.options import request_words  # which imports this module
 
@@ -65,6 +67,7 @@ class Case:
         words = ["exportgate", *start, _quoted(model), "--format", spec.format, "--precision", spec.precision.value]
         words += ["--trust"] if artifact is not None and formats.get(spec.format).is_code else []
         words += ["--project", _quoted(str(project))] if project is not None else []
+        words += ["--evaluate", _quoted(evaluate)] if evaluate else []
         words += [_quoted(w) for w in request_words(spec)]
         words += ["--device", self.device] if self.device != "cpu" else []
         return " ".join(words) + f" --claim {claim}"

@@ -1,0 +1,93 @@
+"""Broken exporters that elementwise checks let by and the task's metric does not, and the other way about.
+
+As in `test_broken_exporters`, the damage is on disk and goes through a real worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from suites.accuracy import test_accuracy as accuracy
+from suites.conformance import test_outputs as outputs
+from suites.support.bench import Bench
+from suites.support.verdict import Verdict
+
+if TYPE_CHECKING:
+    from suites.selftest.conftest import Workshop
+
+onnx = pytest.importorskip("onnx", reason="the toolchain onnx is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore:.*__array__ implementation:DeprecationWarning")  # of pycocotools
+Claim = Callable[[Bench], None]
+Damage = Callable[[Path, "Workshop"], None]
+
+
+def behind(text: str, **constants: Any) -> Damage:
+    """Puts ONNX operators, in the textual form of `onnx.parser`, between `inner` and output0."""
+
+    def damage(path: Path, workshop: Workshop) -> None:
+        model = onnx.load(path)
+        graph = model.graph
+        for node in graph.node:
+            for number, name in enumerate(node.output):
+                if name == "output0":
+                    node.output[number] = "inner"
+        header = f'<ir_version: {model.ir_version}, opset_import: ["" : {model.opset_import[0].version}]>'
+        parsed = onnx.parser.parse_model(f"{header} g (float[n] inner) => (float[n] output0) {{ {text} }}")
+        graph.node.extend(parsed.graph.node)
+        for name, value in constants.items():
+            graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value), name))
+        onnx.save(model, path)
+
+    return damage
+
+
+LOW_SHUFFLED = behind(
+    """
+    boxes, scores = Split <axis = 1> (inner, parts)
+    best = ReduceMax <keepdims = 1> (scores, one)
+    low = Less (best, floor)
+    none = Sub (scores, scores)
+    lows = Where (low, scores, none)
+    head, tail = Split <axis = 2> (lows, halves)
+    moved = Concat <axis = 2> (tail, head)
+    mixed = Where (low, moved, scores)
+    output0 = Concat <axis = 1> (boxes, mixed)
+    """,
+    parts=np.array([4, 3]),
+    one=np.array([1]),
+    floor=np.float32(0.2),
+    halves=np.array([1, 399]),  # of the 20 x 20 anchors of a 160 x 160 image
+)
+SWAPPED = behind("output0 = Gather <axis = 1> (inner, order)", order=np.array([0, 1, 2, 3, 5, 4, 6]))
+MOVED = behind("output0 = Add (inner, by)", by=np.array([0.02, 0, 0, 0, 0, 0, 0], np.float32).reshape(1, 7, 1))
+LABELS, AGREEMENT = accuracy.test_accuracy_against_labels, accuracy.test_detections_agree_without_labels
+ELEMENTS, MATCHING = outputs.test_outputs_match_reference, outputs.test_detections_match_reference
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "catches", "misses"),
+    [
+        # A tenth of the objects are found with a score below the 0.25 from which detections are matched.
+        ("blobs onnx int8", LOW_SHUFFLED, [LABELS], [MATCHING]),
+        ("blobs onnx fp32", SWAPPED, [LABELS, AGREEMENT, MATCHING], []),
+        # 0.02 px of boxes of 8 px and more: far less than an overlap of 0.95 asks for.
+        ("blobs onnx fp32", MOVED, [ELEMENTS], [LABELS, AGREEMENT]),
+    ],
+    ids=["scores shuffled among low anchors", "two classes swapped", "boxes moved by 0.02 px"],
+)
+def test_what_one_claim_misses_another_catches(
+    workshop: Workshop, name: str, damage: Damage, catches: list[Claim], misses: list[Claim]
+) -> None:
+    for claim in (*catches, *misses):
+        assert workshop.judge(name, claim) == (Verdict.PASS, ""), "the good artifact fails"
+    for claim in catches:
+        verdict, because = workshop.judge(name, claim, damage)
+        assert verdict is Verdict.FAIL, because
+    for claim in misses:
+        verdict, because = workshop.judge(name, claim, damage)
+        assert verdict is Verdict.PASS, because
