@@ -21,6 +21,7 @@ KINDS = {
     "artifacts": "exported files",
     "timing": "TensorRT's timing caches, one a GPU model and version",
     "calibration": "scales of implicit INT8",
+    "ranges": "ranges of tensors on calibration sets",
     "ort-trt": "timing caches of ONNX Runtime's TensorRT provider",
     "feeds": "photographs that make a model fire",
     "toolchains": "environments of formats",
@@ -84,6 +85,14 @@ def temporary_folder() -> Generator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def place(data: bytes, target: Path) -> None:
+    """Writes a file in whole, or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{uuid.uuid4().hex}")
+    temporary.write_bytes(data)
+    temporary.replace(target)
 
 
 def touch(path: Path) -> None:

@@ -56,7 +56,14 @@ class Limits:
 
     def key(self, operation: str) -> str:
         """Which limit holds for an operation."""
-        named = {"export": "export", "excite": "export", "build": "export", "open": "open", "measure": "measure"}
+        named = {
+            "export": "export",
+            "excite": "export",
+            "build": "export",
+            "sensitivity": "export",
+            "open": "open",
+            "measure": "measure",
+        }
         return named.get(operation, "run")
 
     def seconds(self, operation: str) -> float:

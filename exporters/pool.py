@@ -310,6 +310,15 @@ class Pool:
             self.fresh.append(key)
             return finished
 
+    def sensitivity(self, spec: ExportSpec) -> dict[str, dict[str, float]]:
+        """See exporters.graph.sensitivity; `spec` asks for ONNX in 8 bits."""
+        entry = formats.get(spec.format)
+        parent = self.export(entry.parents(spec)[0])
+        step = entry.steps(spec)[-1]
+        worker = self.worker(entry.chain(spec.device), entry.id, step.role, step.imports, _source(spec))
+        with cache.temporary_folder() as folder:
+            return worker.call("sensitivity", spec=spec.to_dict(), parent=parent.to_dict(), folder=str(folder))
+
     def open(
         self, artifact: Artifact, spec: ExportSpec, runtime_id: str, device: str, replicate: int = 0
     ) -> RemoteSession:

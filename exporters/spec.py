@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from functools import partial
@@ -38,6 +38,7 @@ class Precision(StrEnum):
 
 Shape = tuple[int, int, int]  # batch, height, width
 Profiles = tuple[tuple[Shape, Shape, Shape], ...]
+CALIBRATORS = ("max", "entropy", "percentile")
 OPSETS = (17, 20)  # oldest and newest that were verified with torch 2.13 and ONNX Runtime 1.31
 
 
@@ -46,7 +47,8 @@ class ExportSpec:
     """What is asked for: contract options with their names and defaults. Sizes in pixels, workspace in GiB.
 
     `imgsz` is (height, width), a multiple of the model's stride; `batch` the (largest) batch size; `data` the
-    calibration set: a data set YAML, a folder of images or classes, or `module:factory`.
+    calibration set: a data set YAML, a folder of images or classes, or `module:factory`; `keep` the module paths that
+    INT8 and FP8 leave in floating point.
     """
 
     model: ModelSpec
@@ -63,6 +65,8 @@ class ExportSpec:
     data: str = ""
     split: str = "val"
     fraction: float = 1.0
+    calibrator: str = "max"
+    keep: tuple[str, ...] = ()
     batch_axis: bool = False
     workspace: float = 4.0
     profiles: Profiles = ()
@@ -88,6 +92,7 @@ class ExportSpec:
         values["model"] = ModelSpec.from_dict(values["model"])
         values["precision"] = Precision(values["precision"])
         values["imgsz"] = (values["imgsz"][0], values["imgsz"][1])
+        values["keep"] = tuple(values["keep"])
         values["profiles"] = tuple(tuple((s[0], s[1], s[2]) for s in p) for p in values["profiles"])
         return ExportSpec(**values)
 
@@ -199,6 +204,22 @@ def parse_precision(precision: Any = None, half: bool = False, int8: bool = Fals
     return asked[0][1] if asked else Precision.FP32
 
 
+def parse_calibrator(value: Any) -> str:
+    """How ranges are taken from the calibration set."""
+    text = str(value).strip().lower()
+    if text not in CALIBRATORS:
+        raise BadRequest(f"calibrator '{value}' is not known", "use " + ", ".join(CALIBRATORS))
+    return text
+
+
+def parse_keep(value: Any) -> tuple[str, ...]:
+    """Module paths that stay in floating point, from "model.0.conv,model.22.cv3" or a list."""
+    parts = value.split(",") if isinstance(value, str) else cast("Sequence[Any]", value)
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(p, str) and p.strip() for p in parts):
+        raise BadRequest(f"keep {value!r}", "give module paths, comma-separated, as in model.0.conv,model.22.cv3")
+    return tuple(dict.fromkeys(p.strip() for p in parts))
+
+
 def parse_switch(value: Any, name: str) -> bool:
     """An option that is on or off."""
     if not isinstance(value, bool):
@@ -276,7 +297,15 @@ def request(model: ModelSpec, format_id: str, **options: Any) -> ExportSpec:
 
 
 CALIBRATED = (Precision.INT8, Precision.FP8)
-CALIBRATION = ("data", "split", "fraction", "trt_quant_algo", "calibration_cache")  # options of those alone
+CALIBRATION = (
+    "data",
+    "split",
+    "fraction",
+    "calibrator",
+    "keep",
+    "trt_quant_algo",
+    "calibration_cache",
+)  # options of those alone
 
 # What makes an option's value of what a user typed; precision and imgsz need the model too, and stand in `request`.
 _PARSERS: Mapping[str, Callable[[Any], Any]] = {
@@ -284,6 +313,8 @@ _PARSERS: Mapping[str, Callable[[Any], Any]] = {
     "opset": parse_opset,
     "fraction": parse_fraction,
     "device": parse_device,
+    "calibrator": parse_calibrator,
+    "keep": parse_keep,
     **{name: partial(parse_text, name=name) for name in ("data", "split")},
     **{
         name: partial(parse_switch, name=name)

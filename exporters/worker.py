@@ -59,6 +59,7 @@ class Server:
                 "damaged": self.damaged,
                 "rounded": self.rounded,
                 "excite": self.excite,
+                "sensitivity": self.sensitivity,
                 "close": self.close,
             }[call["op"]]
             return {"result": operation(call)}
@@ -98,6 +99,13 @@ class Server:
             "seconds": seconds,
             "achieved": asdict(entry.inspect(folder / made.primary)) if last else None,
         }
+
+    def sensitivity(self, call: Json) -> Json:
+        """How much each module of an ONNX file suffers from the request's 8 bits."""
+        from exporters.graph.sensitivity import sensitivity
+
+        spec = ExportSpec.from_dict(call["spec"])
+        return sensitivity(Artifact.from_dict(call["parent"]).path, Path(call["folder"]), spec)
 
     def state(self, call: Json) -> Json:
         """Digest of the module that a factory makes."""

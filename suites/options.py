@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from exporters import formats
 from exporters.errors import BadRequest
 from exporters.spec import ExportSpec, user_path
-from suites.support.cases import Selection
+from suites.support.cases import Selection, parse_budget
 from suites.support.config import Project
 
 if TYPE_CHECKING:  # the command line reads the tables below without waiting for pytest
@@ -36,6 +36,14 @@ REQUEST: tuple[tuple[str, dict[str, Any]], ...] = (
     ),
     ("--split", {"metavar": "NAME", "help": "split of the data set (default val)"}),
     ("--fraction", {"metavar": "F", "help": "share of the data set, above 0 to 1"}),
+    (
+        "--calibrator",
+        {"metavar": "NAME", "help": "INT8: how ranges are taken: max (default), entropy or percentile"},
+    ),
+    (
+        "--keep",
+        {"metavar": "LIST", "help": "INT8: modules that stay in floating point, as in model.0.conv,model.22.cv3"},
+    ),
     ("--workspace", {"metavar": "GIB", "help": "TensorRT: memory for the builder's tactics in GiB (default 4)"}),
     (
         "--profiles",
@@ -104,6 +112,13 @@ RUN: tuple[tuple[str, dict[str, Any]], ...] = (
             "help": "data that accuracy is judged on: data set YAML with labels, folder of images, or module:factory",
         },
     ),
+    (
+        "--int8-budget",
+        {
+            "metavar": "SHARE",
+            "help": "INT8: leave as few modules in FP16 as this share of the FP32 metric needs, as in 0.99",
+        },
+    ),
     ("--claim", {"metavar": "TEST", "help": "judge this claim alone"}),
     ("--replicates", {"metavar": "N", "help": "processes of each latency measurement (default [latency] processes)"}),
     ("--exports", {"metavar": "N", "help": "make N artifacts at a time before the first claim (default: one a GPU)"}),
@@ -123,6 +138,8 @@ def request_words(spec: ExportSpec) -> list[str]:
             continue
         elif isinstance(value, bool):
             words += [name]
+        elif field == "keep":
+            words += [name, ",".join(value)]
         elif field == "profiles":
             words += [name, ",".join(":".join("x".join(map(str, s)) for s in p) for p in value)]
         else:
@@ -240,6 +257,7 @@ def selection_of(config: pytest.Config, project: Project) -> Selection:
         options,
         config.getoption("task") or "",
         config.getoption("evaluate") or "",
+        parse_budget(config.getoption("int8_budget") or 0.0, "int8-budget"),
     )
     path = brought_path(config)
     if path is not None:

@@ -45,7 +45,8 @@ def parents(spec: ExportSpec) -> tuple[ExportSpec, ...]:
         batch_axis=spec.batch > 1 and not spec.dynamic,
     )
     if precision is Precision.INT8:
-        made = replace(made, data=spec.data, split=spec.split, fraction=spec.fraction)
+        names = ("data", "split", "fraction", "calibrator", "keep")
+        made = replace(made, **{name: getattr(spec, name) for name in names})
     return (made,)
 
 
@@ -152,6 +153,13 @@ def refusal(spec: ExportSpec) -> str:
             "add --data: a data set YAML, a folder of images, or module:factory",
         )
     implicit = bool(spec.trt_quant_algo)
+    explicit = next((k for k in ("calibrator", "keep") if k in spec.changed()), None) if implicit else None
+    if explicit:
+        raise BadRequest(
+            f"option '{explicit}' with trt_quant_algo {spec.trt_quant_algo}: there TensorRT itself chooses ranges and "
+            "layers",
+            "leave one of them out",
+        )
     if implicit and spec.precision is not Precision.INT8:
         raise BadRequest(f"trt_quant_algo {spec.trt_quant_algo} with {spec.precision}", "ask for int8, or leave it out")
     if spec.calibration_cache and not implicit:
@@ -226,6 +234,8 @@ FORMAT = Format(
             "data",
             "split",
             "fraction",
+            "calibrator",
+            "keep",
             "workspace",
             "profiles",
             "builder_level",

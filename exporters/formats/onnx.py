@@ -25,7 +25,7 @@ def parents(spec: ExportSpec) -> tuple[ExportSpec, ...]:
     """FP16 and INT8 are conversions of the FP32 graph; the calibration set belongs to the conversion alone."""
     if spec.precision is Precision.FP32:
         return ()
-    return (spec.but(precision=Precision.FP32, data="", split="val", fraction=1.0),)
+    return (spec.but(precision=Precision.FP32, data="", split="val", fraction=1.0, calibrator="max", keep=()),)
 
 
 def steps(spec: ExportSpec) -> tuple[Step, ...]:
@@ -163,7 +163,9 @@ FORMAT = Format(
     title="ONNX",
     suffix=".onnx",
     precisions=(Precision.FP32, Precision.FP16, Precision.INT8),
-    options=frozenset({"batch", "dynamic", "device", "simplify", "opset", "data", "split", "fraction"}),
+    options=frozenset(
+        {"batch", "dynamic", "device", "simplify", "opset", "data", "split", "fraction", "calibrator", "keep"}
+    ),
     toolchain="onnx",
     runtimes=(
         Runtime(

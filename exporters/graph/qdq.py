@@ -1,46 +1,26 @@
-"""INT8 and FP8 as explicit Q/DQ: symmetric, activations per tensor, weights per channel, where `placement` says.
-
-The ranges are those that ONNX Runtime's calibrators find on the calibration set.
-"""
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false
-# (onnxruntime.quantization has no types, and onnx.load leaves the type of a path open)
+"""INT8 and FP8 as explicit Q/DQ: symmetric, activations per tensor, weights per channel, where `placement` says."""
+# pyright: reportUnknownMemberType=false
+# (onnx.load leaves the type of a path open)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from exporters import calibration
-from exporters.errors import ExportError, ExportgateError, first_line
-from exporters.graph.placement import Placement, place
+from exporters.errors import BadRequest, ExportError
+from exporters.graph.placement import HEAVY, Placement, place
+from exporters.graph.ranges import calibrated
+from exporters.models.spec import belongs
 from exporters.session import Array
 from exporters.spec import ExportSpec, Precision
 
 LARGEST = {Precision.INT8: 127.0, Precision.FP8: 448.0}  # of E4M3, see "FP8 Formats for Deep Learning" (2022)
 TYPES = {Precision.INT8: TensorProto.INT8, Precision.FP8: TensorProto.FLOAT8E4M3FN}
-
-
-class _Feeds:
-    """ONNX Runtime's CalibrationDataReader over our calibration set."""
-
-    def __init__(self, batches: Iterator[dict[str, Array]]) -> None:
-        self.batches = batches
-        self.images = 0
-
-    def get_next(self) -> dict[str, Array] | None:
-        feeds = next(self.batches, None)
-        if feeds is not None:
-            self.images += len(next(iter(feeds.values())))
-        return feeds
-
-    def __len__(self) -> int:
-        return 0
 
 
 def quantize(parent: Path, folder: Path, spec: ExportSpec) -> tuple[onnx.ModelProto, tuple[str, ...]]:
@@ -55,68 +35,31 @@ def quantize(parent: Path, folder: Path, spec: ExportSpec) -> tuple[onnx.ModelPr
         ExportError: nothing can be quantized, or the calibrator failed.
     """
     graph = onnx.load(parent)
-    kept = [path for path, _ in spec.model.fp32]
-    placement = place(graph.graph, kept)
+    placement = place(graph.graph, kept_of(spec))
     if not placement.heavy:
         raise ExportError(
             f"model '{spec.model.name}' has no convolution or matrix product that could be quantized", "ask for fp16"
         )
-    # A graph with a fixed batch is calibrated with that batch; a short last batch is left out there.
-    varies = spec.dynamic or spec.batch_axis
-    size = calibration.calibration_batch(spec.batch) if varies else spec.batch
-    batches = calibration.batches(spec, size)
-    if not varies:
-        batches = (b for b in batches if len(next(iter(b.values()))) == size)
-    feeds = _Feeds(batches)
-    ranges = _ranges(parent, folder, placement, feeds)
-    insert(graph, placement, ranges, spec.precision)
-    notes = [f"calibrated on {feeds.images} images (MinMax)"]
-    if feeds.images < calibration.SMALL:
+    names = [n.name for n in graph.graph.node if n.op_type in HEAVY]
+    stray = next((k for k in spec.keep if not any(belongs(n, [k]) for n in names)), None)
+    if stray is not None:
+        raise BadRequest(
+            f"keep '{stray}': model '{spec.model.name}' has no convolution or matrix product in a module of that name",
+            "name modules as PyTorch does, as in model.0.conv",
+        )
+    ranges = calibrated(parent, folder, spec, place(graph.graph, [path for path, _ in spec.model.fp32]).measured)
+    insert(graph, placement, ranges.largest, spec.precision)
+    notes = [f"calibrated on {ranges.images} images ({spec.calibrator})"]
+    if ranges.images < calibration.SMALL:
         notes.append(f"warning: fewer than {calibration.SMALL} calibration images; NVIDIA recommends 500")
+    if spec.keep:
+        notes.append(f"{len(spec.keep)} modules stay in floating point: {', '.join(spec.keep)}")
     return graph, tuple(notes)
 
 
-def _ranges(parent: Path, folder: Path, placement: Placement, feeds: _Feeds) -> dict[str, float]:
-    """The largest magnitude of each tensor that is measured, on the calibration set."""
-    import onnxruntime as ort
-    from onnxruntime.quantization.calibrate import CalibrationDataReader, MinMaxCalibrater
-
-    class Calibrater(MinMaxCalibrater):
-        """Measures the tensors of the placement instead of every one."""
-
-        def select_tensors_to_calibrate(self, model: onnx.ModelProto) -> tuple[set[str], dict[str, Any]]:
-            _, known = super().select_tensors_to_calibrate(model)
-            return set(placement.measured), cast("dict[str, Any]", known)
-
-        def create_inference_session(self) -> None:
-            options = ort.SessionOptions()
-            options.graph_optimization_level = (
-                ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-            )  # as its own: all tensors stay
-            # Exports may run at once, each with a thread a core: threads that spin while they wait starve the others
-            # (seen: three calibrations on 32 cores took minutes instead of seconds).
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-            self.infer_session = ort.InferenceSession(
-                self.augmented_model_path, options, providers=self.execution_providers
-            )
-
-    CalibrationDataReader.register(_Feeds)
-    augmented = folder / "augmented.onnx"
-    try:
-        calibrater = Calibrater(str(parent), augmented_model_path=str(augmented))
-        calibrater.augment_graph()
-        calibrater.create_inference_session()
-        calibrater.collect_data(cast("CalibrationDataReader", feeds))
-        found: Any = calibrater.compute_data()
-    except ExportgateError:
-        raise  # of the calibration set, which is read meanwhile
-    except Exception as error:
-        # ONNX Runtime raises what it likes while it calibrates.
-        what = f"the calibrator failed: {type(error).__name__}: {first_line(error)}"
-        raise ExportError(what, "check the calibration set") from error
-    finally:
-        augmented.unlink(missing_ok=True)
-    return {name: float(np.max(np.abs(np.asarray(data.range_value)))) for name, data in found.items()}
+def kept_of(spec: ExportSpec) -> list[str]:
+    """Module paths that are not quantized: what the model keeps in FP32, and what the request does."""
+    return [*(path for path, _ in spec.model.fp32), *spec.keep]
 
 
 def insert(model: onnx.ModelProto, placement: Placement, ranges: Mapping[str, float], precision: Precision) -> None:

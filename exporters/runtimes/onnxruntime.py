@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime as ort
 
 from exporters.artifact import TensorInfo, digest
-from exporters.cache import writing
+from exporters.cache import place, writing
 from exporters.cuda.nvml import gpu_facts
 from exporters.errors import ArtifactError, FallbackError, ToolchainMissing, first_line
 from exporters.formats import Runtime
@@ -266,7 +266,7 @@ def _share_timing(device: str, version: str, folder: Path) -> None:
     theirs = folder / f"TensorrtExecutionProvider_cache_sm{capability}.timing"  # its name for it
     if ours.is_file() and not theirs.exists():
         with writing():
-            timing.place(ours.read_bytes(), theirs)
+            place(ours.read_bytes(), theirs)
 
 
 def _is_of_shapes(facts: Mapping[str, Any]) -> bool:

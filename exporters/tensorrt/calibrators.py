@@ -11,12 +11,12 @@ from typing import Any
 
 from exporters import calibration
 from exporters.artifact import digest
-from exporters.cache import writing
+from exporters.cache import place, writing
 from exporters.errors import BadRequest, ExportError, ExportgateError, first_line
 from exporters.session import Array
 from exporters.spec import ExportSpec, is_factory
 from exporters.tensorrt.library import Library
-from exporters.tensorrt.timing import place, slug
+from exporters.tensorrt.timing import slug
 from exporters.toolchain import cache_root
 
 BASES = {

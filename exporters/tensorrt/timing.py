@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporters.cache import alone, writing
+from exporters.cache import alone, place, writing
 from exporters.errors import BadRequest
 from exporters.spec import ExportSpec
 from exporters.tensorrt.library import Library
@@ -73,14 +72,6 @@ def store(stored: Path, gpu: str) -> list[Path]:
         made.append(stored / (path.name + PACKED))
         place(lzma.compress(path.read_bytes()), made[-1])
     return made
-
-
-def place(data: bytes, target: Path) -> None:
-    """Writes a file in whole, or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{uuid.uuid4().hex}")
-    temporary.write_bytes(data)
-    temporary.replace(target)
 
 
 def slug(text: str) -> str:

@@ -13,6 +13,7 @@ from exporters.errors import BadRequest, NotSupported
 from exporters.models.catalog import TASKS
 from exporters.models.factory import import_function, telling
 from exporters.models.spec import ModelSpec
+from exporters.pool import RemoteSession
 from exporters.spec import ExportSpec
 from suites.accuracy.dataset import DataSet, Item, Labels, label_file, read_dataset
 from suites.accuracy.deploy import Detections, deploy
@@ -130,35 +131,45 @@ def found_by(run: Callable[[Outputs], Outputs], spec: ExportSpec, items: Sequenc
     return found
 
 
-def of_case(case: Bench) -> tuple[Pictures, list[Detections], list[Detections]]:
-    """The pictures, what the artifact finds in them, and what PyTorch does; kept for the next claim.
+def shown_to(case: Bench) -> Pictures:
+    """The pictures that a case's model is judged on; kept for the next case.
 
     Raises:
-        NotSupported: see `pictures_of`; the model takes no images, or nothing here runs the artifact.
+        NotSupported: see `pictures_of`; or the model takes no images.
     """
     if len(case.model.inputs) > 1 or not case.model.has_images:
         raise NotSupported(f"model {case.model.name} takes no images")
-    kept = case.run.found
     key = ("pictures", repr(case.model))
-    if key not in kept:
-        kept[key] = pictures_of(case.model)
-    shown: Pictures = kept[key]
-    session = case.session()
+    if key not in case.run.found:
+        case.run.found[key] = pictures_of(case.model)
+    return case.run.found[key]
 
-    def ours(feeds: Outputs) -> Outputs:
-        return case.guard(lambda: session.run(cast(session, feeds)))
 
-    def theirs(feeds: Outputs) -> Outputs:
-        return case.guard(lambda: case.run.reference(case.model).run(feeds))
+def reference_of(case: Bench) -> list[Detections]:
+    """What PyTorch finds in the pictures; kept for the next case."""
+    key = ("reference", repr(case.model), case.spec.imgsz)
+    if key not in case.run.found:
+        case.run.found[key] = found_by(
+            lambda feeds: case.guard(lambda: case.run.reference(case.model).run(feeds)),
+            case.spec.but(batch=1),
+            shown_to(case).items,
+        )
+    return case.run.found[key]
 
-    for name, run, spec in (
-        (("case", case.case.id, session.artifact.root), ours, case.spec),
-        (("reference", repr(case.model), case.spec.imgsz), theirs, case.spec.but(batch=1)),
-    ):
-        if name not in kept:
-            kept[name] = found_by(run, spec, shown.items)
-    return (
-        shown,
-        kept["case", case.case.id, session.artifact.root],
-        kept["reference", repr(case.model), case.spec.imgsz],
-    )
+
+def artifact_of(case: Bench) -> list[Detections]:
+    """What the case's artifact finds in the pictures; kept for the next claim.
+
+    Raises:
+        NotSupported: nothing here runs it.
+    """
+    shown, session = shown_to(case), case.session()
+    key = ("case", case.case.id, session.artifact.root)
+    if key not in case.run.found:
+        case.run.found[key] = found_in(case, session, case.spec, shown)
+    return case.run.found[key]
+
+
+def found_in(case: Bench, session: RemoteSession, spec: ExportSpec, shown: Pictures) -> list[Detections]:
+    """What an open artifact finds in the pictures."""
+    return found_by(lambda feeds: case.guard(lambda: session.run(cast(session, feeds))), spec, shown.items)

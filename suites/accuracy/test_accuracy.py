@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from exporters.errors import NotSupported
-from suites.accuracy.deploy import above
-from suites.accuracy.gate import Outcome, judge
-from suites.accuracy.metrics import as_labels, evaluate
-from suites.accuracy.pictures import RELIABLE, classes_of, of_case, task_of
+from exporters.spec import Precision
+from suites.accuracy.budget import Budget
+from suites.accuracy.gate import Outcome
+from suites.accuracy.judge import against_labels, agreement
+from suites.accuracy.pictures import artifact_of, shown_to
 from suites.support.bench import Bench
 from suites.support.verdict import Judged, Verdict
 
@@ -19,12 +18,9 @@ pytestmark = [pytest.mark.values, pytest.mark.accuracy]
 
 def test_accuracy_against_labels(case: Bench) -> None:
     """The artifact's metric on labelled images is PyTorch's within the precision's budget."""
-    task, count = task_of(case.model), classes_of(case.model)
-    shown, ours, theirs = of_case(case)
-    if not shown.labelled:
+    if not shown_to(case).labelled:
         raise NotSupported("the pictures have no labels; agreement with PyTorch is judged on them")
-    artifact, reference = (evaluate(task, shown.items, found, count) for found in (ours, theirs))
-    _conclude(case, judge(artifact, reference, case.run.project.accuracy[case.spec.precision]))
+    _conclude(case, against_labels(case, artifact_of(case), _budget(case)))
 
 
 def test_detections_agree_without_labels(case: Bench) -> None:
@@ -32,14 +28,33 @@ def test_detections_agree_without_labels(case: Bench) -> None:
 
     An overlap of 0.5 is enough: a box that lies a little beside PyTorch's may be as near to the object.
     """
-    task, count = task_of(case.model), classes_of(case.model)
-    shown, ours, theirs = of_case(case)
-    truth = [
-        replace(item, labels=as_labels(above(found, RELIABLE, task), polygons=task == "segment"))
-        for item, found in zip(shown.items, theirs, strict=True)
-    ]
-    artifact, reference = (evaluate(task, truth, found, count).at_half() for found in (ours, theirs))
-    _conclude(case, judge(artifact, reference, case.run.project.accuracy[case.spec.precision]))
+    _conclude(case, agreement(case, artifact_of(case), _budget(case)))
+
+
+def test_int8_meets_its_budget(case: Bench) -> None:
+    """With as few modules in floating point as the budget needs: better than all in INT8, faster than none."""
+    if not case.case.budget:
+        raise NotSupported("no budget was asked for (--int8-budget)")
+    found = artifact_of(case)
+    assert case.search is not None
+    case.evidence["search"] = case.search.to_dict()
+    judge = against_labels if shown_to(case).labelled else agreement
+    _conclude(case, judge(case, found, Budget(case.case.budget, True)))
+    everything = next(s for s in case.search.steps if not s.spec.keep and s.spec.precision is Precision.INT8)
+    nothing, chosen = case.search.steps[-1], case.search.chosen
+    assert chosen.outcome.change >= min(everything.outcome.change, 1.0), (
+        f"{chosen.name} keeps {chosen.outcome.change:.4f} of the metric, "
+        f"{everything.name} {everything.outcome.change:.4f}"
+    )
+    # On a CPU a lower precision saves memory, not time.
+    if case.case.device != "cpu" and chosen.milliseconds and nothing.milliseconds:
+        assert chosen.milliseconds <= nothing.milliseconds, (
+            f"{chosen.name} takes {chosen.milliseconds:.3f} ms, {nothing.name} {nothing.milliseconds:.3f} ms"
+        )
+
+
+def _budget(case: Bench) -> Budget:
+    return Budget(case.case.budget, True) if case.case.budget else case.run.project.accuracy[case.spec.precision]
 
 
 def _conclude(case: Bench, outcome: Outcome) -> None:

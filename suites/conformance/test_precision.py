@@ -23,7 +23,7 @@ def test_achieved_precision_is_the_requested(case: Bench) -> None:
             raise NotSupported(f"TensorRT found no kernel in TF32 that is faster than in FP32 ({evidence})")
         return
     assert achieved.precision == asked, f"asked for {asked}, the file is {achieved.precision or 'unknown'} ({evidence})"
-    kept = [path for path, _ in case.model.fp32]
+    kept = [*(path for path, _ in case.model.fp32), *case.spec.keep]
     wrong = [name for name in achieved.exceptions if not belongs(name, kept)]
     assert not wrong, f"asked for {asked}, but {len(wrong)} operators are not: {', '.join(wrong[:5])} ({evidence})"
     # What our request keeps in FP32 is to be kept between its operators too; others' files promise nothing there.

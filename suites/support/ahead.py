@@ -33,7 +33,7 @@ def export_ahead(pool: Pool, cases: Sequence[Case], count: int) -> dict[str, Exp
     Returns:
         What could not be made, by the case's id, for the claim that asks for it.
     """
-    wanted = {repr(c.spec): c.spec for c in cases if not c.missing and not c.because}
+    wanted = {repr(c.spec): c.spec for c in cases if not c.missing and not c.because and not c.budget}
     failed: dict[str, ExportgateError] = {}  # by the request
 
     def make(made_in: Pool, spec: ExportSpec) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from suites.support.cases import Case
 from suites.support.compare import DRAWS, FRACTION_BITS, Rounding
 from suites.support.config import Project
 from suites.support.feeds import FeedSet, make_feeds
+
+if TYPE_CHECKING:
+    from suites.accuracy.search import Found
 
 T = TypeVar("T")
 Outputs = dict[str, Array]
@@ -150,6 +153,7 @@ class Bench:
         self.read: Facts | None = None
         self.failure: Exception | None = None
         self.announced = False
+        self.search: Found | None = None  # of the INT8 that keeps a budget
 
     def guard(self, work: Callable[[], T]) -> T:
         """Does the work unless the case is lost already; remembers what loses it."""
@@ -180,6 +184,11 @@ class Bench:
             return self.brought
         if self.case.id in self.run.failed:
             raise self.run.failed[self.case.id]
+        if self.case.budget:
+            from suites.accuracy import judge, search  # which import this module
+
+            self.search = search.search(self, lambda spec, budget: judge.judged(self, spec, budget), self.case.budget)
+            self.spec = self.search.chosen.spec
         artifact = self.run.pool.export(self.spec)
         return self.run.damage(artifact, self.spec) or artifact
 

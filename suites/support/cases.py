@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -22,7 +23,8 @@ from suites.support.config import Project
 class Case:
     """One cell of the matrix. `because` says why it is not supported, `missing` which package or file is not here.
 
-    `no_values` is why its outputs are not compared with PyTorch's (random weights, say), or "".
+    `no_values` is why its outputs are not compared with PyTorch's (random weights, say), or "". `budget` is the share of
+    the FP32 metric that INT8 has to keep, for which the modules that stay in floating point are searched; 0 for none.
     """
 
     spec: ExportSpec
@@ -30,13 +32,15 @@ class Case:
     because: str = ""
     missing: str = ""
     no_values: str = ""
+    budget: float = 0.0
 
     @property
     def id(self) -> str:
         """`yolov8n-onnx-fp16-ort-cpu`, and every option that is not the default appended in order (`.b8.dyn`)."""
         spec = self.spec
         parts = [spec.model.name, spec.format, spec.precision.value, self.runtime.id, self.runtime.device]
-        return "-".join(parts) + "".join("." + o for o in _options(spec))
+        options = _options(spec) + ([f"budget{self.budget:g}"] if self.budget else [])
+        return "-".join(parts) + "".join("." + o for o in options)
 
     def sibling(self, precision: Precision) -> str:
         """Id of the case that differs from this one in its precision alone (and what calibrates it)."""
@@ -68,6 +72,7 @@ class Case:
         words += ["--trust"] if artifact is not None and formats.get(spec.format).is_code else []
         words += ["--project", _quoted(str(project))] if project is not None else []
         words += ["--evaluate", _quoted(evaluate)] if evaluate else []
+        words += ["--int8-budget", f"{self.budget:g}"] if self.budget else []
         words += [_quoted(w) for w in request_words(spec)]
         words += ["--device", self.device] if self.device != "cpu" else []
         return " ".join(words) + f" --claim {claim}"
@@ -94,6 +99,8 @@ def _options(spec: ExportSpec) -> list[str]:
     )
     words += [spec.split] if spec.split != "val" else []
     words += [f"f{spec.fraction:g}"] if spec.fraction != 1.0 else []
+    words += [spec.calibrator] if "calibrator" in spec.changed() else []
+    words += [f"keep{len(spec.keep)}-{zlib.crc32(','.join(spec.keep).encode()):08x}"] if spec.keep else []
     words += [f"ws{spec.workspace:g}"] if "workspace" in spec.changed() else []
     words += ["-".join("x".join(map(str, shape)) for shape in profile) for profile in spec.profiles]
     words += [f"level{spec.builder_level}"] if "builder_level" in spec.changed() else []
@@ -119,6 +126,7 @@ class Selection:
     options: Mapping[str, Any] = ()  # type: ignore[assignment]  # of exporters.spec.request, from the command line
     task: str = ""
     evaluate: str = ""
+    int8_budget: float = 0.0
 
 
 def matrix(project: Project, selection: Selection) -> list[Case]:
@@ -138,6 +146,11 @@ def matrix(project: Project, selection: Selection) -> list[Case]:
     if unused and not any(c.spec.precision in CALIBRATED for c in cases):
         raise BadRequest(
             f"option '{unused}' is given and no case is INT8 or FP8", "leave it out, or add --precision int8"
+        )
+    if selection.int8_budget and not any(c.budget for c in cases):
+        raise BadRequest(
+            f"int8-budget {selection.int8_budget:g} is given and no case is INT8",
+            "leave it out, or add --precision int8",
         )
     seen: dict[str, Case] = {}
     for case in cases:
@@ -189,9 +202,33 @@ def _asked(
         )
     cells = [(f, p) for f in dict.fromkeys(chosen) for p in dict.fromkeys(wanted)]
     cases = [case for f, p in cells for case in _cases(model, f, p, selection.options, len(chosen) > 1)]
+    cases = [_budgeted(case, selection.int8_budget) for case in cases]
     if cases and all(case.because for case in cases):
         raise BadRequest(cases[0].because, "ask for another combination; 'exportgate formats' lists them")
     return cases
+
+
+OF_THE_ROW = ("format", "precision", "model", "no_values", "int8_budget")  # keys that are no options of a request
+
+
+def parse_budget(value: Any, name: str) -> float:
+    """The share of the FP32 metric that INT8 has to keep; 0 for no budget.
+
+    Raises:
+        BadRequest: no share.
+    """
+    try:
+        share = float(value)
+    except (TypeError, ValueError):
+        share = -1.0
+    if isinstance(value, bool) or not 0.0 <= share <= 1.0:
+        raise BadRequest(f"{name} '{value}' is no share", "give a number up to 1, as in 0.99")
+    return share
+
+
+def _budgeted(case: Case, budget: float) -> Case:
+    """The case with the budget, which INT8 alone has."""
+    return replace(case, budget=budget) if budget and case.spec.precision is Precision.INT8 else case
 
 
 def _cases(
@@ -265,9 +302,7 @@ def _own(project: Project, selection: Selection, chosen: Sequence[str], precisio
         ]
         rows += [r for r in also if r.get("model", name) == name]
         for row in rows:
-            options = {k: v for k, v in row.items() if k not in ("format", "precision", "model", "no_values")} | dict(
-                selection.options
-            )
+            options = {k: v for k, v in row.items() if k not in OF_THE_ROW} | dict(selection.options)
             format_id, precision = (
                 formats.canonical(str(row.get("format", ""))),
                 Precision.parse(row.get("precision", "fp32")),
@@ -276,7 +311,8 @@ def _own(project: Project, selection: Selection, chosen: Sequence[str], precisio
                 continue
             made = _cases(model, format_id, precision, options, bool(selection.options))
             no_values = str(row.get("no_values", ""))
-            cases += [replace(c, missing=missing or c.missing, no_values=no_values) for c in made]
+            budget = selection.int8_budget or parse_budget(row.get("int8_budget", 0.0), "exportgate.toml int8_budget")
+            cases += [_budgeted(replace(c, missing=missing or c.missing, no_values=no_values), budget) for c in made]
     _check_groups(project, models)
     return list({c.id: c for c in cases}.values()) if selection.options else cases
 

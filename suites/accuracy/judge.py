@@ -1,0 +1,44 @@
+"""A case's detections judged: against labels, or against PyTorch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from exporters.spec import ExportSpec
+from suites.accuracy.budget import Budget
+from suites.accuracy.deploy import Detections, above
+from suites.accuracy.gate import Outcome, judge
+from suites.accuracy.metrics import as_labels, evaluate
+from suites.accuracy.pictures import RELIABLE, classes_of, found_in, reference_of, shown_to, task_of
+from suites.support.bench import Bench
+
+
+def against_labels(case: Bench, found: Sequence[Detections], budget: Budget) -> Outcome:
+    """The task's metric of detections of the case's pictures beside PyTorch's, by their labels."""
+    task, count, items = task_of(case.model), classes_of(case.model), shown_to(case).items
+    artifact, reference = (evaluate(task, items, side, count) for side in (found, reference_of(case)))
+    return judge(artifact, reference, budget)
+
+
+def agreement(case: Bench, found: Sequence[Detections], budget: Budget) -> Outcome:
+    """The same with what PyTorch is sure of taken as the labels, where an overlap of 0.5 is enough."""
+    task, count = task_of(case.model), classes_of(case.model)
+    theirs = reference_of(case)
+    truth = [
+        replace(item, labels=as_labels(above(side, RELIABLE, task), polygons=task == "segment"))
+        for item, side in zip(shown_to(case).items, theirs, strict=True)
+    ]
+    artifact, reference = (evaluate(task, truth, side, count).at_half() for side in (found, theirs))
+    return judge(artifact, reference, budget)
+
+
+def judged(case: Bench, spec: ExportSpec, budget: Budget) -> Outcome:
+    """The outcome of another request's artifact in the case's runtime, by labels where there are any."""
+    pool, shown = case.run.pool, shown_to(case)
+    session = case.guard(lambda: pool.open(pool.export(spec), spec, case.case.runtime.id, case.case.device))
+    try:
+        found = found_in(case, session, spec, shown)
+    finally:
+        session.close()
+    return (against_labels if shown.labelled else agreement)(case, found, budget)

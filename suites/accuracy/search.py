@@ -1,0 +1,150 @@
+"""The INT8 that keeps the accuracy that was asked for: the fewest modules that have to stay in floating point.
+
+Modules are ranked by how much they suffer from 8 bits (`exporters.graph.sensitivity`, on the calibration set); the
+shortest beginning of that list that meets the budget on the evaluation set is found by halving, and then every module
+of it that the others make needless is quantized after all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from exporters import formats
+from exporters.measure import MeasurementPlan
+from exporters.spec import CALIBRATORS, ExportSpec, Precision
+from suites.accuracy.budget import Budget
+from suites.accuracy.gate import Outcome
+from suites.support.bench import Bench, cast
+from suites.support.verdict import Verdict
+
+SECONDS = 0.5  # of measurement a step: a figure for the picture, which nothing is gated on
+SPARED = 8  # modules that are tried to be quantized after all, those that suffer least first
+
+
+@dataclass(frozen=True)
+class Step:
+    """One try: what stayed in floating point, what the metric says, and the median latency in milliseconds."""
+
+    name: str
+    spec: ExportSpec
+    outcome: Outcome
+    milliseconds: float | None
+
+    @property
+    def meets(self) -> bool:
+        return self.outcome.verdict is Verdict.PASS
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the run record."""
+        return {
+            "name": self.name,
+            "calibrator": self.spec.calibrator if self.spec.precision is Precision.INT8 else "",
+            "kept": list(self.spec.keep),
+            "metric": self.outcome.artifact.metric,
+            "change": self.outcome.change,
+            "low": self.outcome.low,
+            "high": self.outcome.high,
+            "meets": self.meets,
+            "milliseconds": self.milliseconds,
+        }
+
+
+@dataclass(frozen=True)
+class Found:
+    """Every step in the order of the tries, the chosen one, and the ranked modules."""
+
+    steps: tuple[Step, ...]
+    chosen: Step
+    ranked: tuple[str, ...]
+    noise: dict[str, dict[str, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the run record."""
+        return {
+            "share": self.chosen.outcome.budget.allowed,
+            "metric": next(iter(self.chosen.outcome.artifact.values)),
+            "reference": self.chosen.outcome.reference.metric,
+            "chosen": self.chosen.name,
+            "steps": [s.to_dict() for s in self.steps],
+            "noise": [
+                {"module": m, "alone": self.noise["alone"][m], "joint": self.noise["joint"].get(m)} for m in self.ranked
+            ],
+        }
+
+
+def search(case: Bench, judged: Callable[[ExportSpec, Budget], Outcome], share: float) -> Found:
+    """The least set of modules that has to stay in floating point for the metric to keep this share of PyTorch's.
+
+    Args:
+        case: an INT8 case.
+        judged: the metric of a request's artifact beside PyTorch's.
+        share: of the FP32 metric.
+
+    The chosen step is the one with the best metric where none meets the budget.
+    """
+    budget, tried = Budget(share, True), dict[str, Step]()
+
+    def attempt(name: str, spec: ExportSpec) -> Step:
+        key = repr(spec)
+        if key not in tried:
+            tried[key] = Step(name, spec, judged(spec, budget), _median(case, spec))
+        return tried[key]
+
+    plain = case.case.spec
+    firsts = [attempt(f"everything in INT8, {c}", plain.but(calibrator=c)) for c in CALIBRATORS]
+    # Simpler first: another method has to be better by more than its own interval's doubt.
+    best = max(firsts, key=lambda s: (s.meets, s.outcome.change))
+    base = firsts[0] if firsts[0].meets or best.outcome.change <= firsts[0].outcome.high else best
+    noise, ranked = dict[str, dict[str, float]](), tuple[str, ...]()
+    chosen: Step | None = base if base.meets else None
+    if chosen is None:
+        noise = case.guard(lambda: case.run.pool.sensitivity(_onnx(base.spec)))
+        joint = noise["joint"]
+        ranked = tuple(sorted(noise["alone"], key=lambda m: -max(noise["alone"][m], joint.get(m, 0.0))))
+
+        def keeping(modules: Sequence[str]) -> Step:
+            kept = [m for m in noise["alone"] if m in modules]  # in the graph's order: the same set is the same request
+            return attempt(f"{len(kept)} modules in FP16", base.spec.but(keep=tuple(kept)))
+
+        chosen = _fewest(ranked, keeping)
+    nothing = case.case.spec.but(precision=Precision.FP16, data="", split="val", fraction=1.0)
+    attempt("nothing in INT8 (FP16)", nothing)
+    best_of = max((s for s in tried.values() if s.spec.precision is Precision.INT8), key=lambda s: s.outcome.change)
+    return Found(tuple(tried.values()), chosen or best_of, ranked, noise)
+
+
+def _fewest(ranked: Sequence[str], keeping: Callable[[Sequence[str]], Step]) -> Step | None:
+    """The step of the shortest beginning of the list that meets the budget, without what the rest makes needless."""
+    low, high = 0, len(ranked) - 1  # none was tried before; of all of them nothing would be quantized
+    if high < 1 or not keeping(ranked[:high]).meets:
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if keeping(ranked[:middle]).meets else (middle, high)
+    kept = list(ranked[:high])
+    for module in kept[::-1][:SPARED]:
+        fewer = [m for m in kept if m != module]
+        if fewer and keeping(fewer).meets:
+            kept = fewer
+    return keeping(kept)
+
+
+def _onnx(spec: ExportSpec) -> ExportSpec:
+    """The ONNX request in 8 bits that another format's is made from."""
+    return spec if spec.format == "onnx" else formats.get(spec.format).parents(spec)[0]
+
+
+def _median(case: Bench, spec: ExportSpec) -> float:
+    """Median milliseconds of an inference of a request's artifact in the case's runtime."""
+    pool, runtime, device = case.run.pool, case.case.runtime.id, case.case.device
+    session = case.guard(lambda: pool.open(pool.export(spec), spec, runtime, device))
+    try:
+        feeds = [cast(session, f.arrays) for f in case.feeds()[:2]]
+        found = case.guard(lambda: session.measure(feeds, MeasurementPlan(seconds=SECONDS)))
+        return round(float(np.median(found.milliseconds)), 4)
+    finally:
+        session.close()
