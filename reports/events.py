@@ -178,6 +178,42 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
+class Try:
+    """A step of the search for an INT8 that keeps a budget; `change` is a share of the reference's metric."""
+
+    name: str
+    kept: tuple[str, ...]
+    metric: float | None
+    change: float | None
+    low: float | None
+    high: float | None
+    meets: bool
+    calibrator: str = ""
+    milliseconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How much a module suffers from 8 bits: noise of the outputs in shares of their variance."""
+
+    module: str
+    alone: float | None
+    joint: float | None = None
+
+
+@dataclass(frozen=True)
+class Search:
+    """The search for the fewest modules that stay in floating point; `share` of the reference's metric is asked for."""
+
+    share: float
+    metric: str
+    reference: float | None
+    chosen: str
+    steps: tuple[Try, ...]
+    noise: tuple[Noise, ...] = ()
+
+
+@dataclass(frozen=True)
 class Percentile:
     """A percentile in milliseconds with its confidence interval."""
 
@@ -263,6 +299,7 @@ class Claim:
     power: Power | None = None
     matching: Matching | None = None
     accuracy: Accuracy | None = None
+    search: Search | None = None
     measurement: Measurement | None = None
     baseline: Baseline | None = None
     gate: Gate | None = None

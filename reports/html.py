@@ -117,6 +117,7 @@ def _environment() -> Environment:
         "cap": findings.cap,
         "distribution": picture.latency,
         "ratio_picture": picture.ratio,
+        "tradeoff_picture": picture.tradeoff,
     }
     environment.globals.update(named)  # pyright: ignore[reportUnknownMemberType]
     return environment

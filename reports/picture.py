@@ -10,7 +10,7 @@ from typing import TypeGuard
 
 from markupsafe import Markup, escape
 
-from reports.events import Baseline, Claim, Gate
+from reports.events import Baseline, Claim, Gate, Search
 from reports.wording import milliseconds, number
 
 WIDTH = 560
@@ -114,10 +114,54 @@ def ratio(gate: Gate) -> Markup:
     return Markup('<figure class="picture">{}</figure>').format(_svg(66, label, parts))
 
 
-def _beside(left: float, right: float, text: str) -> Markup:
+def tradeoff(search: Search) -> Markup:
+    """Accuracy against latency: each try a dot, the chosen one named, the budget a line; empty without latencies."""
+    shown = [s for s in search.steps if _drawable(s.milliseconds) and _drawable(s.change)]
+    if len(shown) < 2:
+        return Markup("")
+    times = [s.milliseconds for s in shown if s.milliseconds is not None]
+    room = (max(times) - min(times)) * 0.1 or max(times) * 0.1
+    axis = _Axis(max(min(times) - room, 0.0), max(times) + room)
+    shares = [s.change for s in shown if s.change is not None] + [1.0, search.share]
+    low, high = min(shares), max(shares)
+    span = (high - low) or 0.01
+    height = 220
+
+    def y(share: float) -> float:
+        return round(34 + (height - 26 - 48) * (high - share) / span, 1)
+
+    parts = [
+        _axis_marks(axis, height),
+        _level(y(search.share), f"asked for: {number(search.share)} of PyTorch's {search.metric}", "limit"),
+    ]
+    for step in shown:
+        if step.milliseconds is None or step.change is None:  # drawable, which the type does not say
+            continue
+        x, here = axis.x(step.milliseconds), y(step.change)
+        style = "good" if step.meets else "bad"
+        parts.append(Markup('<circle class="interval {}" cx="{}" cy="{}" r="5"/>').format(style, x, here))
+        if step.name == search.chosen:
+            text = f"{step.name}: {number(step.change)}, {milliseconds(step.milliseconds)} ms"
+            parts.append(_beside(x, x, text, here + 4, 250))
+    label = f"Accuracy against latency of {len(shown)} tries; chosen: {search.chosen}"
+    return Markup('<figure class="picture">{}<figcaption>{}</figcaption></figure>').format(
+        _svg(height, label, parts), "Share of PyTorch's metric against the median latency of each try"
+    )
+
+
+def _level(y: float, text: str, style: str) -> Markup:
+    """A horizontal line with its name above it."""
+    return Markup(
+        '<line class="mark {0}" x1="{1}" x2="{2}" y1="{3}" y2="{3}"/><text class="label {0}" x="{1}" y="{4}">{5}</text>'
+    ).format(style, LEFT, RIGHT, y, round(y - 5, 1), text)
+
+
+def _beside(left: float, right: float, text: str, y: float = 37, room: float = 70) -> Markup:
     """A label after an interval, or before it where there is no room."""
-    x, anchor = (right + 10, "start") if right < RIGHT - 70 else (left - 10, "end")
-    return Markup('<text class="label" x="{}" y="37" text-anchor="{}">{}</text>').format(round(x, 1), anchor, text)
+    x, anchor = (right + 10, "start") if right < RIGHT - room else (left - 10, "end")
+    return Markup('<text class="label" x="{}" y="{}" text-anchor="{}">{}</text>').format(
+        round(x, 1), round(y, 1), anchor, text
+    )
 
 
 def thinned(processes: Sequence[Sequence[float]]) -> list[float]:

@@ -247,6 +247,16 @@ def start(model: YOLOv8) -> None:
             bias.data[:] = -math.log((1 - PRIOR) / PRIOR)
 
 
+def begin_from(model: YOLOv8, path: Path) -> int:
+    """Loads what a safetensors file has of this model's parameters; returns how many."""
+    from safetensors.torch import load_file
+
+    own = model.state_dict()
+    common = {k: v.to(own[k].dtype) for k, v in load_file(path).items() if k in own and v.shape == own[k].shape}
+    model.load_state_dict(common, strict=False)
+    return len(common)
+
+
 def train(
     task: str,
     data: Batch,
@@ -256,12 +266,18 @@ def train(
     seed: int,
     device: str,
     tell: Callable[[dict[str, Tensor]], object] = lambda parts: None,
+    first: Path | None = None,
 ) -> YOLOv8:
-    """The averaged model after `epochs` over the pictures in batches of `size`; `tell` gets each step's losses."""
+    """The averaged model after `epochs` over the pictures in batches of `size`; `tell` gets each step's losses.
+
+    `first` is a checkpoint of another task, from which the training starts as far as names and shapes agree.
+    """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = build(SCALE, len(scenes.NAMES), task=task, kpt_shape=scenes.KPT_SHAPE).to(device).train()
     start(model)
+    if first is not None:
+        begin_from(model, first)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     learnt = [(n, p) for n, p in model.named_parameters() if "dfl" not in n]
     for name, value in model.named_parameters():
@@ -371,17 +387,19 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--rate", type=float, default=4e-3, help="largest learning rate of AdamW")
     parser.add_argument("--validate", type=int, default=500, help="pictures that the metric is taken on")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="a checkpoint of another task to start from")
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     asked = parser.parse_args(words)
     began = time.monotonic()
     data = pictures_of([("train", n, asked.task) for n in range(asked.pictures)], os.cpu_count() or 1)
     print(f"{asked.pictures} pictures in {time.monotonic() - began:.0f} s", flush=True)
-    model = train(asked.task, data, asked.epochs, asked.batch, asked.rate, asked.seed, asked.device)
+    model = train(asked.task, data, asked.epochs, asked.batch, asked.rate, asked.seed, asked.device, first=asked.start)
     metric = measured(model.half().float(), asked.task, asked.validate)  # of the weights that are stored
     facts = {
         "metric": json.dumps({k: round(v, 4) for k, v in metric.values.items()}),
         "command": f"python -m suites.reference.train {asked.task} --pictures {asked.pictures} --epochs {asked.epochs} "
-        f"--batch {asked.batch} --rate {asked.rate:g} --seed {asked.seed}",
+        f"--batch {asked.batch} --rate {asked.rate:g} --seed {asked.seed}"
+        + (f" --start {asked.start.name}" if asked.start else ""),
         "version": f"exportgate {__version__}, torch {torch.__version__}, numpy {np.__version__}",
         "device": torch.cuda.get_device_name() if asked.device != "cpu" else "cpu",
         "seconds": str(round(time.monotonic() - began)),

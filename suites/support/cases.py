@@ -23,8 +23,8 @@ from suites.support.config import Project
 class Case:
     """One cell of the matrix. `because` says why it is not supported, `missing` which package or file is not here.
 
-    `no_values` is why its outputs are not compared with PyTorch's (random weights, say), or "". `budget` is the share of
-    the FP32 metric that INT8 has to keep, for which the modules that stay in floating point are searched; 0 for none.
+    `no_values` is why its outputs are not compared with PyTorch's (random weights, say), or "". `budget` is the share
+    of the FP32 metric that INT8 has to keep, for which the modules that stay in floating point are searched.
     """
 
     spec: ExportSpec
