@@ -20,14 +20,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from exporters.calibration.images import read_image
+from exporters.calibration.images import prepare_image, read_image
 from exporters.models.spec import ModelSpec
+from exporters.spec import ExportSpec
 from exporters.toolchain import cache_root
 from suites.reference.photographs import folder
 
 Array = npt.NDArray[Any]
 SIZE = 256  # pixels of a side
 COUNT = 200  # pictures that accuracy is judged on
+CALIBRATED = 320  # pictures that INT8 is calibrated on: above the 300 below which a report warns
 # Outlines around the origin, front to the right, in units of the length (1 from tail to front); the widths are theirs.
 OUTLINES: dict[str, list[tuple[float, float]]] = {
     "arrow": [(0.5, 0), (0.1, 0.3), (0.1, 0.12), (-0.5, 0.12), (-0.5, -0.12), (0.1, -0.12), (0.1, -0.3)],
@@ -251,6 +253,14 @@ def data(model: ModelSpec) -> Path:
         except OSError:  # another process was faster
             shutil.rmtree(temporary)
     return target / name
+
+
+def training(spec: ExportSpec) -> Iterator[dict[str, Array]]:
+    """Pictures of the training split as feeds: `data` of the reference models' INT8."""
+    entry = spec.model.inputs[0]
+    for number in range(CALIBRATED):
+        image = prepare_image(picture("train", number, spec.model.task).image, spec.imgsz, spec.model.preprocess)
+        yield {entry.name: image[None].astype(entry.dtype)}
 
 
 def line(thing: Thing, task: str) -> str:

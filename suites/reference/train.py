@@ -266,18 +266,18 @@ def train(
     seed: int,
     device: str,
     tell: Callable[[dict[str, Tensor]], object] = lambda parts: None,
-    first: Path | None = None,
+    origin: Path | None = None,
 ) -> YOLOv8:
     """The averaged model after `epochs` over the pictures in batches of `size`; `tell` gets each step's losses.
 
-    `first` is a checkpoint of another task, from which the training starts as far as names and shapes agree.
+    `origin` is a checkpoint of another task, from which the training starts as far as names and shapes agree.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = build(SCALE, len(scenes.NAMES), task=task, kpt_shape=scenes.KPT_SHAPE).to(device).train()
     start(model)
-    if first is not None:
-        begin_from(model, first)
+    if origin is not None:
+        begin_from(model, origin)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     learnt = [(n, p) for n, p in model.named_parameters() if "dfl" not in n]
     for name, value in model.named_parameters():
@@ -393,7 +393,7 @@ def main(words: list[str] | None = None) -> int:
     began = time.monotonic()
     data = pictures_of([("train", n, asked.task) for n in range(asked.pictures)], os.cpu_count() or 1)
     print(f"{asked.pictures} pictures in {time.monotonic() - began:.0f} s", flush=True)
-    model = train(asked.task, data, asked.epochs, asked.batch, asked.rate, asked.seed, asked.device, first=asked.start)
+    model = train(asked.task, data, asked.epochs, asked.batch, asked.rate, asked.seed, asked.device, origin=asked.start)
     metric = measured(model.half().float(), asked.task, asked.validate)  # of the weights that are stored
     facts = {
         "metric": json.dumps({k: round(v, 4) for k, v in metric.values.items()}),
