@@ -28,6 +28,7 @@ class Labels:
         polygons: of segment (P, 2) an object.
         points: (N, K, 3) of pose: x, y, and 0 absent, 1 hidden, 2 seen.
         turned: (N, 5) of obb: cx, cy, w, h, radians.
+        uncertain: (N,) bool: objects that need not be found, and whose detections are no errors; None for none.
     """
 
     classes: Array
@@ -35,6 +36,7 @@ class Labels:
     polygons: tuple[Array, ...] = ()
     points: Array = field(default_factory=lambda: np.zeros((0, 0, 3)))
     turned: Array = field(default_factory=lambda: np.zeros((0, 5)))
+    uncertain: Array | None = None
 
 
 @dataclass(frozen=True)

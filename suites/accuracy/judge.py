@@ -10,8 +10,12 @@ from suites.accuracy.budget import Budget
 from suites.accuracy.deploy import Detections, above
 from suites.accuracy.gate import Outcome, judge
 from suites.accuracy.metrics import as_labels, evaluate
-from suites.accuracy.pictures import RELIABLE, classes_of, found_in, reference_of, shown_to, task_of
+from suites.accuracy.pictures import classes_of, found_in, reference_of, shown_to, task_of
 from suites.support.bench import Bench
+from suites.support.compare import SCORE_FLOOR
+from suites.support.detections import MARGIN
+
+DOUBTFUL = 0.05  # score from which a detection of PyTorch's excuses one of the artifact's
 
 
 def against_labels(case: Bench, found: Sequence[Detections], budget: Budget) -> Outcome:
@@ -22,11 +26,16 @@ def against_labels(case: Bench, found: Sequence[Detections], budget: Budget) -> 
 
 
 def agreement(case: Bench, found: Sequence[Detections], budget: Budget) -> Outcome:
-    """The same with what PyTorch is sure of taken as the labels, where an overlap of 0.5 is enough."""
+    """The same with what PyTorch is sure of taken as the labels, where an overlap of 0.5 is enough.
+
+    As in `suites.support.detections`: what lies within the precision's margin of the score floor, or below it, may be
+    found by either side or not.
+    """
     task, count = task_of(case.model), classes_of(case.model)
     theirs = reference_of(case)
+    sure = SCORE_FLOOR + MARGIN[case.spec.precision]
     truth = [
-        replace(item, labels=as_labels(above(side, RELIABLE, task), polygons=task == "segment"))
+        replace(item, labels=as_labels(above(side, DOUBTFUL, task), task == "segment", sure))
         for item, side in zip(shown_to(case).items, theirs, strict=True)
     ]
     artifact, reference = (evaluate(task, truth, side, count).at_half() for side in (found, theirs))

@@ -31,7 +31,8 @@ class Evaluation:
         metric: mAP50-95; of a classifier top-1.
         values: mAP50-95, mAP50, precision and recall (where F1 is greatest, at IoU 0.5), or top-1 and top-5.
         classes: average precision by class.
-        rows: by class: scores (D,), hits (10, D), image (D,), and objects an image (I,); of a classifier the hits (I,).
+        rows: by class: scores (D,), hits (10, D) of 1 right, 0 wrong and -1 not counted, image (D,), objects an
+            image (I,); of a classifier the hits (I,).
     """
 
     metric: float
@@ -73,8 +74,8 @@ def average_precision(scores: Array, hits: Array, image: Array, objects: Array, 
         return None
     order = np.argsort(-scores, kind="mergesort")
     count = weights[image[order]]
-    true = np.cumsum(hits[:, order] * count, 1)
-    false = np.cumsum(~hits[:, order] * count, 1)
+    true = np.cumsum((hits[:, order] == 1) * count, 1)
+    false = np.cumsum((hits[:, order] == 0) * count, 1)
     recall = true / total
     precision = true / np.maximum(true + false, 1e-12)
     precision = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
@@ -124,10 +125,11 @@ def _at_best_confidence(rows: Sequence[tuple[Array, Array, Array, Array]]) -> tu
         return 0.0, 0.0
     confidences = np.linspace(0, 1, 1001)
     means: list[Array] = []
-    for scores, hits, _, objects in rows:
+    for all_scores, all_hits, _, objects in rows:
+        scores, hits = all_scores[all_hits[0] >= 0], all_hits[0][all_hits[0] >= 0]
         order = np.argsort(-scores, kind="stable")
         count = np.searchsorted(-scores[order], -confidences, side="right")  # detections at least so confident
-        true = np.concatenate(([0], np.cumsum(hits[0][order])))[count]
+        true = np.concatenate(([0], np.cumsum(hits[order])))[count]
         # Where nothing is found, nothing is wrong.
         precision, recall = np.where(count > 0, true / np.maximum(count, 1), 1.0), true / objects.sum()
         means.append(np.stack((precision, recall, 2 * precision * recall / np.maximum(precision + recall, 1e-12))))
@@ -136,8 +138,11 @@ def _at_best_confidence(rows: Sequence[tuple[Array, Array, Array, Array]]) -> tu
     return float(mean[0, best]), float(mean[1, best])
 
 
-def as_labels(found: Detections, polygons: bool = False) -> Labels:
-    """Detections taken as the truth, for agreement without labels: of a classifier its first class."""
+def as_labels(found: Detections, polygons: bool = False, sure: float = 0.0) -> Labels:
+    """Detections taken as the truth, for agreement without labels: of a classifier its first class.
+
+    Those with a score below `sure` are uncertain: another precision may well not have them.
+    """
     if found.boxes.shape[0] == 0 and len(found.scores) and found.points is None and found.turned is None:
         return Labels(np.array([int(found.scores.argmax())]))
     empty = np.zeros((len(found.classes), 0, 3))
@@ -147,6 +152,7 @@ def as_labels(found: Detections, polygons: bool = False) -> Labels:
         found.masks if polygons else (),
         empty if found.points is None else np.where(np.arange(3) == 2, 2.0, found.points),
         np.zeros((0, 5)) if found.turned is None else found.turned,
+        found.scores < sure,
     )
 
 
@@ -181,7 +187,7 @@ def _coco(task: str, items: Sequence[Item], found: Sequence[Detections], count: 
                     "id": len(marks[0]) + len(marks[1]) + 1,
                     "image_id": number,
                     "category_id": int(label),
-                    "iscrowd": 0,
+                    "iscrowd": int(not is_found and item.labels.uncertain is not None and item.labels.uncertain[place]),
                 }
                 x1, y1, x2, y2 = source.boxes[place]
                 mark |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
@@ -235,14 +241,15 @@ def _rows(judged: Any, images: int, count: int) -> tuple[tuple[Array, Array, Arr
             if entry is None:
                 continue
             objects[number] = int((entry["gtIgnore"] == 0).sum())
-            counted = ~entry["dtIgnore"].any(0).astype(bool) if len(entry["dtScores"]) else np.zeros(0, bool)
-            scores.append(np.array(entry["dtScores"])[counted])
-            hits.append((entry["dtMatches"] > 0)[:, counted])
-            image.append(np.full(int(counted.sum()), number))
+            count_here = len(entry["dtScores"])
+            scores.append(np.array(entry["dtScores"]))
+            matched, ignored = (np.reshape(entry[k], (len(THRESHOLDS), count_here)) for k in ("dtMatches", "dtIgnore"))
+            hits.append(np.where(ignored.astype(bool), -1, matched > 0))
+            image.append(np.full(count_here, number))
         made.append(
             (
                 np.concatenate([np.zeros(0), *scores]),
-                np.concatenate([np.zeros((len(THRESHOLDS), 0), bool), *hits], 1),
+                np.concatenate([np.zeros((len(THRESHOLDS), 0), int), *hits], 1),
                 np.concatenate([np.zeros(0, int), *image]).astype(int),
                 objects,
             )

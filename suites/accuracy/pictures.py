@@ -22,7 +22,6 @@ from suites.support.detections import detector_output
 
 SPLIT = "val"
 LOWEST = 0.001  # confidence from which detections count for the metric, as where YOLOv8's authors take theirs
-RELIABLE = 0.25  # confidence from which the reference's detections are taken as the truth: the contract's default
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import hashlib
 import math
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -256,11 +256,22 @@ def data(model: ModelSpec) -> Path:
 
 
 def training(spec: ExportSpec) -> Iterator[dict[str, Array]]:
-    """Pictures of the training split as feeds: `data` of the reference models' INT8."""
-    entry = spec.model.inputs[0]
+    """Pictures of the training split, one by one: `data` of the reference models' INT8."""
     for number in range(CALIBRATED):
-        image = prepare_image(picture("train", number, spec.model.task).image, spec.imgsz, spec.model.preprocess)
-        yield {entry.name: image[None].astype(entry.dtype)}
+        yield {spec.model.inputs[0].name: _batch(spec, "train", [number])}
+
+
+def feeds(spec: ExportSpec) -> Iterator[dict[str, Array]]:
+    """Pictures of the test split in batches: `feeds` of the reference models."""
+    for first in range(0, 4 * spec.batch, spec.batch):
+        yield {spec.model.inputs[0].name: _batch(spec, "test", range(first, first + spec.batch))}
+
+
+def _batch(spec: ExportSpec, split: str, numbers: Iterable[int]) -> Array:
+    """(B, 3, h, w) as the deployment prepares them."""
+    how = spec.model.preprocess
+    images = [prepare_image(picture(split, n, spec.model.task).image, spec.imgsz, how) for n in numbers]
+    return np.stack(images).astype(spec.model.inputs[0].dtype)
 
 
 def line(thing: Thing, task: str) -> str:

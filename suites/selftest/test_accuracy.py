@@ -17,7 +17,7 @@ from exporters.models.catalog import TASKS, outputs_of
 from exporters.models.spec import ModelSpec, Preprocess
 from suites.accuracy.budget import Budget
 from suites.accuracy.dataset import Item, read_dataset, rectangle
-from suites.accuracy.deploy import Detections, deploy
+from suites.accuracy.deploy import Detections, above, deploy
 from suites.accuracy.gate import judge
 from suites.accuracy.metrics import Evaluation, as_labels, evaluate
 from suites.accuracy.pictures import pictures_of
@@ -199,6 +199,25 @@ def test_our_accumulation_is_the_library_s(items: dict[str, list[Item]]) -> None
     found = judged("detect", items["detect"], noisy)
     assert 0.1 < found.metric < 0.9
     assert found.resampled(np.ones(COUNT)) == pytest.approx(found.metric, abs=1e-12)
+    doubted = [
+        replace(i, labels=replace(i.labels, uncertain=generator.random(len(i.labels.classes)) < 0.3))
+        for i in items["detect"]
+    ]
+    excused = judged("detect", doubted, noisy)
+    assert excused.metric != found.metric
+    assert excused.resampled(np.ones(COUNT)) == pytest.approx(excused.metric, abs=1e-12)
+
+
+def test_what_the_reference_doubts_need_not_be_found(items: dict[str, list[Item]]) -> None:
+    """A detection of an uncertain object is no error, and its absence no loss."""
+    half = [
+        replace(i, labels=replace(i.labels, uncertain=np.arange(len(i.labels.classes)) % 2 == 1))
+        for i in items["detect"]
+    ]
+    sure = lambda d, _: above(replace(d, scores=np.where(np.arange(len(d.scores)) % 2, 0.1, 0.9)), 0.5, "detect")  # noqa: E731
+    assert judged("detect", half).metric == pytest.approx(1.0)
+    assert judged("detect", half, sure).metric == pytest.approx(1.0)
+    assert judged("detect", items["detect"], sure).metric < 0.75
 
 
 @pytest.mark.parametrize("task", TASKS)
