@@ -203,12 +203,15 @@ class Noise:
 
 @dataclass(frozen=True)
 class Search:
-    """The search for the fewest modules that stay in floating point; `share` of the reference's metric is asked for."""
+    """The search for the fewest modules that stay in floating point; `share` of the reference's metric is asked for.
+
+    `chosen` is the number of a step, from 0.
+    """
 
     share: float
     metric: str
     reference: float | None
-    chosen: str
+    chosen: int
     steps: tuple[Try, ...]
     noise: tuple[Noise, ...] = ()
 

@@ -117,6 +117,7 @@ def ratio(gate: Gate) -> Markup:
 def tradeoff(search: Search) -> Markup:
     """Accuracy against latency: each try a dot, the chosen one named, the budget a line; empty without latencies."""
     shown = [s for s in search.steps if _drawable(s.milliseconds) and _drawable(s.change)]
+    chosen = search.steps[search.chosen] if search.chosen < len(search.steps) else None
     if len(shown) < 2:
         return Markup("")
     times = [s.milliseconds for s in shown if s.milliseconds is not None]
@@ -140,10 +141,10 @@ def tradeoff(search: Search) -> Markup:
         x, here = axis.x(step.milliseconds), y(step.change)
         style = "good" if step.meets else "bad"
         parts.append(Markup('<circle class="interval {}" cx="{}" cy="{}" r="5"/>').format(style, x, here))
-        if step.name == search.chosen:
+        if step is chosen:
             text = f"{step.name}: {number(step.change)}, {milliseconds(step.milliseconds)} ms"
             parts.append(_beside(x, x, text, here + 4, 250))
-    label = f"Accuracy against latency of {len(shown)} tries; chosen: {search.chosen}"
+    label = f"Accuracy against latency of {len(shown)} tries; chosen: {chosen.name if chosen else 'none'}"
     return Markup('<figure class="picture">{}<figcaption>{}</figcaption></figure>').format(
         _svg(height, label, parts), "Share of PyTorch's metric against the median latency of each try"
     )

@@ -68,7 +68,7 @@ class Found:
             "share": self.chosen.outcome.budget.allowed,
             "metric": next(iter(self.chosen.outcome.artifact.values)),
             "reference": self.chosen.outcome.reference.metric,
-            "chosen": self.chosen.name,
+            "chosen": next(n for n, s in enumerate(self.steps) if s is self.chosen),
             "steps": [s.to_dict() for s in self.steps],
             "noise": [
                 {"module": m, "alone": self.noise["alone"][m], "joint": self.noise["joint"].get(m)} for m in self.ranked

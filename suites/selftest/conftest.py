@@ -65,6 +65,22 @@ class Blobs(nn.Module):
         return torch.cat((boxes, self.score(x).sigmoid()), 1).flatten(2)
 
 
+class Spiky(Blobs):
+    """The same behind a convolution with a channel of 300 that nobody needs: 8 bits of that tensor say nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, stem = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 1)
+        self.wide.weight.data[:] = torch.cat((torch.eye(3), torch.zeros(1, 3))).view(4, 3, 1, 1)
+        self.wide.bias.data[:] = torch.tensor([0.0, 0.0, 0.0, 300.0])
+        stem.weight.data[:] = torch.cat((self.stem.weight, torch.zeros(8, 1, 1, 1)), 1)
+        stem.bias.data.zero_()
+        self.stem = stem
+
+    def forward(self, images):
+        return super().forward(self.wide(images))
+
+
 class Twins(nn.Module):
     """Two outputs of one shape."""
 
@@ -78,6 +94,10 @@ class Twins(nn.Module):
 
 def blobs():
     return Blobs()
+
+
+def spiky():
+    return Spiky()
 
 
 def twins():
@@ -134,7 +154,7 @@ def trained() -> Path:
 
 @pytest.fixture(scope="session")
 def small_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSpec]:
-    """Small models: `blobs` (a detector that stands INT8), `twins` (two outputs), `figures` (a pose)."""
+    """Small models: `blobs` (a detector that stands INT8), `spiky` (one that does not), `twins`, `figures`."""
     folder = tmp_path_factory.mktemp("small")
     (folder / "small_models.py").write_text(SMALL, encoding="utf-8")
     blobs = ModelSpec(
@@ -167,7 +187,8 @@ def small_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSpe
         names={0: "bird", 1: "fish"},
         kpt_shape=(4, 3),
     )
-    return {"blobs": blobs, "twins": twins, "figures": figures}
+    spiky = replace(blobs, name="spiky", factory="small_models:spiky")
+    return {"blobs": blobs, "spiky": spiky, "twins": twins, "figures": figures}
 
 
 def judged(claim: Claim, bench: Bench) -> tuple[Verdict, str]:
@@ -212,7 +233,8 @@ class Workshop:
         options |= {"compute_capability": "8.6,8.9,12.0"} if words[0] == "engine" and "cuda" not in words else {}
         spec = request(model, words[0], precision=words[1], **options)
         kind = spec.device.partition(":")[0]
-        return Case(spec, next(r for r in formats.get(spec.format).runtimes if r.device == kind))
+        runtime = next(r for r in formats.get(spec.format).runtimes if r.device == kind)
+        return Case(spec, runtime, budget=0.99 if "budget" in words else 0.0)
 
     def bench(self, name: str) -> Bench:
         """A bench of a case's undamaged artifact."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from exporters.spec import Precision
 from suites.accuracy import test_accuracy as accuracy
 from suites.conformance import test_outputs as outputs
 from suites.support.bench import Bench
@@ -91,3 +92,46 @@ def test_what_one_claim_misses_another_catches(
     for claim in misses:
         verdict, because = workshop.judge(name, claim, damage)
         assert verdict is Verdict.PASS, because
+
+
+def _of(name: str) -> Damage:
+    """Another case's file in the place of this one's."""
+
+    def damage(path: Path, workshop: Workshop) -> None:
+        path.write_bytes(workshop.good(name).path.read_bytes())
+
+    return damage
+
+
+def test_the_module_that_does_not_stand_8_bits_is_found(workshop: Workshop) -> None:
+    """One tensor has a channel that takes all 8 bits: who reads it stays in floating point, and nobody else."""
+    bench = workshop.bench("spiky onnx int8 budget")
+    try:
+        bench.artifact()
+        assert bench.search is not None
+        assert bench.search.chosen.spec.keep == ("stem",)
+        everything, nothing = bench.search.steps[0], bench.search.steps[-1]
+        assert not everything.meets and everything.outcome.change < 0.9
+        assert nothing.meets and nothing.spec.precision is Precision.FP16
+        assert bench.search.ranked[0] == "stem"
+    finally:
+        bench.close()
+
+
+def test_a_budget_is_confirmed_on_the_artifact(workshop: Workshop) -> None:
+    name = "spiky onnx int8 budget"
+    assert workshop.judge(name, accuracy.test_int8_meets_its_budget) == (Verdict.PASS, "")
+    verdict, because = workshop.judge(name, accuracy.test_int8_meets_its_budget, _of("spiky onnx int8"))
+    assert verdict is Verdict.FAIL and "share" in because, because
+    verdict, because = workshop.judge("spiky onnx int8", accuracy.test_int8_meets_its_budget)
+    assert verdict is Verdict.NOT_SUPPORTED and "--int8-budget" in because
+
+
+def test_a_model_that_stands_8_bits_keeps_nothing(workshop: Workshop) -> None:
+    bench = workshop.bench("blobs onnx int8 budget")
+    try:
+        bench.artifact()
+        assert bench.search is not None and bench.search.chosen.spec.keep == ()
+        assert not bench.search.noise
+    finally:
+        bench.close()
