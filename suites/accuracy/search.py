@@ -108,7 +108,7 @@ def search(case: Bench, judged: Callable[[ExportSpec, Budget], Outcome], share: 
 
         def keeping(modules: Sequence[str]) -> Step:
             kept = [m for m in noise["alone"] if m in modules]  # in the graph's order: the same set is the same request
-            return attempt(f"{len(kept)} modules in FP16", base.spec.but(keep=tuple(kept)))
+            return attempt(f"{len(kept)} modules in floating point", base.spec.but(keep=tuple(kept)))
 
         chosen = _fewest(ranked, keeping)
     nothing = case.case.spec.but(precision=Precision.FP16, data="", split="val", fraction=1.0)
