@@ -61,6 +61,7 @@ class Limits:
             "excite": "export",
             "build": "export",
             "sensitivity": "export",
+            "reached": "export",
             "open": "open",
             "measure": "measure",
         }

@@ -319,6 +319,23 @@ class Pool:
         with cache.temporary_folder() as folder:
             return worker.call("sensitivity", spec=spec.to_dict(), parent=parent.to_dict(), folder=str(folder))
 
+    def reached(self, spec: ExportSpec, feeds: Sequence[Feeds]) -> dict[str, Any]:
+        """What feeds reach of the calibrated ranges; `spec` asks for ONNX in 8 bits.
+
+        Returns:
+            "calibrated": tensor -> largest magnitude on the calibration set of so many "images"; "reached": tensor ->
+            largest magnitude on each feed.
+        """
+        entry = formats.get(spec.format)
+        parent = self.export(entry.parents(spec)[0])
+        step = entry.steps(spec)[-1]
+        worker = self.worker(entry.chain(spec.device), entry.id, step.role, step.imports, _source(spec))
+        with cache.temporary_folder() as folder:
+            stored = [save(f, folder / f"feeds{n}") for n, f in enumerate(feeds)]
+            return worker.call(
+                "reached", spec=spec.to_dict(), parent=parent.to_dict(), folder=str(folder), feeds=stored
+            )
+
     def open(
         self, artifact: Artifact, spec: ExportSpec, runtime_id: str, device: str, replicate: int = 0
     ) -> RemoteSession:

@@ -60,6 +60,7 @@ class Server:
                 "rounded": self.rounded,
                 "excite": self.excite,
                 "sensitivity": self.sensitivity,
+                "reached": self.reached,
                 "close": self.close,
             }[call["op"]]
             return {"result": operation(call)}
@@ -106,6 +107,14 @@ class Server:
 
         spec = ExportSpec.from_dict(call["spec"])
         return sensitivity(Artifact.from_dict(call["parent"]).path, Path(call["folder"]), spec)
+
+    def reached(self, call: Json) -> Json:
+        """The calibrated range of each tensor that is quantized, and what these feeds reach of it."""
+        from exporters.graph.sensitivity import reach
+
+        feeds = [{k: np.array(v) for k, v in load(f).items()} for f in call["feeds"]]
+        parent = Artifact.from_dict(call["parent"]).path
+        return reach(parent, Path(call["folder"]), ExportSpec.from_dict(call["spec"]), feeds)
 
     def state(self, call: Json) -> Json:
         """Digest of the module that a factory makes."""

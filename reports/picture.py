@@ -147,7 +147,8 @@ def tradeoff(search: Search) -> Markup:
     label = f"Accuracy against latency of {len(shown)} tries; chosen: {chosen.name if chosen else 'none'}"
     return Markup('<figure class="picture">{}<figcaption>{}</figcaption></figure>').format(
         _svg(height, label, parts),
-        "Share of PyTorch's metric against the median latency of each try; where red, its interval reaches below what is asked for",
+        "Share of PyTorch's metric against the median latency of each try; where red, its interval reaches below what "
+        "is asked for",
     )
 
 

@@ -82,6 +82,31 @@ def calibrated(parent: Path, folder: Path, spec: ExportSpec, tensors: Sequence[s
     return made
 
 
+def reached(parent: Path, tensors: Sequence[str], feeds: Sequence[Mapping[str, Array]]) -> dict[str, list[float]]:
+    """The largest magnitude of each of these tensors of an FP32 file, on each feed.
+
+    Args:
+        parent: the ONNX file.
+        tensors: names of its inputs or of outputs of its nodes.
+        feeds: of the batch that it takes.
+    """
+    import onnxruntime as ort
+
+    model = onnx.load(parent)
+    inputs, outputs = ({t.name for t in side} for side in (model.graph.input, model.graph.output))
+    for name in tensors:
+        if name not in inputs | outputs:
+            model.graph.output.append(onnx.ValueInfoProto(name=name))
+    session: Any = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    wanted = [n for n in tensors if n not in inputs]
+    found: dict[str, list[float]] = {n: [] for n in tensors}
+    for feed in feeds:
+        values = dict(feed) | dict(zip(wanted, session.run(wanted, dict(feed)), strict=True))
+        for name in tensors:
+            found[name].append(float(np.abs(np.asarray(values[name], np.float32)).max()))
+    return found
+
+
 def _kept_path(parent: Path, spec: ExportSpec, tensors: Sequence[str], size: int) -> Path:
     """Where the ranges for this file, set, preprocessing, batch, method and version of ONNX Runtime are kept."""
     import onnxruntime as ort

@@ -1,4 +1,4 @@
-"""How much each module suffers from 8 bits: alone, and by what all others are better off without it."""
+"""What 8 bits do to a graph: how much each module suffers from them, and what pictures reach of the ranges."""
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 # (onnxruntime and onnx leave types open)
@@ -16,8 +16,8 @@ import onnx
 from exporters import calibration
 from exporters.errors import ExportError
 from exporters.graph.placement import HEAVY, place
-from exporters.graph.qdq import insert
-from exporters.graph.ranges import calibrated
+from exporters.graph.qdq import insert, kept_of
+from exporters.graph.ranges import calibrated, reached
 from exporters.models.spec import ModelSpec, belongs
 from exporters.session import Array
 from exporters.spec import ExportSpec
@@ -64,6 +64,13 @@ def sensitivity(parent: Path, folder: Path, spec: ExportSpec) -> dict[str, dict[
         "alone": {m: noise([o for o in modules if o != m]) for m in modules},
         "joint": {m: whole - noise([m]) for m in modules} if len(modules) > 1 else {},
     }
+
+
+def reach(parent: Path, folder: Path, spec: ExportSpec, feeds: Sequence[Mapping[str, Array]]) -> dict[str, Any]:
+    """What feeds reach of the calibrated ranges; see `exporters.pool.Pool.reached`."""
+    tensors = place(onnx.load(parent).graph, kept_of(spec)).measured
+    known = calibrated(parent, folder, spec, tensors)
+    return {"calibrated": dict(known.largest), "images": known.images, "reached": reached(parent, tensors, feeds)}
 
 
 def modules_of(graph: onnx.GraphProto, heavy: Sequence[str]) -> list[str]:

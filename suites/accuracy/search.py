@@ -102,7 +102,7 @@ def search(case: Bench, judged: Callable[[ExportSpec, Budget], Outcome], share: 
     noise, ranked = dict[str, dict[str, float]](), tuple[str, ...]()
     chosen: Step | None = base if base.meets else None
     if chosen is None:
-        noise = case.guard(lambda: case.run.pool.sensitivity(_onnx(base.spec)))
+        noise = case.guard(lambda: case.run.pool.sensitivity(in_onnx(base.spec)))
         joint = noise["joint"]
         ranked = tuple(sorted(noise["alone"], key=lambda m: -max(noise["alone"][m], joint.get(m, 0.0))))
 
@@ -133,7 +133,7 @@ def _fewest(ranked: Sequence[str], keeping: Callable[[Sequence[str]], Step]) -> 
     return keeping(kept)
 
 
-def _onnx(spec: ExportSpec) -> ExportSpec:
+def in_onnx(spec: ExportSpec) -> ExportSpec:
     """The ONNX request in 8 bits that another format's is made from."""
     return spec if spec.format == "onnx" else formats.get(spec.format).parents(spec)[0]
 

@@ -111,6 +111,29 @@ def scenes(spec):
         yield {"images": np.stack([picture(generator, *spec.imgsz)[0] for _ in range(spec.batch)])}
 
 
+def many(spec):
+    """60 of them, one by one."""
+    generator = np.random.default_rng(2)
+    for _ in range(60):
+        yield {"images": picture(generator, *spec.imgsz)[0][None]}
+
+
+def noise(spec):
+    """60 images of noise: averaged over a cell it is grey."""
+    for seed in range(60):
+        yield {"images": np.random.default_rng(seed).random((1, 3, *spec.imgsz), np.float32)}
+
+
+def one(spec):
+    yield next(iter(many(spec)))
+
+
+def unscaled(spec):
+    """As `many`, but for the division by 255."""
+    for feeds in many(spec):
+        yield {"images": feeds["images"] * 255}
+
+
 def picture(generator, height, width):
     """Coloured cells on black (3, H, W), and of each its class, row and column."""
     image, cells = np.zeros((3, height, width), np.float32), []

@@ -6,6 +6,7 @@ As in `test_broken_exporters`, the damage is on disk and goes through a real wor
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,13 @@ import pytest
 
 from exporters.spec import Precision
 from suites.accuracy import test_accuracy as accuracy
+from suites.accuracy import test_calibration as calibration
 from suites.conformance import test_outputs as outputs
 from suites.support.bench import Bench
 from suites.support.verdict import Verdict
 
 if TYPE_CHECKING:
-    from suites.selftest.conftest import Workshop
+    from suites.selftest.conftest import Judge, Workshop
 
 onnx = pytest.importorskip("onnx", reason="the toolchain onnx is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array__ implementation:DeprecationWarning")  # of pycocotools
@@ -135,3 +137,15 @@ def test_a_model_that_stands_8_bits_keeps_nothing(workshop: Workshop) -> None:
         assert not bench.search.noise
     finally:
         bench.close()
+
+
+@pytest.mark.parametrize(
+    ("data", "word"), [("many", ""), ("noise", "beyond"), ("one", "beyond"), ("unscaled", "twice")]
+)
+def test_a_calibration_on_other_pictures_is_noticed(workshop: Workshop, judge: Judge, data: str, word: str) -> None:
+    case = workshop.case("blobs onnx int8")
+    bench = Bench(workshop.run, replace(case, spec=case.spec.but(data=f"small_models:{data}")))
+    verdict, because = judge(calibration.test_calibration_fits_the_pictures, bench)
+    bench.close()
+    assert verdict is (Verdict.FAIL if word else Verdict.PASS), because
+    assert word in because

@@ -1,0 +1,49 @@
+"""Calibration: the ranges of an INT8 artifact are those of the pictures that it is used on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from exporters.calibration.images import prepare_image, read_image
+from exporters.errors import NotSupported
+from exporters.spec import CALIBRATED
+from suites.accuracy.pictures import shown_to
+from suites.accuracy.search import in_onnx
+from suites.support.bench import Bench
+
+pytestmark = [pytest.mark.values, pytest.mark.accuracy]
+PICTURES = 32  # of the evaluation set, evenly chosen
+# Of pictures of one kind, one in n + 1 goes beyond the largest of n others, whatever the tensor: at most one in twenty
+# asks for a calibration set of twenty, and finds sets of another kind (noise, swapped colours, unscaled values).
+BEYOND = 0.05
+# A range twice as large as needed costs one of eight bits; a quarter of the tensors may be so by the chance of a set.
+WASTED = 0.25
+HALF_A_STEP = 0.5 / 127  # of 8 bits: what lies beyond by less is rounded to the largest value all the same
+
+
+def test_calibration_fits_the_pictures(case: Bench) -> None:
+    """The evaluation pictures neither go beyond the calibrated ranges nor leave half of them empty."""
+    if case.spec.precision not in CALIBRATED:
+        raise NotSupported(f"{case.spec.precision} is not calibrated")
+    if case.brought is not None or case.spec.trt_quant_algo:
+        raise NotSupported("somebody else took the ranges")
+    items, spec, entry = shown_to(case).items, in_onnx(case.case.spec).but(calibrator="max"), case.model.inputs[0]
+    chosen = [items[i * len(items) // min(PICTURES, len(items))] for i in range(min(PICTURES, len(items)))]
+    images = [prepare_image(read_image(i.path), spec.imgsz, case.model.preprocess) for i in chosen]
+    feeds = [{entry.name: np.stack([image] * spec.batch).astype(entry.dtype)} for image in images]
+    found = case.guard(lambda: case.run.pool.reached(spec, feeds))
+    names = sorted(found["calibrated"])
+    largest = np.array([found["calibrated"][n] for n in names])
+    reached = np.array([found["reached"][n] for n in names])  # (tensors, pictures)
+    over = reached > largest[:, None] * (1 + HALF_A_STEP)
+    assert over.mean() <= BEYOND, (
+        f"{over.mean():.1%} of what {len(chosen)} pictures reach lies beyond the ranges of {found['images']} "
+        f"calibration images, allowed {BEYOND:.0%} (most often at {names[int(over.mean(1).argmax())]}): calibrate on more images, "
+        "of this kind and prepared alike"
+    )
+    wasted = reached.max(1) < largest / 2
+    assert wasted.mean() <= WASTED, (
+        f"{wasted.mean():.0%} of the ranges are more than twice what {len(chosen)} pictures reach, allowed "
+        f"{WASTED:.0%}: the calibration images are of another kind, or prepared otherwise"
+    )
