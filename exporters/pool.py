@@ -324,7 +324,7 @@ class Pool:
 
         Returns:
             "calibrated": tensor -> largest magnitude on the calibration set of so many "images"; "reached": tensor ->
-            largest magnitude on each feed.
+            largest magnitude on each feed; "means": of some calibration images, the mean of each channel.
         """
         entry = formats.get(spec.format)
         parent = self.export(entry.parents(spec)[0])

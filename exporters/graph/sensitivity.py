@@ -23,6 +23,7 @@ from exporters.session import Array
 from exporters.spec import ExportSpec
 
 IMAGES = 8  # of the calibration set, whose outputs are compared
+MEANS = 64  # calibration images whose channels' means are told
 STRONGEST = 100  # anchors of an image that count, by the score that the FP32 graph gives them
 
 
@@ -70,7 +71,14 @@ def reach(parent: Path, folder: Path, spec: ExportSpec, feeds: Sequence[Mapping[
     """What feeds reach of the calibrated ranges; see `exporters.pool.Pool.reached`."""
     tensors = place(onnx.load(parent).graph, kept_of(spec)).measured
     known = calibrated(parent, folder, spec, tensors)
-    return {"calibrated": dict(known.largest), "images": known.images, "reached": reached(parent, tensors, feeds)}
+    name = spec.model.inputs[0].name
+    means = [f[name].mean((0, 2, 3)).tolist() for f in islice(calibration.samples(spec), MEANS) if f[name].ndim == 4]
+    return {
+        "calibrated": dict(known.largest),
+        "images": known.images,
+        "means": means,
+        "reached": reached(parent, tensors, feeds),
+    }
 
 
 def modules_of(graph: onnx.GraphProto, heavy: Sequence[str]) -> list[str]:

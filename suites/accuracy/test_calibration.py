@@ -13,6 +13,7 @@ from suites.accuracy.search import in_onnx
 from suites.support.bench import Bench
 
 pytestmark = [pytest.mark.values, pytest.mark.accuracy]
+FAR = 21.1  # chi-squared of 3 degrees of freedom is beyond it once in 10,000
 PICTURES = 32  # of the evaluation set, evenly chosen
 # Of pictures of one kind, one in n + 1 goes beyond the largest of n others, whatever the tensor: at most one in twenty
 # asks for a calibration set of twenty, and finds sets of another kind (noise, swapped colours, unscaled values).
@@ -22,8 +23,14 @@ WASTED = 0.25
 HALF_A_STEP = 0.5 / 127  # of 8 bits: what lies beyond by less is rounded to the largest value all the same
 
 
+def _distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Squared distance of the means of two samples (n, 3), in their standard errors: chi-squared of 3 where equal."""
+    errors = a.var(0, ddof=1) / len(a) + b.var(0, ddof=1) / len(b)
+    return float(((a.mean(0) - b.mean(0)) ** 2 / np.maximum(errors, 1e-12)).sum())
+
+
 def test_calibration_fits_the_pictures(case: Bench) -> None:
-    """The evaluation pictures neither go beyond the calibrated ranges nor leave half of them empty."""
+    """The evaluation pictures neither go beyond the calibrated ranges nor leave half of them empty, and are as red."""
     if case.spec.precision not in CALIBRATED:
         raise NotSupported(f"{case.spec.precision} is not calibrated")
     if case.brought is not None or case.spec.trt_quant_algo:
@@ -39,9 +46,16 @@ def test_calibration_fits_the_pictures(case: Bench) -> None:
     over = reached > largest[:, None] * (1 + HALF_A_STEP)
     assert over.mean() <= BEYOND, (
         f"{over.mean():.1%} of what {len(chosen)} pictures reach lies beyond the ranges of {found['images']} "
-        f"calibration images, allowed {BEYOND:.0%} (most often at {names[int(over.mean(1).argmax())]}): calibrate on more images, "
-        "of this kind and prepared alike"
+        f"calibration images, allowed {BEYOND:.0%} (most often at {names[int(over.mean(1).argmax())]}): calibrate on "
+        "more images, of this kind and prepared alike"
     )
+    theirs, ours = np.array(found["means"]), np.array([image.mean((1, 2)) for image in images])
+    if len(theirs) > 1 and len(ours) > 1 and theirs.shape[1] == ours.shape[1] == 3:
+        as_it_is, swapped = _distance(theirs, ours), _distance(theirs[:, ::-1], ours)
+        assert as_it_is <= FAR or swapped > as_it_is / 2, (
+            f"the channels' means of the calibration images are those of the {len(chosen)} pictures with red and blue "
+            "changed: prepare them as RGB"
+        )
     wasted = reached.max(1) < largest / 2
     assert wasted.mean() <= WASTED, (
         f"{wasted.mean():.0%} of the ranges are more than twice what {len(chosen)} pictures reach, allowed "

@@ -124,6 +124,18 @@ def noise(spec):
         yield {"images": np.random.default_rng(seed).random((1, 3, *spec.imgsz), np.float32)}
 
 
+def reddish(spec):
+    """As `many`, with red made stronger, so that colours can be told apart."""
+    for feeds in many(spec):
+        yield {"images": np.clip(feeds["images"] * np.array([1.0, 0.8, 0.6], np.float32).reshape(3, 1, 1), 0, 1)}
+
+
+def swapped(spec):
+    """The same as BGR."""
+    for feeds in reddish(spec):
+        yield {"images": np.ascontiguousarray(feeds["images"][:, ::-1])}
+
+
 def one(spec):
     yield next(iter(many(spec)))
 

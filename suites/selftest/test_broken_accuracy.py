@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from exporters.calibration import feeds_from
 from exporters.spec import Precision
 from suites.accuracy import test_accuracy as accuracy
 from suites.accuracy import test_calibration as calibration
@@ -145,6 +146,24 @@ def test_a_model_that_stands_8_bits_keeps_nothing(workshop: Workshop) -> None:
 def test_a_calibration_on_other_pictures_is_noticed(workshop: Workshop, judge: Judge, data: str, word: str) -> None:
     case = workshop.case("blobs onnx int8")
     bench = Bench(workshop.run, replace(case, spec=case.spec.but(data=f"small_models:{data}")))
+    verdict, because = judge(calibration.test_calibration_fits_the_pictures, bench)
+    bench.close()
+    assert verdict is (Verdict.FAIL if word else Verdict.PASS), because
+    assert word in because
+
+
+@pytest.mark.parametrize(("data", "word"), [("reddish", ""), ("swapped", "red and blue")])
+def test_a_calibration_in_another_order_of_colours_is_noticed(
+    workshop: Workshop, judge: Judge, data: str, word: str, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    case = workshop.case("blobs onnx int8")
+    for number, feeds in enumerate(feeds_from("small_models:reddish", case.spec)):
+        image = (feeds["images"][0] * 255).round().astype(np.uint8).transpose(1, 2, 0)
+        Image.fromarray(image).save(tmp_path / f"{number:02}.png")
+    model = replace(case.spec.model, evaluate=str(tmp_path))
+    bench = Bench(workshop.run, replace(case, spec=case.spec.but(model=model, data=f"small_models:{data}")))
     verdict, because = judge(calibration.test_calibration_fits_the_pictures, bench)
     bench.close()
     assert verdict is (Verdict.FAIL if word else Verdict.PASS), because
