@@ -117,6 +117,8 @@ def test_a_file_that_is_no_checkpoint_is_refused(
         (["--format", "torchscript", "--opset", "17"], ("torchscript", "'opset'", "optimize")),
         (["--format", "onnx", "--optimize"], ("onnx", "'optimize'", "simplify")),
         (["--format", "torchscript", "--optimize", "--half"], ("optimize", "fp16")),
+        (["--format", "onnx", "--keep", "model.0"], ("'keep'", "int8")),
+        (["--format", "onnx", "--int8", "--calibrator", "mean"], ("calibrator 'mean'", "max, entropy, percentile")),
         (["--format", "onnx", "--int8"], ("INT8", "--data")),
         (["--format", "onnx", "--int8", "--data", "nowhere"], ("data", "nowhere", "does not exist")),
         (["--format", "onnx", "--int8", "--data", "."], ("no images",)),
@@ -295,6 +297,8 @@ def test_what_the_matrix_would_pass_over_in_silence_is_refused(trained: Path, tm
         matrix(read_project(file), Selection())
     file.write_text(model)
     assert_refused(run(["qualify", "--evaluate", "nowhere"], tmp_path), "evaluate 'nowhere' does not exist")
+    assert_refused(run(["qualify", "--int8-budget", "99"], tmp_path), "int8-budget '99' is no share", "0.99")
+    assert_refused(run(["qualify", "--int8-budget", "0.99"], tmp_path), "no case is INT8")
     file.write_text("")
     done = run(["qualify"], tmp_path)
     assert done.returncode == 5

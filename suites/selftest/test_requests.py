@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tomllib
@@ -107,6 +108,27 @@ def test_a_request_is_never_altered_and_crosses_processes(options: dict[str, obj
 @given(requests, requests)
 def test_different_requests_have_different_case_ids(a: dict[str, object], b: dict[str, object]) -> None:
     first, second = request(MODEL, "onnx", **a), request(MODEL, "onnx", **b)
+    runtime = formats.get("onnx").runtimes[0]
+    assert (Case(first, runtime).id == Case(second, runtime).id) == (first == second)
+
+
+quantized = st.fixed_dictionaries(
+    {"int8": st.just(True), "data": st.just("suites.reference.photographs:crops")},
+    optional={
+        "calibrator": st.sampled_from(["max", "entropy", "percentile"]),
+        "keep": st.lists(st.sampled_from(["model.0.conv", "model.1", "model.22.cv3"]), min_size=1, unique=True),
+        "fraction": st.sampled_from([0.5, 1.0]),
+    },
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(quantized, quantized)
+def test_requests_of_8_bits_cross_processes_and_have_ids_of_their_own(
+    a: dict[str, object], b: dict[str, object]
+) -> None:
+    first, second = request(MODEL, "onnx", **a), request(MODEL, "onnx", **b)
+    assert ExportSpec.from_dict(json.loads(json.dumps(first.to_dict()))) == first
     runtime = formats.get("onnx").runtimes[0]
     assert (Case(first, runtime).id == Case(second, runtime).id) == (first == second)
 
