@@ -18,7 +18,7 @@ from exporters.errors import ExportError
 from exporters.graph.placement import HEAVY, place
 from exporters.graph.qdq import insert, kept_of
 from exporters.graph.ranges import calibrated, reached
-from exporters.models.spec import ModelSpec, belongs
+from exporters.models.spec import ModelSpec, module_path
 from exporters.session import Array
 from exporters.spec import ExportSpec
 
@@ -86,9 +86,8 @@ def modules_of(graph: onnx.GraphProto, heavy: Sequence[str]) -> list[str]:
     found: dict[str, None] = {}
     for node in graph.node:
         if node.op_type in HEAVY and node.name in heavy:
-            found[node.name.strip("/").rpartition("/")[0].replace("/", ".")] = None
-    # A path may be written twice in a name (/model.22/cv2.0/cv2.0.0/conv/Conv): what matters is that it finds itself.
-    return [p for p in found if p and belongs(p, [p])]
+            found[module_path(node.name.rpartition("/")[0])] = None
+    return [path for path in found if path]
 
 
 def _run(graph: onnx.ModelProto, feeds: Mapping[str, Array]) -> dict[str, Array]:

@@ -164,8 +164,20 @@ class ModelSpec:
 
 def belongs(name: str, paths: Sequence[str]) -> bool:
     """Whether a node ("/model.22/decode/Add") or a parameter lies in a module of `paths` ("model.22.decode")."""
-    dotted = "." + name.replace("/", ".").strip(".") + "."
+    dotted = f".{module_path(name)}."
     return any(f".{path}." in dotted for path in paths)
+
+
+def module_path(name: str) -> str:
+    """A node's name with dots, as PyTorch names modules: "/model.22/cv2.0/cv2.0.0/conv/Conv", where the exporter says
+    the list's name again, is model.22.cv2.0.0.conv.Conv."""
+    parts: list[str] = []
+    for part in name.strip("/.").split("/"):
+        if parts and part.startswith(parts[-1] + "."):
+            parts[-1] = part
+        else:
+            parts.append(part)
+    return ".".join(parts)
 
 
 def class_names(value: Any, where: str) -> dict[int, str]:

@@ -17,8 +17,11 @@ from exporters.graph.fp16 import to_fp16
 from exporters.graph.padding import VECTOR, pad
 from exporters.graph.placement import place
 from exporters.graph.qdq import insert
+from exporters.graph.sensitivity import modules_of
 from exporters.graph.simplify import fold_constants, simplify
 from exporters.models.catalog import from_checkpoint
+from exporters.models.checkpoint import read_checkpoint
+from exporters.models.spec import belongs, module_path
 from exporters.pool import Pool
 from exporters.spec import OPSETS, ExportSpec, Precision
 
@@ -265,3 +268,29 @@ def test_the_real_graph_is_filled_up_and_computes_the_same(raw: onnx.ModelProto)
     assert all(size % VECTOR == 0 for part in block[:3] for size in shapes[f"model.2.{part}.conv.weight/q"][:2])
     feeds = {"images": np.random.default_rng(0).uniform(0, 1, (1, 3, 320, 320)).astype(np.float32)}
     np.testing.assert_allclose(computed(made, feeds), computed(model, feeds), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("/model.22/cv2.0/cv2.0.0/conv/Conv", "model.22.cv2.0.0.conv.Conv"),
+        ("/model/model.0/conv/Conv", "model.0.conv.Conv"),
+        ("/model.2/m.0/cv1/conv/Conv", "model.2.m.0.cv1.conv.Conv"),
+        ("model.22.dfl", "model.22.dfl"),
+    ],
+)
+def test_a_node_belongs_to_the_module_that_pytorch_names(name: str, path: str) -> None:
+    assert module_path(name) == path
+    assert belongs(name, [path.rpartition(".")[0]])
+
+
+def test_every_quantized_operator_of_the_real_graph_has_a_module_of_its_own(
+    raw: onnx.ModelProto, trained: Path
+) -> None:
+    """What `--keep` and the search name are modules of the checkpoint."""
+    model = fold_constants(onnx.ModelProto.FromString(raw.SerializeToString()))
+    placement = place(model.graph, ["model.22.dfl", "model.22.decode"])
+    modules = modules_of(model.graph, placement.heavy)
+    assert len(modules) == len(placement.heavy)
+    stored = read_checkpoint(trained).state
+    assert [m for m in modules if f"{m}.weight" not in stored] == []
