@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from exporters.errors import ArtifactError, BadRequest
 from exporters.models.spec import class_names
-from exporters.spec import ExportSpec, Precision
+from exporters.spec import NMS, ExportSpec, Precision
 from exporters.version import __version__
 
 
@@ -51,6 +51,7 @@ class Metadata:
             "simplify": spec.simplify,
             "opset": spec.opset,
             "optimize": spec.optimize,
+            **({name: getattr(spec, name) for name in NMS} if spec.nms else {}),
         }
         return Metadata(
             description=owner.get("description", spec.model.name),

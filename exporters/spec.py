@@ -38,6 +38,7 @@ class Precision(StrEnum):
 
 Shape = tuple[int, int, int]  # batch, height, width
 Profiles = tuple[tuple[Shape, Shape, Shape], ...]
+MOST_DETECTIONS = 3840  # of which TensorRT's TopK chooses at most
 CALIBRATORS = ("max", "entropy", "percentile")
 OPSETS = (17, 20)  # oldest and newest that were verified with torch 2.13 and ONNX Runtime 1.31
 
@@ -48,7 +49,8 @@ class ExportSpec:
 
     `imgsz` is (height, width), a multiple of the model's stride; `batch` the (largest) batch size; `data` the
     calibration set: a data set YAML, a folder of images or classes, or `module:factory`; `keep` the module paths that
-    INT8 and FP8 leave in floating point.
+    INT8 and FP8 leave in floating point. With `nms` a detector's anchors are suppressed in the graph, from the score
+    `conf` on, where they overlap by more than `iou`, and `max_det` detections a picture come out.
     """
 
     model: ModelSpec
@@ -67,6 +69,11 @@ class ExportSpec:
     fraction: float = 1.0
     calibrator: str = "max"
     keep: tuple[str, ...] = ()
+    nms: bool = False
+    conf: float = 0.25
+    iou: float = 0.7
+    max_det: int = 300
+    agnostic_nms: bool = False
     batch_axis: bool = False
     workspace: float = 4.0
     profiles: Profiles = ()
@@ -204,6 +211,25 @@ def parse_precision(precision: Any = None, half: bool = False, int8: bool = Fals
     return asked[0][1] if asked else Precision.FP32
 
 
+def parse_share(value: Any, name: str) -> float:
+    """A score or an overlap, in [0, 1]."""
+    try:
+        share = float(value)
+    except (TypeError, ValueError):
+        share = -1.0
+    if isinstance(value, bool) or not 0.0 <= share <= 1.0:
+        raise BadRequest(f"{name} '{value}' is none", "give a number from 0 to 1")
+    return share
+
+
+def parse_max_det(value: Any) -> int:
+    """How many detections a picture has at most."""
+    text = str(value).strip()
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_DETECTIONS:
+        raise BadRequest(f"max_det '{value}' is no number of detections", f"give 1 to {MOST_DETECTIONS}")
+    return int(text)
+
+
 def parse_calibrator(value: Any) -> str:
     """How ranges are taken from the calibration set."""
     text = str(value).strip().lower()
@@ -285,6 +311,9 @@ def request(model: ModelSpec, format_id: str, **options: Any) -> ExportSpec:
             f"option '{unused}' ({given[unused]}) with {precision.value}: only INT8 and FP8 are calibrated",
             "leave it out, or ask for int8",
         )
+    of_nms = next((k for k in NMS[1:] if k in values), None)
+    if of_nms and not values.get("nms"):
+        raise BadRequest(f"option '{of_nms}' ({given[of_nms]}) without nms", "add --nms, or leave it out")
     chosen = formats.canonical(format_id)
     spec = ExportSpec(model, chosen, precision, size, **values)
     formats.get(chosen).check(spec)
@@ -307,18 +336,26 @@ CALIBRATION = (
     "calibration_cache",
 )  # options of those alone
 
+NMS = ("nms", "conf", "iou", "max_det", "agnostic_nms")
+
 # What makes an option's value of what a user typed; precision and imgsz need the model too, and stand in `request`.
 _PARSERS: Mapping[str, Callable[[Any], Any]] = {
     "batch": parse_batch,
     "opset": parse_opset,
     "fraction": parse_fraction,
     "device": parse_device,
+    "conf": partial(parse_share, name="conf"),
+    "iou": partial(parse_share, name="iou"),
+    "max_det": parse_max_det,
     "calibrator": parse_calibrator,
     "keep": parse_keep,
     **{name: partial(parse_text, name=name) for name in ("data", "split")},
     **{
         name: partial(parse_switch, name=name)
-        for name in ("dynamic", "simplify", "optimize", "verbose", "version_compatible", "refit")
+        for name in (
+            *("dynamic", "simplify", "optimize", "verbose", "version_compatible", "refit"),
+            *("nms", "agnostic_nms"),
+        )
     },
     "workspace": engine.parse_workspace,
     "profiles": engine.parse_profiles,

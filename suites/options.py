@@ -44,6 +44,18 @@ REQUEST: tuple[tuple[str, dict[str, Any]], ...] = (
         "--keep",
         {"metavar": "LIST", "help": "INT8: modules that stay in floating point, as in model.0.conv,model.22.cv3"},
     ),
+    ("--nms", {"action": "store_true", "default": None, "help": "suppress a detector's anchors in the graph"}),
+    ("--conf", {"metavar": "F", "help": "with --nms: score from which detections count (default 0.25)"}),
+    ("--iou", {"metavar": "F", "help": "with --nms: overlap above which one is suppressed (default 0.7)"}),
+    ("--max-det", {"metavar": "N", "help": "with --nms: detections of a picture (default 300)"}),
+    (
+        "--agnostic-nms",
+        {
+            "action": "store_true",
+            "default": None,
+            "help": "with --nms: detections of other classes are suppressed, too",
+        },
+    ),
     ("--workspace", {"metavar": "GIB", "help": "TensorRT: memory for the builder's tactics in GiB (default 4)"}),
     (
         "--profiles",

@@ -93,6 +93,18 @@ def no_refusal(spec: ExportSpec) -> str:
     return ""
 
 
+def no_nms(spec: ExportSpec) -> str:
+    """Why suppression cannot be part of this model's graph, or ""."""
+    if not spec.nms:
+        return ""
+    groups = {g.kind for o in spec.model.outputs for g in o.groups}
+    if not {"box", "score"} <= groups:
+        return f"nms: model {spec.model.name} has no boxes with scores"
+    if "angle" in groups:
+        return "nms: ONNX has no operator that suppresses turned boxes"
+    return ""
+
+
 @dataclass(frozen=True)
 class Format:
     """Declaration of a format.

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from exporters.artifact import Achieved, Artifact
 from exporters.errors import BadRequest, ToolchainMissing
-from exporters.formats import Format, Job, Made, Runtime, Step
+from exporters.formats import Format, Job, Made, Runtime, Step, no_nms
 from exporters.session import Session
-from exporters.spec import ExportSpec, Precision
+from exporters.spec import NMS, ExportSpec, Precision
 from exporters.tensorrt.header import read_engine, read_metadata, write_engine
 
 # The precision of the ONNX file that an engine is made from. No CPU runs BF16 or FP8 graphs to compare them with, so
@@ -47,7 +47,7 @@ def parents(spec: ExportSpec) -> tuple[ExportSpec, ...]:
     if precision is Precision.INT8:
         names = ("data", "split", "fraction", "calibrator", "keep")
         made = replace(made, **{name: getattr(spec, name) for name in names})
-    return (made,)
+    return (replace(made, **{name: getattr(spec, name) for name in NMS}),)
 
 
 def steps(spec: ExportSpec) -> tuple[Step, ...]:
@@ -90,7 +90,7 @@ def _in_precision(job: Job) -> Path:
     from exporters.graph.padding import pad
     from exporters.graph.qdq import quantize
 
-    kept = [path for path, _ in spec.model.fp32]
+    kept = [*(path for path, _ in spec.model.fp32), *(["nms"] if spec.nms else [])]
     graph = onnx.load(source)
     if spec.precision is Precision.FP8:
         graph, _ = quantize(source, job.folder, spec)
@@ -167,6 +167,8 @@ def refusal(spec: ExportSpec) -> str:
             f"calibration_cache '{spec.calibration_cache}' without trt_quant_algo: explicit Q/DQ holds its own scales",
             "add --trt-quant-algo, or leave it out",
         )
+    if spec.device == "cpu" and spec.nms:
+        return "nms: TensorRT-RTX has no kernel for NonMaxSuppression (seen with 1.7.1)"
     if spec.device == "cpu" and implicit:
         return "implicit quantization calibrates on the GPU, and TensorRT-RTX has none"
     for precision, least, name in ((Precision.FP8, 8.9, "Ada"), (Precision.BF16, 8.0, "Ampere")):
@@ -188,7 +190,7 @@ def refusal(spec: ExportSpec) -> str:
         )
     if spec.dynamic and spec.precision is Precision.INT8 and implicit and not model.has_images:
         return "implicit quantization of dynamic inputs that are no images"
-    return ""
+    return no_nms(spec)
 
 
 def _check_profiles(spec: ExportSpec) -> None:
@@ -236,6 +238,7 @@ FORMAT = Format(
             "fraction",
             "calibrator",
             "keep",
+            *NMS,
             "workspace",
             "profiles",
             "builder_level",

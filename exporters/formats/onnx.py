@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from exporters.artifact import Achieved, Artifact
 from exporters.errors import BadRequest, ExportError, first_line
-from exporters.formats import Format, Job, Made, Runtime, Step
+from exporters.formats import Format, Job, Made, Runtime, Step, no_nms
 from exporters.session import Session
-from exporters.spec import ExportSpec, Precision
+from exporters.spec import NMS, ExportSpec, Precision
 
 if TYPE_CHECKING:
     import onnx
@@ -23,9 +23,16 @@ TRACING = ("onnx", "exporters.lean_torch")
 
 def parents(spec: ExportSpec) -> tuple[ExportSpec, ...]:
     """FP16 and INT8 are conversions of the FP32 graph; the calibration set belongs to the conversion alone."""
+    if spec.nms:  # a graph of its own, so that what comes before it is judged by itself
+        return (plain(spec),)
     if spec.precision is Precision.FP32:
         return ()
     return (spec.but(precision=Precision.FP32, data="", split="val", fraction=1.0, calibrator="max", keep=()),)
+
+
+def plain(spec: ExportSpec) -> ExportSpec:
+    """The request without suppression in the graph."""
+    return spec.but(nms=False, conf=0.25, iou=0.7, max_det=300, agnostic_nms=False)
 
 
 def steps(spec: ExportSpec) -> tuple[Step, ...]:
@@ -33,6 +40,8 @@ def steps(spec: ExportSpec) -> tuple[Step, ...]:
 
     OnnxSlim, where it is needed, has a process of its own, which imports it (and sympy) while the other imports torch.
     """
+    if spec.nms:
+        return (Step("convert", with_nms, ("onnx",)),)
     if spec.precision is not Precision.FP32:
         return (Step("convert", convert, ("onnx", "onnxruntime")),)
     if spec.simplify and not is_plain(spec):
@@ -124,6 +133,21 @@ def convert(job: Job) -> Made:
     return _save(graph, job.folder / f"{job.stem}.onnx", job, notes)
 
 
+def with_nms(job: Job) -> Made:
+    """Puts suppression behind the graph of the same precision."""
+    import onnx
+
+    from exporters.graph.nms import suppress
+
+    graph = onnx.load(job.parents[0].path)
+    suppress(graph, job.spec)
+    try:
+        onnx.checker.check_model(graph)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"the graph with NMS is not valid ({first_line(error)})", "report the graph") from error
+    return _save(graph, job.folder / f"{job.stem}.onnx", job, ())
+
+
 def _save(graph: onnx.ModelProto, target: Path, job: Job, notes: tuple[str, ...]) -> Made:
     import onnx
 
@@ -155,7 +179,7 @@ def refusal(spec: ExportSpec) -> str:
             "INT8 needs images to calibrate on and none are given (data '')",
             "add --data: a data set YAML, a folder of images, or module:factory",
         )
-    return ""
+    return no_nms(spec)
 
 
 FORMAT = Format(
@@ -164,7 +188,7 @@ FORMAT = Format(
     suffix=".onnx",
     precisions=(Precision.FP32, Precision.FP16, Precision.INT8),
     options=frozenset(
-        {"batch", "dynamic", "device", "simplify", "opset", "data", "split", "fraction", "calibrator", "keep"}
+        {"batch", "dynamic", "device", "simplify", "opset", "data", "split", "fraction", "calibrator", "keep", *NMS}
     ),
     toolchain="onnx",
     runtimes=(

@@ -181,7 +181,7 @@ def _configure(found: Library, config: Any, spec: ExportSpec, network: Network, 
 
 def _keep_fp32(found: Library, config: Any, spec: ExportSpec, network: Network) -> None:
     """Binds the layers of what the model keeps in FP32 to it, where the builder may choose."""
-    kept = [path for path, _ in spec.model.fp32]
+    kept = [*(path for path, _ in spec.model.fp32), *(["nms"] if spec.nms else [])]
     flag = found.flag("OBEY_PRECISION_CONSTRAINTS")
     if not kept or flag is None:
         return

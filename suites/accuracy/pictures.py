@@ -14,11 +14,12 @@ from exporters.models.catalog import TASKS
 from exporters.models.factory import import_function, telling
 from exporters.models.spec import ModelSpec
 from exporters.pool import RemoteSession
-from exporters.spec import ExportSpec
+from exporters.spec import NMS, ExportSpec
 from suites.accuracy.dataset import DataSet, Item, Labels, label_file, read_dataset
 from suites.accuracy.deploy import Detections, deploy
 from suites.support.bench import Bench, Outputs, cast
 from suites.support.detections import detector_output
+from suites.support.suppression import as_anchors, suppressed
 
 SPLIT = "val"
 LOWEST = 0.001  # confidence from which detections count for the metric, as where YOLOv8's authors take theirs
@@ -146,13 +147,15 @@ def shown_to(case: Bench) -> Pictures:
 
 def reference_of(case: Bench) -> list[Detections]:
     """What PyTorch finds in the pictures; kept for the next case."""
-    key = ("reference", repr(case.model), case.spec.imgsz)
+    nms = tuple(getattr(case.spec, name) for name in NMS)
+    key = ("reference", repr(case.model), case.spec.imgsz, nms)
+
+    def run(feeds: Outputs) -> Outputs:
+        found = case.guard(lambda: case.run.reference(case.model).run(feeds))
+        return suppressed(found, case.model, case.spec) if case.spec.nms else found
+
     if key not in case.run.found:
-        case.run.found[key] = found_by(
-            lambda feeds: case.guard(lambda: case.run.reference(case.model).run(feeds)),
-            case.spec.but(batch=1),
-            shown_to(case).items,
-        )
+        case.run.found[key] = found_by(run, case.spec.but(batch=1), shown_to(case).items)
     return case.run.found[key]
 
 
@@ -171,4 +174,9 @@ def artifact_of(case: Bench) -> list[Detections]:
 
 def found_in(case: Bench, session: RemoteSession, spec: ExportSpec, shown: Pictures) -> list[Detections]:
     """What an open artifact finds in the pictures."""
-    return found_by(lambda feeds: case.guard(lambda: session.run(cast(session, feeds))), spec, shown.items)
+
+    def run(feeds: Outputs) -> Outputs:
+        found = case.guard(lambda: session.run(cast(session, feeds)))
+        return as_anchors(found, spec.model, spec) if spec.nms else found
+
+    return found_by(run, spec, shown.items)

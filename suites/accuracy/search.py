@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from exporters import formats
+from exporters.formats.onnx import plain
 from exporters.measure import MeasurementPlan
 from exporters.spec import CALIBRATORS, ExportSpec, Precision
 from suites.accuracy.budget import Budget
@@ -135,7 +136,7 @@ def _fewest(ranked: Sequence[str], keeping: Callable[[Sequence[str]], Step]) -> 
 
 def in_onnx(spec: ExportSpec) -> ExportSpec:
     """The ONNX request in 8 bits that another format's is made from."""
-    return spec if spec.format == "onnx" else formats.get(spec.format).parents(spec)[0]
+    return plain(spec if spec.format == "onnx" else formats.get(spec.format).parents(spec)[0])
 
 
 def _median(case: Bench, spec: ExportSpec) -> float:

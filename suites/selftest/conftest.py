@@ -263,6 +263,7 @@ class Workshop:
         options: dict[str, Any] = {"imgsz": 320} if model.weights else {}
         options |= {"dynamic": True} if "dynamic" in words else {}
         options |= {"batch": 2} if "pair" in words else {}
+        options |= {"nms": True} if "nms" in words else {}
         options |= {"data": model.feeds} if "int8" in words else {}
         options |= {"device": "cuda:0"} if "cuda" in words else {}
         options |= {"compute_capability": "8.6,8.9,12.0"} if words[0] == "engine" and "cuda" not in words else {}

@@ -18,7 +18,9 @@ from exporters.spec import ExportSpec, Precision
 from suites.support.cases import Case
 from suites.support.compare import DRAWS, FRACTION_BITS, Rounding
 from suites.support.config import Project
+from suites.support.detections import Matching, same_objects
 from suites.support.feeds import FeedSet, make_feeds
+from suites.support.suppression import as_anchors, matched, suppressed
 
 if TYPE_CHECKING:
     from suites.accuracy.search import Found
@@ -236,7 +238,23 @@ class Bench:
         return self.guard(lambda: self.run.feeds(self.spec, self.spec.batch, self.spec.imgsz))
 
     def expected(self, feeds: FeedSet) -> Outputs:
+        """The reference's outputs, after the request's suppression where the graph has one."""
+        raw = self.raw(feeds)
+        return suppressed(raw, self.model, self.spec) if self.spec.nms else raw
+
+    def raw(self, feeds: FeedSet) -> Outputs:
+        """The reference's outputs as they are."""
         return self.guard(lambda: self.run.expected(self.model, feeds))
+
+    def same_objects(self, feeds: FeedSet, observed: Outputs) -> Matching | None:
+        """The artifact's detections matched with the reference's; None for a model without."""
+        if self.spec.nms:
+            return matched(self.raw(feeds), observed, self.model, self.spec)
+        return same_objects(self.raw(feeds), observed, self.model, self.spec.precision)
+
+    def readable(self, outputs: Mapping[str, Array]) -> Outputs:
+        """What the artifact gave; detections of a graph with NMS in the layout of anchors."""
+        return as_anchors(outputs, self.model, self.spec) if self.spec.nms else dict(outputs)
 
     def rounding(self, feeds: FeedSet, precision: Precision) -> Rounding | None:
         """See Run.rounding."""
@@ -248,7 +266,7 @@ class Bench:
         session = self.session()
         return self.run.kept(
             ("case", self.case.id, session.artifact.root, _key(feeds)),
-            lambda: self.guard(lambda: session.run(cast(session, feeds.arrays))),
+            lambda: self.readable(self.guard(lambda: session.run(cast(session, feeds.arrays)))),
         )
 
     def hops(self) -> list[tuple[str, ExportSpec, Artifact]]:
@@ -259,7 +277,7 @@ class Bench:
         own = self.artifact()
         return [
             (
-                f"{s.format} {s.precision.value}",
+                f"{s.format} {s.precision.value}" + (" nms" if s.nms else ""),
                 s,
                 own if s is self.spec else self.guard(lambda s=s: self.run.pool.export(s)),
             )
