@@ -95,8 +95,8 @@ def search(case: Bench, judged: Callable[[ExportSpec, Budget], Outcome], share: 
             tried[key] = Step(name, spec, judged(spec, budget), _median(case, spec))
         return tried[key]
 
-    plain = case.case.spec
-    firsts = [attempt(f"everything in INT8, {c}", plain.but(calibrator=c)) for c in CALIBRATORS]
+    asked = case.case.spec
+    firsts = [attempt(f"everything in INT8, {c}", asked.but(calibrator=c)) for c in CALIBRATORS]
     # Simpler first: another method has to be better by more than its own interval's doubt.
     best = max(firsts, key=lambda s: (s.meets, s.outcome.change))
     base = firsts[0] if firsts[0].meets or best.outcome.change <= firsts[0].outcome.high else best
@@ -112,7 +112,7 @@ def search(case: Bench, judged: Callable[[ExportSpec, Budget], Outcome], share: 
             return attempt(f"{len(kept)} modules in floating point", base.spec.but(keep=tuple(kept)))
 
         chosen = _fewest(ranked, keeping)
-    nothing = case.case.spec.but(precision=Precision.FP16, data="", split="val", fraction=1.0)
+    nothing = asked.but(precision=Precision.FP16, data="", split="val", fraction=1.0)
     attempt("nothing in INT8 (FP16)", nothing)
     best_of = max((s for s in tried.values() if s.spec.precision is Precision.INT8), key=lambda s: s.outcome.change)
     return Found(tuple(tried.values()), chosen or best_of, ranked, noise)

@@ -232,8 +232,20 @@ def parse_budget(value: Any, name: str) -> float:
 
 
 def _budgeted(case: Case, budget: float) -> Case:
-    """The case with the budget, which INT8 alone has."""
-    return replace(case, budget=budget) if budget and case.spec.precision is Precision.INT8 else case
+    """The case with the budget, which INT8 alone has.
+
+    Raises:
+        BadRequest: the request says what the search is to find.
+    """
+    if not budget or case.spec.precision is not Precision.INT8:
+        return case
+    chosen = next((k for k in ("calibrator", "keep", "trt_quant_algo") if k in case.spec.changed()), None)
+    if chosen is not None:
+        raise BadRequest(
+            f"int8-budget {budget:g} with {chosen}: the search chooses calibrator and modules itself",
+            "leave one of them out",
+        )
+    return replace(case, budget=budget)
 
 
 def _cases(
