@@ -15,7 +15,17 @@ from exporters.errors import BadRequest, NotSupported, ToolchainMissing
 from exporters.formats import Runtime
 from exporters.models.catalog import from_checkpoint, from_table, locate, parse_evaluate
 from exporters.models.spec import ModelSpec
-from exporters.spec import CALIBRATED, CALIBRATION, ExportSpec, Precision, is_factory, parse_device, request, user_path
+from exporters.spec import (
+    CALIBRATED,
+    CALIBRATION,
+    ExportSpec,
+    Precision,
+    is_factory,
+    parse_device,
+    parse_share,
+    request,
+    user_path,
+)
 from suites.support.config import Project
 
 
@@ -216,21 +226,6 @@ def _asked(
 OF_THE_ROW = ("format", "precision", "model", "no_values", "int8_budget")  # keys that are no options of a request
 
 
-def parse_budget(value: Any, name: str) -> float:
-    """The share of the FP32 metric that INT8 has to keep; 0 for no budget.
-
-    Raises:
-        BadRequest: no share.
-    """
-    try:
-        share = float(value)
-    except (TypeError, ValueError):
-        share = -1.0
-    if isinstance(value, bool) or not 0.0 <= share <= 1.0:
-        raise BadRequest(f"{name} '{value}' is no share", "give a number up to 1, as in 0.99")
-    return share
-
-
 def _budgeted(case: Case, budget: float) -> Case:
     """The case with the budget, which INT8 alone has.
 
@@ -328,7 +323,7 @@ def _own(project: Project, selection: Selection, chosen: Sequence[str], precisio
                 continue
             made = _cases(model, format_id, precision, options, bool(selection.options))
             no_values = str(row.get("no_values", ""))
-            budget = selection.int8_budget or parse_budget(row.get("int8_budget", 0.0), "exportgate.toml int8_budget")
+            budget = selection.int8_budget or parse_share(row.get("int8_budget", 0.0), "exportgate.toml int8_budget")
             cases += [_budgeted(replace(c, missing=missing or c.missing, no_values=no_values), budget) for c in made]
     _check_groups(project, models)
     return list({c.id: c for c in cases}.values()) if selection.options else cases
