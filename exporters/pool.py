@@ -312,10 +312,7 @@ class Pool:
 
     def sensitivity(self, spec: ExportSpec) -> dict[str, dict[str, float]]:
         """See exporters.graph.sensitivity; `spec` asks for ONNX in 8 bits."""
-        entry = formats.get(spec.format)
-        parent = self.export(entry.parents(spec)[0])
-        step = entry.steps(spec)[-1]
-        worker = self.worker(entry.chain(spec.device), entry.id, step.role, step.imports, _source(spec))
+        worker, parent = self._converter(spec)
         with cache.temporary_folder() as folder:
             return worker.call("sensitivity", spec=spec.to_dict(), parent=parent.to_dict(), folder=str(folder))
 
@@ -326,15 +323,18 @@ class Pool:
             "calibrated": tensor -> largest magnitude on the calibration set of so many "images"; "reached": tensor ->
             largest magnitude on each feed; "means": of some calibration images, the mean of each channel.
         """
-        entry = formats.get(spec.format)
-        parent = self.export(entry.parents(spec)[0])
-        step = entry.steps(spec)[-1]
-        worker = self.worker(entry.chain(spec.device), entry.id, step.role, step.imports, _source(spec))
+        worker, parent = self._converter(spec)
         with cache.temporary_folder() as folder:
             stored = [save(f, folder / f"feeds{n}") for n, f in enumerate(feeds)]
             return worker.call(
                 "reached", spec=spec.to_dict(), parent=parent.to_dict(), folder=str(folder), feeds=stored
             )
+
+    def _converter(self, spec: ExportSpec) -> tuple[Caller, Artifact]:
+        """The worker that makes an artifact of its parent, and the parent."""
+        entry = formats.get(spec.format)
+        parent, step = self.export(entry.parents(spec)[0]), entry.steps(spec)[-1]
+        return self.worker(entry.chain(spec.device), entry.id, step.role, step.imports, _source(spec)), parent
 
     def open(
         self, artifact: Artifact, spec: ExportSpec, runtime_id: str, device: str, replicate: int = 0

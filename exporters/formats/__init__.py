@@ -14,6 +14,7 @@ from typing import Any
 from exporters.artifact import Achieved, Artifact
 from exporters.errors import BadRequest, NotSupported
 from exporters.metadata import Metadata
+from exporters.models.spec import detector_output
 from exporters.session import Session
 from exporters.spec import ExportSpec, Precision, near
 
@@ -97,10 +98,10 @@ def no_nms(spec: ExportSpec) -> str:
     """Why suppression cannot be part of this model's graph, or ""."""
     if not spec.nms:
         return ""
-    groups = {g.kind for o in spec.model.outputs for g in o.groups}
-    if not {"box", "score"} <= groups:
+    output = detector_output(spec.model)
+    if output is None:
         return f"nms: model {spec.model.name} has no boxes with scores"
-    if "angle" in groups:
+    if any(group.kind == "angle" for group in output.groups):
         return "nms: ONNX has no operator that suppresses turned boxes"
     return ""
 

@@ -8,16 +8,11 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from exporters.models.spec import ModelSpec, OutputSpec
+from exporters.models.spec import detector_output
 from exporters.session import Array
 from exporters.spec import ExportSpec
 
 MODULE = "nms"  # that the operators' names say they belong to
-
-
-def detector(model: ModelSpec) -> OutputSpec | None:
-    """The output that has boxes and scores of anchors, if any."""
-    return next((o for o in model.outputs if {"box", "score"} <= {g.kind for g in o.groups}), None)
 
 
 def suppress(graph: onnx.ModelProto, spec: ExportSpec) -> None:
@@ -27,7 +22,7 @@ def suppress(graph: onnx.ModelProto, spec: ExportSpec) -> None:
     comes first, and rows beyond the last detection are zeros. An anchor has the class of its highest score; suppression
     is within classes, or across them where the request is agnostic.
     """
-    entry = detector(spec.model)
+    entry = detector_output(spec.model)
     assert entry is not None
     score = next(g for g in entry.groups if g.kind == "score")
     first, last = score.start, int(score.stop or 0)

@@ -162,6 +162,11 @@ class ModelSpec:
         )
 
 
+def detector_output(model: ModelSpec) -> OutputSpec | None:
+    """The output that has both boxes and scores of anchors, if any."""
+    return next((o for o in model.outputs if {"box", "score"} <= {g.kind for g in o.groups}), None)
+
+
 def belongs(name: str, paths: Sequence[str]) -> bool:
     """Whether a node ("/model.22/decode/Add") or a parameter lies in a module of `paths` ("model.22.decode")."""
     dotted = f".{module_path(name)}."

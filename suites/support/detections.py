@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from exporters.models.spec import ModelSpec, OutputSpec
+from exporters.models.spec import ModelSpec, OutputSpec, detector_output
 from exporters.spec import Precision
 from suites.support.compare import SCORE_FLOOR
 
@@ -55,11 +55,6 @@ class Matching:
     @property
     def passed(self) -> bool:
         return not self.lost and not self.extra
-
-
-def detector_output(model: ModelSpec) -> OutputSpec | None:
-    """The output that has both boxes and scores, if any."""
-    return next((o for o in model.outputs if {"box", "score"} <= {g.kind for g in o.groups}), None)
 
 
 class Candidates:
