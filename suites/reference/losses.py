@@ -124,20 +124,28 @@ def nearest_angle(turned: Tensor, angle: Tensor) -> Tensor:
     return torch.cat((turned[:, :2], sides, (turned[:, 4] + turns * quarter)[:, None]), 1)
 
 
-def masks(coefficients: Tensor, prototypes: Tensor, instances: Tensor, numbers: Tensor, boxes: Tensor) -> Tensor:
-    """Mean cross entropy of a picture's masks within their boxes, by object.
+def masks(
+    coefficients: Tensor, prototypes: Tensor, rows: Tensor, instances: Tensor, numbers: Tensor, boxes: Tensor
+) -> Tensor:
+    """Mean cross entropy of masks within their boxes, by anchor.
 
     Args:
         coefficients: (P, 32) of the anchors that learn.
-        prototypes: (32, h, w).
-        instances: (h, w) the number of the object that each place shows, from 1; 0 for none.
+        prototypes: (B, 32, h, w).
+        rows: (P,) the picture of each anchor, in order.
+        instances: (B, h, w) the number of the object that each place shows, from 1; 0 for none.
         numbers: (P,) of the object that each anchor learns, from 0.
         boxes: (P, 4) of those objects, in pixels of the prototypes.
     """
-    logits = torch.einsum("pc,chw->phw", coefficients, prototypes)
-    target = (instances[None] == numbers[:, None, None] + 1).float()
+    counts = torch.bincount(rows, minlength=len(prototypes))
+    place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]  # within its picture
+    # One product of matrices for all pictures, each filled up to as many anchors as one has at most.
+    filled = coefficients.new_zeros(len(prototypes), int(counts.max()), coefficients.shape[1])
+    filled = filled.index_put((rows, place), coefficients)
+    logits = torch.einsum("bpc,bchw->bphw", filled, prototypes)[rows, place]
+    target = (instances[rows] == numbers[:, None, None] + 1).float()
     loss = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    h, w = instances.shape
+    h, w = instances.shape[1:]
     x, y = torch.arange(w, device=boxes.device) + 0.5, torch.arange(h, device=boxes.device) + 0.5
     within = ((x >= boxes[:, :1]) & (x <= boxes[:, 2:3]))[:, None] & ((y >= boxes[:, 1:2]) & (y <= boxes[:, 3:]))[
         ..., None

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ from suites.accuracy.deploy import Detections, deploy
 from suites.accuracy.metrics import Evaluation, evaluate
 from suites.reference import losses, scenes
 
+Job = TypeVar("Job")
+Made = TypeVar("Made")
 SCALE = "p"
 MOST = 8  # objects in a picture
 GRID = scenes.SIZE // 4  # of the prototypes
@@ -85,13 +87,21 @@ def _one(job: tuple[str, int, str]) -> tuple[np.ndarray[Any, Any], ...]:
     return image, classes, valid, boxes, points, turned, np.asarray(canvas)[2::4, 2::4].copy()
 
 
-def pictures_of(jobs: Sequence[tuple[str, int, str]], processes: int = 1) -> Batch:
-    """The pictures of these splits, numbers and tasks; made in so many processes."""
-    if processes == 1:
-        rows = [_one(job) for job in jobs]
-    else:
-        with multiprocessing.get_context("spawn").Pool(processes) as pool:
-            rows = pool.map(_one, jobs, chunksize=16)
+def _of_val(job: tuple[int, str]) -> scenes.Picture:
+    return scenes.picture("val", *job)
+
+
+def _in_processes(make: Callable[[Job], Made], jobs: Sequence[Job]) -> list[Made]:
+    """`make` of each job, in as many processes as there are cores; few jobs in this one."""
+    if len(jobs) < 64:
+        return [make(job) for job in jobs]
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count() or 1) as pool:
+        return pool.map(make, jobs, chunksize=16)
+
+
+def pictures_of(jobs: Sequence[tuple[str, int, str]]) -> Batch:
+    """The pictures of these splits, numbers and tasks."""
+    rows = _in_processes(_one, jobs)
     return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
 
 
@@ -212,15 +222,7 @@ class Task:
         if self.task == "segment":
             assert extra is not None
             prototypes = cast("Segment", head).proto(xs[0]).float()
-            each = [
-                losses.masks(
-                    extra[i][where[i]], prototypes[i], batch.instances[i], number[rows == i], wanted[rows == i] / 4
-                )
-                * (rows == i).sum()
-                for i in range(len(where))
-                if bool(where[i].any())
-            ]
-            parts["mask"] = BOX * torch.stack(each).sum() / len(rows)
+            parts["mask"] = BOX * losses.masks(extra[where], prototypes, rows, batch.instances, number, wanted / 4)
         return parts
 
 
@@ -286,7 +288,7 @@ def train(
         {"params": [p for _, p in learnt if p.ndim > 1], "weight_decay": 5e-4 * size / 64},
         {"params": [p for _, p in learnt if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=rate)
+    optimizer = torch.optim.AdamW(groups, lr=rate, fused=device != "cpu")
     steps = epochs * (len(data.images) // size)
     warm = max(steps // 10, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -319,12 +321,12 @@ def train(
 @torch.no_grad()
 def _averaged(average: YOLOv8, model: YOLOv8, share: float) -> None:
     """Moves the average towards the model; counters are copied."""
-    ours, theirs = average.state_dict(), model.state_dict()
-    for name, value in ours.items():
-        if value.is_floating_point():
-            value.lerp_(theirs[name], 1 - share)
-        else:
-            value.copy_(theirs[name])
+    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
+    floats = [(a, b) for a, b in pairs if a.is_floating_point()]
+    torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], 1 - share)  # one call: a step is short
+    for ours, theirs in pairs:
+        if not ours.is_floating_point():
+            ours.copy_(theirs)
 
 
 @torch.no_grad()
@@ -334,8 +336,7 @@ def measured(model: YOLOv8, task: str, count: int) -> Evaluation:
     size = (scenes.SIZE, scenes.SIZE)
     items: list[Item] = []
     found: list[Detections] = []
-    for number in range(count):
-        made = scenes.picture("val", number, task)
+    for number, made in enumerate(_in_processes(_of_val, [(n, task) for n in range(count)])):
         items.append(Item(Path(str(number)), size, labels_of(made)))
         image = torch.from_numpy(made.image.transpose(2, 0, 1)[None].copy()).float() / 255
         outputs = as_tuple(model.eval()(image))
@@ -391,7 +392,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     asked = parser.parse_args(words)
     began = time.monotonic()
-    data = pictures_of([("train", n, asked.task) for n in range(asked.pictures)], os.cpu_count() or 1)
+    data = pictures_of([("train", n, asked.task) for n in range(asked.pictures)])
     print(f"{asked.pictures} pictures in {time.monotonic() - began:.0f} s", flush=True)
     model = train(asked.task, data, asked.epochs, asked.batch, asked.rate, asked.seed, asked.device, origin=asked.start)
     metric = measured(model.half().float(), asked.task, asked.validate)  # of the weights that are stored

@@ -139,15 +139,20 @@ def test_the_distribution_s_loss_is_least_at_its_distance() -> None:
 
 
 def test_masks_cost_nothing_where_they_are_right() -> None:
-    instances = torch.zeros((8, 8), dtype=torch.uint8)
-    instances[2:5, 2:6] = 1
-    prototypes = torch.zeros((32, 8, 8))
-    prototypes[0] = torch.where(instances == 1, 20.0, -20.0)
-    coefficients = torch.zeros((1, 32))
-    coefficients[0, 0] = 1
-    box, number = torch.tensor([[1.0, 1, 7, 6]]), torch.tensor([0])
-    assert float(losses.masks(coefficients, prototypes, instances, number, box)) < 1e-6
-    assert float(losses.masks(-coefficients, prototypes, instances, number, box)) > 10
+    """Of three pictures, of which the second has no object, and the third two."""
+    instances = torch.zeros((3, 8, 8), dtype=torch.uint8)
+    instances[0, 2:5, 2:6] = 1
+    instances[2, 2:5, 1:3], instances[2, 2:5, 5:7] = 1, 2
+    prototypes = torch.zeros((3, 32, 8, 8))
+    coefficients, rows, number = torch.zeros((3, 32)), torch.tensor([0, 2, 2]), torch.tensor([0, 0, 1])
+    for anchor in range(3):
+        shown = instances[rows[anchor]] == number[anchor] + 1
+        prototypes[rows[anchor], anchor] = torch.where(shown, 20.0, -20.0)
+        coefficients[anchor, anchor] = 1
+    boxes = torch.tensor([[1.0, 1, 7, 6], [0, 1, 4, 6], [4, 1, 8, 6]])
+    assert float(losses.masks(coefficients, prototypes, rows, instances, number, boxes)) < 1e-6
+    assert float(losses.masks(-coefficients, prototypes, rows, instances, number, boxes)) > 10
+    assert float(losses.masks(coefficients[[0, 2, 1]], prototypes, rows, instances, number, boxes)) > 3
 
 
 def test_only_labelled_key_points_cost() -> None:
