@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -95,8 +96,8 @@ def _in_processes(make: Callable[[Job], Made], jobs: Sequence[Job]) -> list[Made
     """`make` of each job, in as many processes as there are cores; few jobs in this one."""
     if len(jobs) < 64:
         return [make(job) for job in jobs]
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count() or 1) as pool:
-        return pool.map(make, jobs, chunksize=16)
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(make, jobs, chunksize=16))
 
 
 def pictures_of(jobs: Sequence[tuple[str, int, str]]) -> Batch:

@@ -77,6 +77,19 @@ def test_a_good_engine_passes(workshop: Workshop, judge: Judge, precision: str, 
         bench.close()
 
 
+@pytest.mark.parametrize("name", ["engine fp32 cuda nms", "engine fp16 cuda nms pair"])
+def test_an_engine_suppresses_as_the_reference_does(workshop: Workshop, judge: Judge, name: str) -> None:
+    """NMS in the graph of a real detector, alone and in a batch."""
+    bench = workshop.bench(name)
+    more = (test_dynamic.test_smaller_batches_match_reference,) if "pair" in name else ()
+    try:
+        for claim in (*CLAIMS, *more):
+            verdict, because = judge(claim, bench)
+            assert verdict in (Verdict.PASS, Verdict.NOT_SUPPORTED), f"{claim.__name__}: {verdict} {because}"
+    finally:
+        bench.close()
+
+
 # ---- engines that are not what they say -----------------------------------------------------------------------------
 
 
