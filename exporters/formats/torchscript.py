@@ -23,19 +23,28 @@ CONFIG = "config.txt"  # the name under which users' loaders look for the metada
 
 
 def export(job: Job) -> Made:
-    """Traces the model on an example of the request's shapes and saves it with its metadata."""
+    """Traces the model on an example of the request's shapes and saves it with its metadata.
+
+    It is traced on the request's device: what the model makes while it runs is made there for ever after.
+
+    Raises:
+        NotSupported: a GPU is asked for and PyTorch finds none.
+    """
     import torch
 
     from exporters.models.build import build, example, for_export, one_thread
 
     spec = job.spec
+    if spec.device != "cpu" and not torch.cuda.is_available():
+        raise NotSupported(f"device {spec.device}: PyTorch {torch.__version__} finds no GPU here to trace on")
     with one_thread(), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecation of torch.jit, and tracer warnings about shapes that we mean
         module = for_export(build(spec.model), spec.dynamic)
         if spec.precision is Precision.FP16:
             module = _half(module, tuple(path for path, _ in spec.model.fp32))
         # The trace is not checked here: comparing it with PyTorch is what the suite does.
-        graph = cast("Any", torch.jit.trace(module, example(spec), strict=False, check_trace=False))
+        inputs = tuple(t.to(spec.device) for t in example(spec))
+        graph = cast("Any", torch.jit.trace(module.to(spec.device), inputs, strict=False, check_trace=False))
         name = f"{job.stem}.torchscript"
         extra = {CONFIG: job.metadata.as_json()}
         if spec.optimize:

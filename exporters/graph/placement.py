@@ -5,6 +5,7 @@ The rules follow what TensorRT fuses (measured on an H100 with 10.6; the medians
 - none between a convolution and its SiLU: both run in one kernel, which writes 8 bits;
 - except before a residual addition: there SiLU and addition run in a kernel of their own, which reads 8 bits only where
   both of its inputs are dequantized; so that convolution's output is quantized, too;
+- an addition right behind a convolution runs in the convolution's kernel, if its other input alone is quantized;
 - tensors that are joined, cut or passed on (Concat, Slice, Split, MaxPool, Resize) share the largest scale, so that
   these operators move 8 bits without converting them.
 """
@@ -111,22 +112,22 @@ def _residuals(
     points: dict[str, list[str]],
     weights: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Lets residual additions read 8 bits on both sides: the tensor that skips, and the convolution before the SiLU."""
+    """Lets residual additions read 8 bits: the tensor that skips, and the convolution before an activation."""
     makers = {o: n for n in graph.node for o in n.output}
     names = {n.name for n in heavy}
     for node in graph.node:
         if node.op_type != "Add" or any(i in weights for i in node.input):
             continue
         skips = [i for i in node.input if i in points]
-        branch = next((i for i in node.input if i not in points), None)
-        if len(skips) != 1 or branch is None:
+        branches = {i: _before_activation(i, makers) for i in node.input if i not in points}
+        if not branches or any(b not in makers or makers[b].name not in names for b in branches.values()):
             continue
-        before = _before_activation(branch, makers)
-        convolution = makers.get(before)
-        if convolution is None or convolution.name not in names:
-            continue
-        points[skips[0]].append(node.name)
-        points.setdefault(before, []).extend(r.name for r in readers[before])
+        if not skips and list(branches) == list(branches.values()) and len(branches) == 2:
+            points[node.input[1]] = [node.name]  # of two convolutions one adds the other's output
+        elif len(skips) == 1:
+            points[skips[0]].append(node.name)
+            for before in (b for branch, b in branches.items() if b != branch):
+                points.setdefault(before, []).extend(r.name for r in readers[before])
 
 
 def _before_activation(name: str, makers: Mapping[str, onnx.NodeProto]) -> str:

@@ -229,6 +229,38 @@ def test_sizes_of_a_resize_are_not_quantized() -> None:
     assert set(place(model.graph, []).measured) == {"x", "y", "r"}
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        # An addition right behind a convolution is part of its kernel: the convolution's own output stays as it is.
+        (
+            "a = Conv(x, W1_16_8)  y = Relu(a)  b = Conv(y, W2_16_16)  s = Add(b, y)  r = Relu(s)  "
+            "z = Conv(r, W3_8_16)",
+            {"x": ["Conv"], "y": ["Conv", "Add"], "r": ["Conv"]},
+        ),
+        (
+            "a = Conv(x, W1_16_8)  b = Conv(x, W2_16_8)  s = Add(a, b)  z = Conv(s, W3_8_16)",
+            {"x": ["Conv", "Conv"], "b": ["Add"], "s": ["Conv"]},
+        ),
+        # With an activation between it is a kernel of its own, which reads both in 8 bits.
+        (
+            "a = Conv(x, W1_16_8)  b = Conv(a, W2_16_16)  g = Sigmoid(b)  m = Mul(b, g)  s = Add(a, m)  "
+            "z = Conv(s, W3_8_16)",
+            {"x": ["Conv"], "a": ["Conv", "Add"], "b": ["Sigmoid", "Mul"], "s": ["Conv"]},
+        ),
+    ],
+    ids=["behind a convolution", "of two convolutions", "behind an activation"],
+)
+def test_residual_additions_read_8_bits_where_that_saves_a_kernel(text: str, wanted: dict[str, list[str]]) -> None:
+    model = block(text)
+    for number, node in enumerate(model.graph.node):
+        node.name = f"/{node.op_type}_{number}"
+    placement = place(model.graph, [])
+    assert {k: [n[1:].partition("_")[0] for n in v] for k, v in placement.points.items()} == wanted
+    insert(model, placement, dict.fromkeys(placement.measured, 8.0), Precision.INT8)
+    onnx.checker.check_model(model, full_check=True)
+
+
 def computed(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     import onnxruntime
 
