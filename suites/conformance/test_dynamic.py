@@ -27,7 +27,7 @@ def test_batch_rows_equal_single_images(case: Bench) -> None:
     observed = _run(case, feeds)
     first = {k: v[:1] for k, v in feeds.arrays.items()}
     for row in range(batch):
-        alone = FeedSet(f"{feeds.name}, row {row}", {k: v[row : row + 1] for k, v in feeds.arrays.items()}, feeds.fires)
+        alone = feeds.rows(slice(row, row + 1), f"row {row}")
         expected = case.expected(alone)
         mine = {k: v[row : row + 1] for k, v in observed.items()}
         _within(case, expected, mine, alone, f"row {row} of a batch of {batch}")
@@ -81,7 +81,7 @@ def test_smaller_batches_match_reference(case: Bench) -> None:
         raise NotSupported("the batch is 1" if entry.smaller_batches else f"{entry.title} takes its own batch alone")
     whole = case.feeds()[0]
     for count in sorted({1, case.spec.batch - 1}):
-        some = FeedSet(f"{whole.name}, {count} rows", {k: v[:count] for k, v in whole.arrays.items()}, whole.fires)
+        some = whole.rows(slice(count), f"{count} rows")
         observed, expected = _run(case, some), case.expected(some)
         for name, want in expected.items():
             assert observed[name].shape == want.shape, (

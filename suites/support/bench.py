@@ -101,11 +101,16 @@ class Run:
     def rounding(self, model: ModelSpec, feeds: FeedSet, precision: Precision) -> Rounding | None:
         """Standard deviation of each element of the reference in Monte Carlo arithmetic; None for precisions without.
 
-        Kept once per model, feeds, width of the fraction and number of draws; computed when it is called.
+        Kept once per model, feeds, width of the fraction and number of draws; computed when it is called. Some rows of
+        feeds have the rows of the whole's: each element is rounded by itself.
         """
         bits = FRACTION_BITS.get(precision)
         if bits is None:
             return None
+        if feeds.of is not None:
+            whole, rows = feeds.of
+            drawn = self.rounding(model, whole, precision)
+            return drawn and (lambda draws: {k: v[rows] for k, v in drawn(draws).items()})
 
         def spread(draws: int) -> Outputs:
             expected, before = self.expected(model, feeds), max((d for d in DRAWS if d < draws), default=0)

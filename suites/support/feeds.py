@@ -38,11 +38,19 @@ DAMAGED = (
 
 @dataclass(frozen=True)
 class FeedSet:
-    """Feeds with a name for the report. `fires`: the model is known to respond, so that power can be proven on them."""
+    """Feeds with a name for the report. `fires`: the model is known to respond, so that power can be proven on them.
+
+    `of`: the feeds that these are some rows of, and which.
+    """
 
     name: str
     arrays: dict[str, Array]
     fires: bool
+    of: tuple[FeedSet, slice] | None = None
+
+    def rows(self, which: slice, name: str) -> FeedSet:
+        """Some rows of every input."""
+        return FeedSet(f"{self.name}, {name}", {k: v[which] for k, v in self.arrays.items()}, self.fires, (self, which))
 
 
 def photographs(model: ModelSpec) -> list[Path]:
