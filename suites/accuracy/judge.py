@@ -10,7 +10,7 @@ from suites.accuracy.budget import Budget
 from suites.accuracy.deploy import Detections, above
 from suites.accuracy.gate import Outcome, judge
 from suites.accuracy.metrics import as_labels, evaluate
-from suites.accuracy.pictures import classes_of, found_in, reference_of, shown_to, task_of
+from suites.accuracy.pictures import classes_of, found_in, kept, reference_of, shown_to, task_of
 from suites.support.bench import Bench
 from suites.support.compare import SCORE_FLOOR
 from suites.support.detections import MARGIN
@@ -21,8 +21,8 @@ DOUBTFUL = 0.05  # score from which a detection of PyTorch's excuses one of the 
 def against_labels(case: Bench, found: Sequence[Detections], budget: Budget) -> Outcome:
     """The task's metric of detections of the case's pictures beside PyTorch's, by their labels."""
     task, count, items = task_of(case.model), classes_of(case.model), shown_to(case).items
-    artifact, reference = (evaluate(task, items, side, count) for side in (found, reference_of(case)))
-    return judge(artifact, reference, budget)
+    reference = kept(case, "labels", lambda: evaluate(task, items, reference_of(case), count))
+    return judge(evaluate(task, items, found, count), reference, budget)
 
 
 def agreement(case: Bench, found: Sequence[Detections], budget: Budget) -> Outcome:
@@ -38,8 +38,8 @@ def agreement(case: Bench, found: Sequence[Detections], budget: Budget) -> Outco
         replace(item, labels=as_labels(above(side, DOUBTFUL, task), task == "segment", sure))
         for item, side in zip(shown_to(case).items, theirs, strict=True)
     ]
-    artifact, reference = (evaluate(task, truth, side, count).at_half() for side in (found, theirs))
-    return judge(artifact, reference, budget)
+    reference = kept(case, ("agreement", sure), lambda: evaluate(task, truth, theirs, count).at_half())
+    return judge(evaluate(task, truth, found, count).at_half(), reference, budget)
 
 
 def judged(case: Bench, spec: ExportSpec, budget: Budget) -> Outcome:

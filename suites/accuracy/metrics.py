@@ -8,6 +8,7 @@ import io
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ Array = npt.NDArray[Any]
 KINDS = {"detect": "bbox", "segment": "segm", "pose": "keypoints", "obb": "bbox"}
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
+RESAMPLES = 500
 
 
 @dataclass(frozen=True)
@@ -62,25 +64,48 @@ class Evaluation:
         """The metric of images that count so often each, (I,) whole numbers."""
         if self._is_of_classes:
             return float((self.rows[0][1][0] * weights).sum() / weights.sum())
-        found = [average_precision(*row, weights) for row in self.rows]
+        found = [average_precision(*row, weights) for row in self._ranked]
         known = [float(f.mean()) for f in found if f is not None]
         return float(np.mean(known)) if known else 0.0
 
+    @cached_property
+    def resamples(self) -> Array:
+        """(RESAMPLES,) the metric of images drawn with replacement: the same ones for every set of so many images."""
+        generator = np.random.default_rng(0)
+        drawn = (generator.integers(0, self.images, self.images) for _ in range(RESAMPLES))
+        return np.array([self.resampled(np.bincount(d, minlength=self.images)) for d in drawn])
 
-def average_precision(scores: Array, hits: Array, image: Array, objects: Array, weights: Array) -> Array | None:
-    """(10,) average precision at each threshold of IoU, as COCO takes it at 101 recalls; None without objects."""
+    @cached_property
+    def _ranked(self) -> list[tuple[Array, Array, Array, Array]]:
+        """What `average_precision` takes of each class: it does not depend on the images that are drawn."""
+        orders = [np.argsort(-scores, kind="mergesort") for scores, *_ in self.rows]
+        return [
+            (hits[:, o] == 1, hits[:, o] == 0, image[o], objects)
+            for (_, hits, image, objects), o in zip(self.rows, orders, strict=True)
+        ]
+
+
+def average_precision(right: Array, wrong: Array, image: Array, objects: Array, weights: Array) -> Array | None:
+    """(10,) average precision at each threshold of IoU, as COCO takes it at 101 recalls; None without objects.
+
+    Args:
+        right: (10, D) of the detections of a class, highest score first.
+        wrong: (10, D); what is neither does not count.
+        image: (D,) where each was found.
+        objects: (I,) how many there are in each image.
+        weights: (I,) how often each image counts.
+    """
     total = float((objects * weights).sum())
     if total == 0:
         return None
-    order = np.argsort(-scores, kind="mergesort")
-    count = weights[image[order]]
-    true = np.cumsum((hits[:, order] == 1) * count, 1)
-    false = np.cumsum((hits[:, order] == 0) * count, 1)
+    count = weights[image]
+    true = np.cumsum(right * count, 1)
+    false = np.cumsum(wrong * count, 1)
     recall = true / total
     precision = true / np.maximum(true + false, 1e-12)
     precision = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
-    made = np.zeros((len(hits), len(RECALLS)))
-    for row in range(len(hits)):
+    made = np.zeros((len(right), len(RECALLS)))
+    for row in range(len(right)):
         places = np.searchsorted(recall[row], RECALLS, side="left")
         inside = places < recall.shape[1]
         made[row, inside] = precision[row, places[inside]]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from suites.support.bench import Bench, Outputs, cast
 from suites.support.detections import detector_output
 from suites.support.suppression import as_anchors, suppressed
 
+Kept = TypeVar("Kept")
 SPLIT = "val"
 LOWEST = 0.001  # confidence from which detections count for the metric, as where YOLOv8's authors take theirs
 
@@ -145,18 +147,23 @@ def shown_to(case: Bench) -> Pictures:
     return case.run.found[key]
 
 
+def kept(case: Bench, what: Hashable, make: Callable[[], Kept]) -> Kept:
+    """What hangs on the model, the image size and the suppression alone: made once for all their cases."""
+    nms = tuple(getattr(case.spec, name) for name in NMS)
+    key = (what, repr(case.model), case.spec.imgsz, nms)
+    if key not in case.run.found:
+        case.run.found[key] = make()
+    return case.run.found[key]
+
+
 def reference_of(case: Bench) -> list[Detections]:
     """What PyTorch finds in the pictures; kept for the next case."""
-    nms = tuple(getattr(case.spec, name) for name in NMS)
-    key = ("reference", repr(case.model), case.spec.imgsz, nms)
 
     def run(feeds: Outputs) -> Outputs:
         found = case.guard(lambda: case.run.reference(case.model).run(feeds))
         return suppressed(found, case.model, case.spec) if case.spec.nms else found
 
-    if key not in case.run.found:
-        case.run.found[key] = found_by(run, case.spec.but(batch=1), shown_to(case).items)
-    return case.run.found[key]
+    return kept(case, "reference", lambda: found_by(run, case.spec.but(batch=1), shown_to(case).items))
 
 
 def artifact_of(case: Bench) -> list[Detections]:
