@@ -8,6 +8,7 @@ out as the YOLO data set format does; a training makes its pictures in memory.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import shutil
 import uuid
@@ -45,6 +46,7 @@ OUTLINES: dict[str, list[tuple[float, float]]] = {
 NAMES = dict(enumerate(OUTLINES))
 KPT_SHAPE = (4, 3)  # front, tail, left, right; x, y and whether it can be seen
 FLIP = (0, 1, 3, 2)  # which key point each is in a mirrored picture
+SMALL, LARGE = 48, 128  # pixels of an object's longer side: six cells of the finest scale, four of the coarsest
 LEAST_VISIBLE = 0.4  # of an object's area: one of which less can be seen has no label
 SPLITS = {"train": 0, "val": 1, "test": 2}
 
@@ -125,7 +127,7 @@ def _placed(
     from shapely import Polygon
 
     label = int(generator.integers(len(OUTLINES)))
-    length = float(np.exp(generator.uniform(math.log(110), math.log(200)) if single else generator.uniform(3.4, 4.9)))
+    length = float(np.exp(generator.uniform(math.log(110), math.log(200)) if single else generator.uniform(3.4, 5.2)))
     angle = float(generator.uniform(-math.pi, math.pi))
     wide = float(generator.uniform(0.85, 1.15))
     shape = np.array(list(OUTLINES.values())[label]) * (length, length * wide)
@@ -262,9 +264,24 @@ def training(spec: ExportSpec) -> Iterator[dict[str, Array]]:
 
 
 def feeds(spec: ExportSpec) -> Iterator[dict[str, Array]]:
-    """Pictures of the test split in batches: `feeds` of the reference models."""
-    for first in range(0, 4 * spec.batch, spec.batch):
+    """Pictures of the test split in four batches: `feeds` of the reference models. The first of each tells most."""
+    for first in _of_all_sizes(spec.model.task):
         yield {spec.model.inputs[0].name: _batch(spec, "test", range(first, first + spec.batch))}
+
+
+@cache
+def _of_all_sizes(task: str) -> tuple[int, ...]:
+    """Numbers of four pictures with a small and a large object, so that every scale of a detector has what to find;
+    of a classifier, whose objects are all large, the first four."""
+
+    def sides(number: int) -> Array:
+        boxes = np.array([thing.box for thing in picture("test", number, task).things]).reshape(-1, 4)
+        return (boxes[:, 2:] - boxes[:, :2]).max(1)
+
+    def is_one(number: int) -> bool:
+        return task == "classify" or bool((found := sides(number)).size and found.min() < SMALL and found.max() > LARGE)
+
+    return tuple(itertools.islice((n for n in itertools.count() if is_one(n)), 4))
 
 
 def _batch(spec: ExportSpec, split: str, numbers: Iterable[int]) -> Array:
