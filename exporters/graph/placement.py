@@ -32,7 +32,7 @@ class Placement:
         heavy: names of the operators whose weights and data are quantized.
         points: tensor -> names of the nodes that read it dequantized.
         group: tensor -> name of the group that shares its scale (its own name where it stands alone).
-        measured: tensors whose range is needed.
+        measured: tensors whose range is needed for this placement.
     """
 
     heavy: tuple[str, ...] = ()
@@ -62,6 +62,21 @@ class _Groups:
             self.above[other] = first
 
 
+def measured(graph: onnx.GraphProto, kept: Sequence[str]) -> list[str]:
+    """Tensors whose range is needed for a placement that keeps these modules and maybe more.
+
+    With every module that is kept, an addition may read 8 bits elsewhere: both of its sides are measured.
+    """
+    placement = place(graph, kept)
+    makers, names = {o: n for n in graph.node for o in n.output}, set(placement.heavy)
+    found = set(placement.measured)
+    for node in graph.node:
+        if node.op_type == "Add" and not belongs(node.name, kept):
+            before = [_before_activation(i, makers) for i in node.input]
+            found |= {b for b in before if b in makers and makers[b].name in names}
+    return sorted(found)
+
+
 def place(graph: onnx.GraphProto, kept: Sequence[str]) -> Placement:
     """The placement for a graph; `kept` names module paths that stay in floating point."""
     readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
@@ -82,7 +97,7 @@ def place(graph: onnx.GraphProto, kept: Sequence[str]) -> Placement:
                 groups.join([*tensors, *node.output])
             elif node.op_type in PASSING:
                 groups.join([tensors[0], *node.output])
-    _residuals(graph, readers, heavy, points, weights)
+    _residuals(graph, readers, heavy, points, weights, kept)
     return Placement(tuple(n.name for n in heavy), points, {t: groups.find(t) for t in groups.above})
 
 
@@ -111,12 +126,13 @@ def _residuals(
     heavy: Sequence[onnx.NodeProto],
     points: dict[str, list[str]],
     weights: Mapping[str, tuple[int, ...]],
+    kept: Sequence[str],
 ) -> None:
     """Lets residual additions read 8 bits: the tensor that skips, and the convolution before an activation."""
     makers = {o: n for n in graph.node for o in n.output}
     names = {n.name for n in heavy}
     for node in graph.node:
-        if node.op_type != "Add" or any(i in weights for i in node.input):
+        if node.op_type != "Add" or any(i in weights for i in node.input) or belongs(node.name, kept):
             continue
         skips = [i for i in node.input if i in points]
         branches = {i: _before_activation(i, makers) for i in node.input if i not in points}
@@ -127,7 +143,7 @@ def _residuals(
         elif len(skips) == 1:
             points[skips[0]].append(node.name)
             for before in (b for branch, b in branches.items() if b != branch):
-                points.setdefault(before, []).extend(r.name for r in readers[before])
+                points.setdefault(before, []).extend(r.name for r in readers[before] if not belongs(r.name, kept))
 
 
 def _before_activation(name: str, makers: Mapping[str, onnx.NodeProto]) -> str:

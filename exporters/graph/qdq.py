@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from exporters import calibration
 from exporters.errors import BadRequest, ExportError
-from exporters.graph.placement import HEAVY, Placement, place
+from exporters.graph.placement import HEAVY, Placement, measured, place
 from exporters.graph.ranges import calibrated
 from exporters.models.spec import belongs
 from exporters.session import Array
@@ -47,7 +47,7 @@ def quantize(parent: Path, folder: Path, spec: ExportSpec) -> tuple[onnx.ModelPr
             f"keep '{stray}': model '{spec.model.name}' has no convolution or matrix product in a module of that name",
             "name modules as PyTorch does, as in model.0.conv",
         )
-    ranges = calibrated(parent, folder, spec, place(graph.graph, [path for path, _ in spec.model.fp32]).measured)
+    ranges = calibrated(parent, folder, spec, measured(graph.graph, [path for path, _ in spec.model.fp32]))
     insert(graph, placement, ranges.largest, spec.precision)
     notes = [f"calibrated on {ranges.images} images ({spec.calibrator})"]
     if ranges.images < calibration.SMALL:

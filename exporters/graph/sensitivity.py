@@ -15,7 +15,7 @@ import onnx
 
 from exporters import calibration
 from exporters.errors import ExportError
-from exporters.graph.placement import HEAVY, place
+from exporters.graph.placement import HEAVY, measured, place
 from exporters.graph.qdq import insert, kept_of
 from exporters.graph.ranges import calibrated, reached
 from exporters.models.spec import ModelSpec, module_path
@@ -48,7 +48,7 @@ def sensitivity(parent: Path, folder: Path, spec: ExportSpec) -> dict[str, dict[
     modules = modules_of(graph.graph, everything.heavy)
     if not modules:
         raise ExportError(f"model '{spec.model.name}' has nothing that could be quantized", "ask for fp16")
-    ranges = calibrated(parent, folder, spec, everything.measured).largest
+    ranges = calibrated(parent, folder, spec, measured(graph.graph, fp32)).largest
     feeds = [dict(f) for f in islice(calibration.batches(spec, spec.batch), -(-IMAGES // spec.batch))]
     feeds = [f for f in feeds if len(next(iter(f.values()))) == spec.batch] or feeds
     wanted = [_run(graph, f) for f in feeds]
@@ -69,12 +69,13 @@ def sensitivity(parent: Path, folder: Path, spec: ExportSpec) -> dict[str, dict[
 
 def reach(parent: Path, folder: Path, spec: ExportSpec, feeds: Sequence[Mapping[str, Array]]) -> dict[str, Any]:
     """What feeds reach of the calibrated ranges; see `exporters.pool.Pool.reached`."""
-    tensors = place(onnx.load(parent).graph, kept_of(spec)).measured
-    known = calibrated(parent, folder, spec, tensors)
+    graph = onnx.load(parent).graph
+    tensors = place(graph, kept_of(spec)).measured
+    known = calibrated(parent, folder, spec, measured(graph, [path for path, _ in spec.model.fp32]))
     name = spec.model.inputs[0].name
     means = [f[name].mean((0, 2, 3)).tolist() for f in islice(calibration.samples(spec), MEANS) if f[name].ndim == 4]
     return {
-        "calibrated": dict(known.largest),
+        "calibrated": {t: known.largest[t] for t in tensors},
         "images": known.images,
         "means": means,
         "reached": reached(parent, tensors, feeds),

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from exporters.errors import NotSupported
 from exporters.graph.fp16 import to_fp16
 from exporters.graph.padding import VECTOR, pad
-from exporters.graph.placement import place
+from exporters.graph.placement import measured, place
 from exporters.graph.qdq import insert
 from exporters.graph.sensitivity import modules_of
 from exporters.graph.simplify import fold_constants, simplify
@@ -259,6 +259,28 @@ def test_residual_additions_read_8_bits_where_that_saves_a_kernel(text: str, wan
     assert {k: [n[1:].partition("_")[0] for n in v] for k, v in placement.points.items()} == wanted
     insert(model, placement, dict.fromkeys(placement.measured, 8.0), Precision.INT8)
     onnx.checker.check_model(model, full_check=True)
+
+
+SHORT = """s = Conv(x, W1_16_8)  r = Relu(s)  c = Conv(r, W2_16_16)  d = Conv(r, W3_16_16)  e = Conv(c, W4_16_16)
+    a = Add(c, d)  b = Add(a, e)  z = Conv(b, W5_8_16)"""
+SILU = """a = Conv(x, W1_16_8)  b = Conv(a, W2_16_16)  g = Sigmoid(b)  m = Mul(b, g)  s = Add(a, m)  c = Conv(m, W3_16_16)
+    t = Add(s, c)  z = Conv(t, W4_8_16)"""
+
+
+@pytest.mark.parametrize(
+    "text", [SHORT, SILU], ids=["a shortcut that is read twice", "an activation that is read twice"]
+)
+def test_whatever_is_kept_its_ranges_are_measured(text: str) -> None:
+    model = block(text)
+    for number, node in enumerate(model.graph.node):
+        node.name = f"/m{number}/{node.op_type}"
+    known = set(measured(model.graph, []))
+    paths = [f"m{n}" for n in range(len(model.graph.node))]
+    for kept in [[p] for p in paths] + [[p, q] for p in paths for q in paths]:
+        placement = place(model.graph, kept)
+        assert set(placement.measured) <= known, kept
+        readers = {name for names in placement.points.values() for name in names}
+        assert not any(name.startswith(f"/{p}/") for name in readers for p in kept), "what is kept reads 8 bits"
 
 
 def computed(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
