@@ -263,8 +263,8 @@ def test_residual_additions_read_8_bits_where_that_saves_a_kernel(text: str, wan
 
 SHORT = """s = Conv(x, W1_16_8)  r = Relu(s)  c = Conv(r, W2_16_16)  d = Conv(r, W3_16_16)  e = Conv(c, W4_16_16)
     a = Add(c, d)  b = Add(a, e)  z = Conv(b, W5_8_16)"""
-SILU = """a = Conv(x, W1_16_8)  b = Conv(a, W2_16_16)  g = Sigmoid(b)  m = Mul(b, g)  s = Add(a, m)  c = Conv(m, W3_16_16)
-    t = Add(s, c)  z = Conv(t, W4_8_16)"""
+SILU = """a = Conv(x, W1_16_8)  b = Conv(a, W2_16_16)  g = Sigmoid(b)  m = Mul(b, g)  s = Add(a, m)
+    c = Conv(m, W3_16_16)  t = Add(s, c)  z = Conv(t, W4_8_16)"""
 
 
 @pytest.mark.parametrize(
