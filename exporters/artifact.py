@@ -36,6 +36,10 @@ class FileInfo:
     sha256: str
 
 
+# Transposed convolutions, for which runtimes have no 8-bit kernels worth having, and products of two computed tensors.
+UNQUANTIZED = "operators that quantization leaves alone"
+
+
 @dataclass(frozen=True)
 class Achieved:
     """The precision read back from the artifact: `precision` in a word, `counts` and `exceptions` as evidence.

@@ -28,8 +28,10 @@ def measure_on_device(session: Session, feeds: Sequence[Feeds], plan: Measuremen
     expected = [session.run(feeds[0])]
     first_call = (time.perf_counter_ns() - start) / 1e6
     expected += [session.run(f) for f in feeds[1:]]
-    slots = [session.on_device(f) for f in feeds]
+    slots: list[OnDevice] = []
     try:
+        for given in feeds:
+            slots.append(session.on_device(given))
         graph = all([slot.capture() for slot in slots])
         count, settled = until_settled(lambda n: slots[n % len(slots)].compute_ms(graph), plan)
         before = gpu_state(device)

@@ -51,7 +51,7 @@ def _handle(device: str) -> Any:
 def _visible() -> list[str] | None:
     """The GPUs that CUDA is allowed to see, in its order; None where it sees all."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return None if given is None else [v for v in given.split(",") if v]
+    return None if given is None else [v.strip() for v in given.split(",") if v.strip()]
 
 
 def _text(value: Any) -> str:

@@ -30,9 +30,10 @@ class TorchFeeds(OnDevice):
         return False
 
     def compute_ms(self, graph: bool = False) -> float:
-        self.start.record()
+        stream = torch.cuda.current_stream(self.tensors[0].device)  # not the first GPU's
+        self.start.record(stream)
         self.enqueue()
-        self.end.record()
+        self.end.record(stream)
         self.end.synchronize()
         return float(self.start.elapsed_time(self.end))
 

@@ -35,8 +35,9 @@ def export(job: Job) -> Made:
     from exporters.models.build import build, example, for_export, one_thread
 
     spec = job.spec
-    if spec.device != "cpu" and not torch.cuda.is_available():
-        raise NotSupported(f"device {spec.device}: PyTorch {torch.__version__} finds no GPU here to trace on")
+    if spec.device != "cpu" and int(spec.device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        found = f"finds {torch.cuda.device_count() or 'no'} GPUs here to trace on"
+        raise NotSupported(f"device {spec.device}: PyTorch {torch.__version__} {found}")
     with one_thread(), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecation of torch.jit, and tracer warnings about shapes that we mean
         module = for_export(build(spec.model), spec.dynamic)

@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError
 
-from exporters.artifact import Achieved
+from exporters.artifact import UNQUANTIZED, Achieved
 from exporters.errors import ArtifactError, first_line
 
 HEAVY = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
@@ -55,8 +55,27 @@ def read_precision(path: Path) -> Achieved:
     }
     evidence["opset"] = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
     main = counts.most_common(1)[0][0] if counts else next(iter(weights), "")
-    others = tuple(sorted(name for name, kind in kinds.items() if kind != main))
+    left = _unquantized(graph) if main == "int8" else set[str]()
+    evidence |= {UNQUANTIZED: len(left)} if left else {}
+    others = tuple(sorted(name for name, kind in kinds.items() if kind != main and name not in left))
     return Achieved(main, evidence, others, _rounded(model))
+
+
+def _unquantized(graph: onnx.GraphProto) -> set[str]:
+    """Names of transposed convolutions and of products of two computed tensors."""
+    made_by = {output: node for node in graph.node for output in node.output}
+    stored = {i.name for i in graph.initializer}
+
+    def is_stored(name: str) -> bool:
+        maker = made_by.get(name)
+        return name in stored or (maker is not None and bool(maker.input) and maker.input[0] in stored)
+
+    return {
+        node.name or node.output[0]
+        for node in graph.node
+        if node.op_type == "ConvTranspose"
+        or (node.op_type in ("MatMul", "Gemm") and not any(is_stored(n) for n in node.input[:2]))
+    }
 
 
 def _rounded(model: onnx.ModelProto) -> tuple[str, ...]:

@@ -11,9 +11,9 @@ from exporters.errors import BadRequest, ExportError, NotSupported
 from exporters.models.spec import belongs
 from exporters.spec import ExportSpec, Precision
 from exporters.tensorrt import timing
-from exporters.tensorrt.calibrators import Calibration, calibrator
+from exporters.tensorrt.calibrators import Calibration, calibrator, size_of
 from exporters.tensorrt.library import Library, Log, builder, library
-from exporters.tensorrt.network import Bounds, Network, parse, precision_of, profiles_of
+from exporters.tensorrt.network import Bounds, Network, parse, precision_of, profiles_of, unquantized
 
 GIB = 1 << 30
 FLAGS = {Precision.TF32: ("TF32",), Precision.FP16: ("FP16",), Precision.BF16: ("BF16",)}
@@ -52,14 +52,14 @@ def build(path: Path, spec: ExportSpec, gpu: Mapping[str, str], folder: Path) ->
     kinds = heavy if network.strongly_typed else {}
     config = builder(on_cpu).create_builder_config()
     bounds = profiles_of(spec, network)
-    first = _add_profiles(found, config, bounds, on_cpu)
+    _add_profiles(found, config, bounds, on_cpu)
     _configure(found, config, spec, network, on_cpu)
     calibration: Calibration | None = None
     if implicit:
         calibration = calibrator(found, spec, path, gpu, folder)
         config.int8_calibrator = calibration.object
-        if first is not None:
-            config.set_calibration_profile(first)
+        if bounds:
+            config.set_calibration_profile(_calibration_profile(spec, on_cpu))
     begun = timing.begin(found, config, spec, gpu)
     with found.recording(spec.verbose) as log:
         serialized: Any = builder(on_cpu).build_serialized_network(network.network, config)
@@ -75,7 +75,8 @@ def build(path: Path, spec: ExportSpec, gpu: Mapping[str, str], folder: Path) ->
         "inputs": _signature(network, True),
         "outputs": _signature(network, False),
         "profiles": [{name: [list(s) for s in shapes] for name, shapes in b.items()} for b in bounds],
-        "heavy": len(heavy),  # convolutions and matrix products
+        "operators": sorted(heavy),  # convolutions and matrix products
+        "unquantized": unquantized(network),
         "typing": "strong" if network.strongly_typed else "weak",
         "quantization": f"implicit {spec.trt_quant_algo}" if implicit else "",
         "network": _tf32(kinds) if spec.precision is Precision.TF32 and config.get_flag(found.flag("TF32")) else kinds,
@@ -130,17 +131,22 @@ def _compatibility(found: Library, spec: ExportSpec) -> Any:
     return getattr(levels, spec.hardware_compatibility.upper(), None)
 
 
-def _add_profiles(found: Library, config: Any, bounds: Sequence[Bounds], on_cpu: bool) -> Any:
-    """Adds every profile; returns the first, for calibration."""
-    first = None
+def _calibration_profile(spec: ExportSpec, on_cpu: bool) -> Any:
+    """The shapes of a calibration batch: TensorRT reads as many images of the size that this profile is best for."""
+    made = builder(on_cpu).create_optimization_profile()
+    for entry in spec.model.inputs:
+        shape = spec.model.shape(entry, size_of(spec), spec.imgsz)
+        made.set_shape(entry.name, shape, shape, shape)
+    return made
+
+
+def _add_profiles(found: Library, config: Any, bounds: Sequence[Bounds], on_cpu: bool) -> None:
     for number, profile in enumerate(bounds):
         made = builder(on_cpu).create_optimization_profile()
         for name, (low, best, high) in profile.items():
             made.set_shape(name, low, best, high)
         if config.add_optimization_profile(made) < 0:
             raise BadRequest(f"profile {number + 1} is refused by {found.name}", "check its shapes against the model")
-        first = first or made
-    return first
 
 
 def _configure(found: Library, config: Any, spec: ExportSpec, network: Network, on_cpu: bool) -> None:

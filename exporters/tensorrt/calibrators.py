@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from exporters import calibration
 from exporters.artifact import digest
 from exporters.cache import place, writing
@@ -45,7 +47,7 @@ def kept_path(found: Library, spec: ExportSpec, onnx: Path, gpu: Mapping[str, st
         "onnx": digest(onnx),
         "images": calibration.first_digest(spec) if is_factory(spec.data) else calibration.digest_of(spec),
         "algorithm": spec.trt_quant_algo,
-        "batch": calibration.calibration_batch(spec.batch),
+        "batch": size_of(spec),
         "preprocessing": [preprocess.resize, preprocess.pad, list(preprocess.mean), list(preprocess.std)],
         "imgsz": list(spec.imgsz),
         "tensorrt": found.version,
@@ -55,6 +57,11 @@ def kept_path(found: Library, spec: ExportSpec, onnx: Path, gpu: Mapping[str, st
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return cache_root() / "calibration" / f"{slug(spec.model.name)[:40]}-{key[:32]}{SUFFIX}"
+
+
+def size_of(spec: ExportSpec) -> int:
+    """Images in a calibration batch: one where the network takes no other number."""
+    return calibration.calibration_batch(spec.batch) if spec.batch > 1 or spec.dynamic else 1
 
 
 def is_cache(data: bytes) -> bool:
@@ -83,7 +90,8 @@ def calibrator(found: Library, spec: ExportSpec, onnx: Path, gpu: Mapping[str, s
         BadRequest: the calibration cache that the request names is none.
     """
     state = Calibration()
-    path = kept_path(found, spec, onnx, gpu)
+    # Who brings scales need not have images, which the path depends on.
+    path = Path() if spec.calibration_cache else kept_path(found, spec, onnx, gpu)
     cached = b""
     if spec.calibration_cache:
         cached = Path(spec.calibration_cache).read_bytes()
@@ -97,9 +105,13 @@ def calibrator(found: Library, spec: ExportSpec, onnx: Path, gpu: Mapping[str, s
         if told.decode("ascii", errors="replace") != hashlib.sha256(cached).hexdigest():
             state.notes.append(f"the calibration cache {path} is damaged and was made anew")
             cached = b""
-    size = calibration.calibration_batch(spec.batch) if spec.batch > 1 or spec.dynamic else 1
-    state.object = _implementation(found, spec, size, cached, path, folder, state)
+    state.object = _implementation(found, spec, size_of(spec), cached, path, folder, state)
     return state
+
+
+def filled(feeds: Mapping[str, Array], size: int) -> dict[str, Array]:
+    """A batch of `size` from a short one, whose images come again: TensorRT always reads a whole batch."""
+    return {k: v if len(v) == size else np.take(v, np.arange(size) % len(v), 0) for k, v in feeds.items()}
 
 
 def _implementation(
@@ -124,10 +136,11 @@ def _implementation(
         def get_batch(self, wanted: Sequence[str]) -> list[int] | None:
             try:
                 feeds = next(self.batches, None)
-                if feeds is None or (len(next(iter(feeds.values()))) < size and not spec.dynamic):
-                    return None  # a network of one shape cannot take a short batch
+                if feeds is None:
+                    return None
                 state.images += len(next(iter(feeds.values())))
-                return [self._upload(name, feeds[name]) for name in wanted if name in names]
+                whole = filled(feeds, size) if spec.model.has_batch else feeds
+                return [self._upload(name, whole[name]) for name in wanted if name in names]
             except ExportgateError as error:
                 state.error = error
             except Exception as error:  # noqa: BLE001 (called from C++, where an exception would be lost)

@@ -6,6 +6,7 @@ The layout is that of the Ultralytics exporter, so that its users can load our e
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from exporters.errors import ArtifactError
 from exporters.metadata import Metadata, normalize
 
 LIMIT = 1 << 24  # bytes: class names of any data set fit; the magic of a plan, read as a length, is far above
+MAGIC = b"trt"  # behind one letter: "ftrt" of TensorRT 8 to 11, "ptrt" of older ones, "vtrt" of TensorRT-RTX
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,21 @@ class Engine:
     start: int
 
     def plan(self) -> bytes:
-        """The plan's bytes."""
+        """The plan's bytes.
+
+        Raises:
+            ArtifactError: they are not those that our header was written for.
+        """
         with self.path.open("rb") as file:
             file.seek(self.start)
-            return file.read()
+            data = file.read()
+        told = self.facts.get("sha256")
+        if told is not None and told != hashlib.sha256(data).hexdigest():
+            raise ArtifactError(
+                f"'{self.path}': the plan ({len(data)} bytes) is not the one that its metadata header describes",
+                "export it again",
+            )
+        return data
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -44,7 +57,7 @@ def read_engine(path: Path) -> Engine:
     """Where header and plan are.
 
     Raises:
-        ArtifactError: the file cannot be read, is empty, or its header is damaged.
+        ArtifactError: the file cannot be read, is empty, holds no plan, or its header is damaged.
     """
     try:
         size = path.stat().st_size
@@ -56,11 +69,13 @@ def read_engine(path: Path) -> Engine:
             if not 2 <= length <= LIMIT:
                 if file.read(1) == b"{":  # no plan begins so
                     raise ArtifactError(f"'{path}': its metadata header has a length of {length}", "export it again")
+                _check_magic(path, first)
                 return Engine(path, None, 0)
-            text = file.read(length)
+            text, magic = file.read(length), file.read(4)
     except OSError as error:
         raise ArtifactError(f"'{path}' cannot be read ({error.strerror})", "give an engine file") from None
     if not text.lstrip().startswith(b"{"):
+        _check_magic(path, first)
         return Engine(path, None, 0)
     if len(text) < length:
         raise ArtifactError(f"'{path}' ends within its metadata header ({size} bytes)", "export it again")
@@ -70,8 +85,14 @@ def read_engine(path: Path) -> Engine:
         raise ArtifactError(f"'{path}': the metadata header is not JSON ({error})", "export it again") from None
     if size == 4 + length:
         raise ArtifactError(f"'{path}' ends behind its metadata header: there is no plan", "export it again")
+    _check_magic(path, magic)
     check_header(values, str(path))
     return Engine(path, cast("dict[str, Any]", values), 4 + length)
+
+
+def _check_magic(path: Path, magic: bytes) -> None:
+    if magic[1:4] != MAGIC:
+        raise ArtifactError(f"'{path}' holds no plan of TensorRT (it begins with {magic!r})", "export it again")
 
 
 def check_header(values: Any, where: str) -> None:
@@ -83,7 +104,8 @@ def check_header(values: Any, where: str) -> None:
     if not isinstance(values, dict):
         raise wrong("the whole", values)
     header = cast("dict[str, Any]", values)
-    if not isinstance(header.get("batch", 1), int):
+    batch = header.get("batch", 1)
+    if not isinstance(batch, int) or batch < 1:
         raise wrong("batch", header["batch"])
     facts = header.get("plan")
     if not isinstance(facts, dict):  # somebody else's: the peer writes none
@@ -91,6 +113,10 @@ def check_header(values: Any, where: str) -> None:
     ours = cast("dict[str, Any]", facts)
     if not isinstance(ours.get("network", {}), dict):
         raise wrong("plan.network", ours["network"])
+    for key in ("operators", "unquantized"):
+        names = ours.get(key, [])
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in cast("list[Any]", names)):
+            raise wrong(f"plan.{key}", names)
     for key in ("inputs", "outputs"):
         tensors = ours.get(key, [])
         if not isinstance(tensors, list) or not all(_is_tensor(t) for t in cast("list[Any]", tensors)):
@@ -119,7 +145,9 @@ def read_metadata(path: Path) -> Metadata:
 
 
 def write_engine(path: Path, header: Mapping[str, Any], plan: bytes | memoryview) -> None:
-    """Writes header and plan; the length counts bytes, not characters."""
+    """Writes header and plan; the length counts bytes, not characters. What ours says of the plan is tied to it."""
+    if isinstance(header.get("plan"), Mapping):
+        header = {**header, "plan": {**header["plan"], "sha256": hashlib.sha256(plan).hexdigest()}}
     text = json.dumps(header, ensure_ascii=False).encode("utf-8")
     with path.open("wb") as file:
         file.write(struct.pack("<i", len(text)))

@@ -6,10 +6,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from exporters.artifact import Achieved
+from exporters.artifact import UNQUANTIZED, Achieved
 from exporters.errors import ArtifactError
 from exporters.session import Layer
 from exporters.tensorrt.header import Engine
@@ -115,26 +116,35 @@ def achieved(layers: Sequence[Layer], facts: Mapping[str, Any] | None = None) ->
     """The precision of an engine with the evidence; `exceptions` names the ONNX nodes that compute in another one.
 
     Args:
-        facts: what its header says that it was made of: where the network had no convolution and no matrix product,
-            what most layers read counts.
+        facts: what its header says that it was made of. Convolutions and matrix products of the network that no layer
+            names are exceptions; where it had none, what most layers read counts.
 
     Raises:
         ArtifactError: none is found in an engine that must have some.
     """
     found, facts = heavy_of(layers), facts or {}
-    if not found and facts.get("heavy") == 0:
+    if not found and facts.get("operators") == []:
         kinds = Counter(layer.precision for layer in layers if layer.precision)
         return Achieved(kinds.most_common(1)[0][0] if kinds else "", {f"layers {k}": n for k, n in kinds.items()})
     if not found:
         raise ArtifactError(
             "the engine has no layer that is known to be a convolution or matrix product", "export the engine again"
         )
-    counts = Counter(layer.precision for layer in found.values())
-    main = counts.most_common(1)[0][0]
+    kinds = dict.fromkeys(cast("Sequence[str]", facts.get("operators", ())), "")  # "": no layer names it
+    kinds |= {name: layer.precision for name, layer in found.items()}
+    made = _counted(kinds, facts)
+    more = {"layers": len(layers), "reformats": sum(layer.kind == "Reformat" for layer in layers)}
+    return replace(made, counts={**made.counts, **more})
+
+
+def _counted(kinds: Mapping[str, str], facts: Mapping[str, Any]) -> Achieved:
+    """What most operators compute in, and which do not; 8 bits are not for what explicit quantization leaves alone."""
+    counts = Counter(kinds.values())
+    main = next(kind for kind, _ in counts.most_common() if kind or len(counts) == 1)
     evidence = {f"operators {kind or 'unknown'}": n for kind, n in counts.items()}
-    evidence |= {"layers": len(layers), "reformats": sum(layer.kind == "Reformat" for layer in layers)}
-    others = sorted(name for name, layer in found.items() if layer.precision != main)
-    return Achieved(main, evidence, tuple(others))
+    left = set(cast("Sequence[str]", facts.get("unquantized", ()))) if main in ("int8", "fp8") else set[str]()
+    evidence |= {UNQUANTIZED: len(left)} if left else {}
+    return Achieved(main, evidence, tuple(sorted(n for n, kind in kinds.items() if kind != main and n not in left)))
 
 
 def achieved_of_plan(path: Path) -> Achieved:
@@ -153,12 +163,10 @@ def achieved_of_network(file: Engine) -> Achieved:
     """The types of the network that an engine was built from, where no GPU can load the plan.
 
     Raises:
-        ArtifactError: the header does not hold them.
+        ArtifactError: the header does not hold them, or describes another plan.
     """
+    file.plan()
     kinds = cast("Mapping[str, str]", file.facts.get("network", {}))
     if not kinds:
         raise ArtifactError(f"'{file.path}' does not say what its network computes in", "export it again")
-    counts = Counter(kinds.values())
-    main = counts.most_common(1)[0][0]
-    evidence = {f"operators {kind}": n for kind, n in counts.items()}
-    return Achieved(main, evidence, tuple(sorted(n for n, kind in kinds.items() if kind != main)))
+    return _counted(kinds, file.facts)

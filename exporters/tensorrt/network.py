@@ -169,6 +169,29 @@ def precision_of(network: Network) -> dict[str, str]:
     return kinds
 
 
+def unquantized(network: Network) -> list[str]:
+    """Transposed convolutions and products of two computed tensors, which explicit quantization leaves alone."""
+    made_by: dict[str, Any] = {}
+    found: list[str] = []
+    for number in range(network.network.num_layers):
+        layer = network.network.get_layer(number)
+        for slot in range(layer.num_outputs):
+            made_by[layer.get_output(slot).name] = layer
+        kind = _word(layer.type)
+        product = kind == "MATRIX_MULTIPLY" and not any(_is_stored(layer.get_input(i), made_by) for i in (0, 1))
+        if kind == "DECONVOLUTION" or product:
+            found.append(layer.name)
+    return found
+
+
+def _is_stored(tensor: Any, made_by: Mapping[str, Any]) -> bool:
+    """Whether a tensor is a constant, maybe behind a DequantizeLinear and what the parser puts between."""
+    maker = made_by.get(tensor.name)
+    while maker is not None and _word(maker.type) in ("SHUFFLE", "CAST", "DEQUANTIZE", "QUANTIZE"):
+        maker = made_by.get(maker.get_input(0).name)
+    return maker is not None and _word(maker.type) == "CONSTANT"
+
+
 def _type_of(tensor: Any, made_by: Mapping[str, Any]) -> str:
     """A tensor's type; that of the quantized values where it was just dequantized."""
     maker = made_by.get(tensor.name)

@@ -115,6 +115,11 @@ def configuration(engine: Engine, name: str) -> str:
         raise ArtifactError(
             f"'{engine.path}' does not say which inputs and outputs its plan has", "export it with exportgate"
         )
+    if str(facts.get("made_by", "")).startswith("TensorRT-RTX"):
+        raise ArtifactError(
+            f"'{engine.path}' was made by {facts['made_by']}, whose plans Triton's TensorRT backend does not load",
+            "export it with TensorRT on a GPU",
+        )
     batched = all(t["shape"] and t["shape"][0] == -1 for t in (*inputs, *outputs))
     largest = int((engine.header or {}).get("batch", 1)) if batched else 0
     lines = [f"name: {json.dumps(name)}", 'platform: "tensorrt_plan"', f"max_batch_size: {largest}"]

@@ -1,4 +1,4 @@
-"""Precision: in the artifact, as read back from it, and executed, as the runtime tells. Two claims."""
+"""Precision: in the artifact, as read back from it, and executed, as the runtime tells."""
 
 from __future__ import annotations
 

@@ -52,9 +52,14 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="where the JSON goes")
     parser.add_argument("--precision", default="fp32,fp16,int8", help="default: %(default)s")
     parser.add_argument("--builds", type=int, default=3, help="of each side, without a timing cache")
-    parser.add_argument("--at-once", type=int, default=2, help="builders that run at a time")
+    parser.add_argument(
+        "--at-once", type=int, default=1, help="builders that run at a time: beside others they choose worse kernels"
+    )
     parser.add_argument("--limit", type=float, default=1200.0, help="seconds after which a build is given up")
     asked = parser.parse_args(words)
+    unknown = next((p for p in asked.precision.split(",") if p not in ("fp32", "fp16", "int8")), None)
+    if unknown is not None:
+        parser.error(f"--precision '{unknown}': choose among fp32, fp16, int8")
     with tempfile.TemporaryDirectory(prefix="exportgate-") as name, Pool() as pool:
         folder = Path(name)
         sides = [s for p in asked.precision.split(",") for s in _sides(pool, Precision(p), asked, folder)]
@@ -170,7 +175,8 @@ def _build(task: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="exportgate-") as folder:
         spec = ExportSpec.from_dict(task["spec"])
         made = build(Path(task["onnx"]), spec, enter("cuda:0"), Path(folder))
-    write_engine(target, {"plan": made.facts}, made.plan)
+    write_engine(target.with_suffix(".part"), {"plan": made.facts}, made.plan)
+    target.with_suffix(".part").rename(target)  # a builder that was killed has made none
     return {}
 
 

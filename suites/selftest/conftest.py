@@ -92,6 +92,24 @@ class Twins(nn.Module):
         return self.left(images), self.right(images)
 
 
+class Mixed(nn.Module):
+    """Convolutions, a transposed one, and products of two computed tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.up = nn.Conv2d(3, 8, 3, padding=1), nn.ConvTranspose2d(8, 8, 2, 2)
+        self.query, self.key, self.last = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, images):
+        x = self.up(self.stem(images).relu())
+        share = (self.query(x).flatten(2) @ self.key(x).flatten(2).transpose(1, 2)).softmax(2)
+        return self.last((share @ x.flatten(2)).view_as(x))
+
+
+def mixed():
+    return Mixed()
+
+
 def blobs():
     return Blobs()
 
@@ -189,7 +207,7 @@ def trained() -> Path:
 
 @pytest.fixture(scope="session")
 def small_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSpec]:
-    """Small models: `blobs` (a detector that stands INT8), `spiky` (one that does not), `twins`, `figures`."""
+    """Small models: `blobs` (a detector that stands INT8), `spiky` (one that does not), `twins`, `mixed`, `figures`."""
     folder = tmp_path_factory.mktemp("small")
     (folder / "small_models.py").write_text(SMALL, encoding="utf-8")
     blobs = ModelSpec(
@@ -211,6 +229,14 @@ def small_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSpe
         outputs=(OutputSpec("left"), OutputSpec("right")),
         imgsz=(32, 32),
     )
+    mixed = ModelSpec(
+        "mixed",
+        "small_models:mixed",
+        search=(folder,),
+        outputs=(OutputSpec("output0"),),
+        imgsz=(32, 32),
+        feeds="small_models:scenes",
+    )
     figures = ModelSpec(
         "figures",
         "exporters.models.yolov8:build",
@@ -223,7 +249,7 @@ def small_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSpe
         kpt_shape=(4, 3),
     )
     spiky = replace(blobs, name="spiky", factory="small_models:spiky")
-    return {"blobs": blobs, "spiky": spiky, "twins": twins, "figures": figures}
+    return {"blobs": blobs, "spiky": spiky, "twins": twins, "mixed": mixed, "figures": figures}
 
 
 def judged(claim: Claim, bench: Bench) -> tuple[Verdict, str]:

@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 from exporters import toolchain
-from exporters.artifact import MANIFEST, Artifact, list_files
+from exporters.artifact import MANIFEST, UNQUANTIZED, Artifact, list_files
 from exporters.errors import ExportgateError, NotSupported, ToolchainMissing
 from exporters.pool import Pool
 from exporters.spec import ExportSpec, request
@@ -120,6 +120,33 @@ def test_int8_that_left_a_convolution_in_fp32_is_caught(workshop: Workshop) -> N
 
     verdict, because = workshop.judge("blobs engine int8", PRECISION, damage)
     assert verdict is Verdict.FAIL and "operators are not" in because
+
+
+def test_what_quantization_leaves_alone_is_named_and_no_exception(workshop: Workshop, judge: Judge) -> None:
+    """A transposed convolution and products of two computed tensors, in the file and in the network."""
+    for name in ("mixed onnx int8", "mixed engine int8"):
+        bench = workshop.bench(name)
+        assert judge(PRECISION, bench) == (Verdict.PASS, "")
+        assert bench.facts().achieved.counts[UNQUANTIZED] == 3
+        bench.close()
+
+
+def test_a_plan_that_is_not_its_headers_is_caught(workshop: Workshop) -> None:
+    def damage(path: Path, _: Workshop) -> None:
+        engine = read_engine(path)
+        path.write_bytes(path.read_bytes()[: engine.start] + engine.plan()[:8] + random.Random(0).randbytes(2000))
+
+    verdict, because = workshop.judge("engine fp16", PRECISION, damage)
+    assert verdict is Verdict.ERROR and "not the one that its metadata header describes" in because
+
+
+def test_noise_that_is_brought_is_not_qualified(workshop: Workshop, tmp_path: Path) -> None:
+    (tmp_path / "noise.engine").write_bytes(b"\xa7" + bytes(range(256)) * 20)
+    weights = str(workshop.models["obstacles"].weights)
+    for device in (["--device", "0"], ["--device", "cpu", "--compute-capability", "8.9"]):
+        done = run(["check", "noise.engine", "--model", weights, "--trust", *device], tmp_path)
+        assert done.returncode not in (0, None), done.stdout
+        assert "\nQUALIFIED" not in done.stdout
 
 
 # ---- ONNX files that TensorRT takes in silence or refuses in words that help nobody ---------------------------------

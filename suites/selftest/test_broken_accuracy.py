@@ -30,18 +30,19 @@ Claim = Callable[[Bench], None]
 Damage = Callable[[Path, "Workshop"], None]
 
 
-def behind(text: str, **constants: Any) -> Damage:
-    """Puts ONNX operators, in the textual form of `onnx.parser`, between `inner` and output0."""
+def behind(text: str, output: str = "output0", **constants: Any) -> Damage:
+    """Puts ONNX operators, in the textual form of `onnx.parser`, between `inner` and an output."""
 
     def damage(path: Path, workshop: Workshop) -> None:
         model = onnx.load(path)
         graph = model.graph
         for node in graph.node:
             for number, name in enumerate(node.output):
-                if name == "output0":
+                if name == output:
                     node.output[number] = "inner"
+            node.input[:] = ["inner" if name == output else name for name in node.input]
         header = f'<ir_version: {model.ir_version}, opset_import: ["" : {model.opset_import[0].version}]>'
-        parsed = onnx.parser.parse_model(f"{header} g (float[n] inner) => (float[n] output0) {{ {text} }}")
+        parsed = onnx.parser.parse_model(f"{header} g (float[n] inner) => (float[n] {output}) {{ {text} }}")
         graph.node.extend(parsed.graph.node)
         for name, value in constants.items():
             graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value), name))

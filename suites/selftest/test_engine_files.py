@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -12,8 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from exporters.session import Layer
 from exporters.tensorrt import timing
 from exporters.tensorrt.header import read_engine, write_engine
+from exporters.tensorrt.inspector import achieved
 from exporters.tensorrt.plans import strip, wrap
 from suites.selftest.test_bad_input import assert_refused, run
 
@@ -41,7 +44,8 @@ def engine(folder: Path, header: Any = HEADER) -> Path:
 def test_the_length_of_the_header_counts_bytes(tmp_path: Path) -> None:
     data = engine(tmp_path).read_bytes()
     length = int.from_bytes(data[:4], "little", signed=True)
-    assert json.loads(data[4 : 4 + length].decode("utf-8")) == HEADER
+    facts = {**HEADER["plan"], "sha256": hashlib.sha256(PLAN).hexdigest()}
+    assert json.loads(data[4 : 4 + length].decode("utf-8")) == {**HEADER, "plan": facts}
     assert data[4 + length :] == PLAN
 
 
@@ -55,7 +59,7 @@ def test_strip_and_wrap_give_the_same_file(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-@given(names=st.dictionaries(st.integers(0, 99).map(str), st.text()), plan=st.binary(min_size=16))
+@given(names=st.dictionaries(st.integers(0, 99).map(str), st.text()), plan=st.binary(min_size=16).map(PLAN[:8].__add__))
 def test_any_names_survive_strip_and_wrap(names: dict[str, str], plan: bytes, tmp_path_factory: Any) -> None:
     folder = tmp_path_factory.mktemp("any")
     path = folder / "any.engine"
@@ -98,6 +102,14 @@ def test_show_tells_header_and_plan(tmp_path: Path) -> None:
         assert words in done.stdout
 
 
+def test_an_operator_that_no_layer_names_is_an_exception() -> None:
+    layers = [Layer("a", "CaskConvolution", "fp16", None, ("/a/Conv",)), Layer("f", "kgen", "fp32", None, ())]
+    assert achieved(layers, {"operators": ["/a/Conv"]}).exceptions == ()
+    found = achieved(layers, {"operators": ["/a/Conv", "/b/Conv"]})
+    assert found.precision == "fp16" and found.exceptions == ("/b/Conv",)
+    assert found.counts["operators unknown"] == 1
+
+
 def _damaged(folder: Path) -> None:
     engine(folder)
     (folder / "plain.engine").write_bytes(PLAN)
@@ -110,6 +122,9 @@ def _damaged(folder: Path) -> None:
     (folder / "other.plan.json").write_bytes((folder / "best.plan.json").read_bytes())
     (folder / "list.json").write_text("[]")
     good = (folder / "best.engine").read_bytes()
+    (folder / "noise.engine").write_bytes(b"\xa7" + bytes(range(200)))
+    (folder / "page.engine").write_bytes(good[: -len(PLAN)] + b"<html></html>")
+    (folder / "swapped.engine").write_bytes(good[: -len(PLAN)] + PLAN[:8] + PLAN[:7:-1])
     (folder / "length.engine").write_bytes((-5).to_bytes(4, "little", signed=True) + good[4:])
     write_engine(folder / "empty.engine", HEADER, b"")
     deep = b'{"names": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
@@ -137,6 +152,9 @@ def _damaged(folder: Path) -> None:
         (["wrap", "best.plan"], ("best.engine", "exists", "--overwrite")),
         (["show", "."], ("'.'", "no file")),
         (["weigh", "best.engine"], ("weigh",)),
+        (["show", "noise.engine"], ("noise.engine", "no plan of TensorRT")),
+        (["show", "page.engine"], ("page.engine", "no plan of TensorRT", "<htm")),
+        (["strip", "swapped.engine"], ("swapped.engine", "is not the one")),
         (["show", "length.engine"], ("length.engine", "length of -5")),
         (["show", "empty.engine"], ("empty.engine", "no plan")),
         (["show", "deep.engine"], ("deep.engine", "not JSON")),

@@ -198,16 +198,21 @@ def _noise(path: Path) -> None:
     path.write_bytes(np.random.default_rng(0).bytes(20_000))
 
 
+def _noise_behind_the_magic(path: Path) -> None:
+    path.write_bytes(b"ftrt" + np.random.default_rng(0).bytes(20_000))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (_cut, ("cannot be loaded by TensorRT",)),
-        (_header_twice, ("cannot be loaded by TensorRT",)),
+        (_cut, ("is not the one that its metadata header describes",)),
+        (_header_twice, ("holds no plan of TensorRT",)),
         (_of_another_version, ("TensorRT 8.6.1", "A100", "H100")),
-        (_noise, ("cannot be loaded by TensorRT",)),
+        (_noise, ("holds no plan of TensorRT",)),
+        (_noise_behind_the_magic, ("cannot be loaded by TensorRT",)),
         (lambda p: p.write_bytes(b""), ("0 bytes",)),
     ],
-    ids=["cut", "header twice", "another version", "noise", "empty"],
+    ids=["cut", "header twice", "another version", "noise", "noise behind the magic", "empty"],
 )
 def test_a_plan_that_cannot_be_loaded_is_one_line(
     workshop: Workshop, damage: Callable[[Path], object], words: tuple[str, ...]
