@@ -77,7 +77,11 @@ def _engine(options: argparse.Namespace, further: list[str]) -> int:
             _check_free(written, options.overwrite)
             print(plans.triton(source, Path(options.triton), name))
             return 0
+        if options.name:
+            raise BadRequest(f"--name {options.name} without --triton: a plan has no name of its own", "add --triton")
         target = Path(options.output) if options.output else source.with_suffix(plans.SUFFIX)
+        if not options.output and target == source:
+            raise BadRequest(f"'{source}' is a plain plan already", "give the engine file, or --output")
         if target.resolve() == source.resolve():
             raise BadRequest(f"--output '{target}' is the engine itself", "name another place")
         _check_free((target, target.with_name(f"{target.name}.json")), options.overwrite)

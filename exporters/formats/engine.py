@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from exporters.session import Session
 from exporters.spec import NMS, ExportSpec, Precision
 from exporters.tensorrt.header import read_engine, read_metadata, write_engine
 
+LARGEST = 2**31 - 1  # elements of a tensor
 # The precision of the ONNX file that an engine is made from. No CPU runs BF16 or FP8 graphs to compare them with, so
 # those are made of the FP32 file by the engine's own step.
 GRAPHS = {
@@ -196,6 +198,15 @@ def refusal(spec: ExportSpec) -> str:
 def _check_profiles(spec: ExportSpec) -> None:
     """TensorRT builds these with a warning at most, and the engine then fails, or answers for another size."""
     stride, largest = spec.model.stride, max(profile[2][0] for profile in spec.profiles)
+    for entry in spec.model.inputs:
+        for batch, *size in (profile[2] for profile in spec.profiles):
+            shape = spec.model.shape(entry, batch, (size[0], size[1]))
+            if math.prod(shape) > LARGEST:
+                raise BadRequest(
+                    f"profile max {batch}x{size[0]}x{size[1]}: input '{entry.name}' would have {math.prod(shape):.3g} "
+                    "values, and TensorRT counts to 2147483647",
+                    "lower it",
+                )
     for profile in spec.profiles:
         for name, shape in zip(("min", "opt", "max"), profile, strict=True):
             wrong = next((s for s in shape[1:] if s % stride), None)

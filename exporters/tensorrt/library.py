@@ -13,6 +13,7 @@ from typing import Any
 from exporters.errors import ToolchainMissing
 
 MODULES = {"TensorRT": ("tensorrt",), "TensorRT-RTX": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
+MOST = 2000  # lines of a log
 SEVERITIES = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")
 
 
@@ -26,6 +27,8 @@ class Log:
     def add(self, severity: str, text: str) -> None:
         if self.verbose or SEVERITIES.index(severity) <= SEVERITIES.index("WARNING"):
             self.lines.append((severity, text))
+            if not self.verbose and len(self.lines) > MOST:  # outside a recording nobody empties it
+                del self.lines[: MOST // 2]
 
     def errors(self) -> list[str]:
         """Texts of the errors, without the source positions that TensorRT puts in front."""

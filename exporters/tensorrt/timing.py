@@ -42,7 +42,7 @@ def seed(stored: Path, gpu: str, tell: Callable[[str], None]) -> None:
     So baselines bring along the cache that their engines were built with: the same tactics are found again, in seconds.
     One that cannot be read is told and left out: builds are slow without it, and as good.
     """
-    paths = list(stored.glob(f"*/{slug(gpu)}-*.cache{PACKED}")) if gpu else []
+    paths = list(stored.glob(f"*/{slug(gpu)}-tensorrt*.cache{PACKED}")) if gpu else []
     if not paths:
         return
     try:
@@ -68,7 +68,7 @@ def store(stored: Path, gpu: str) -> list[Path]:
     import lzma
 
     made: list[Path] = []
-    for path in sorted(folder().glob(f"{slug(gpu)}-*.cache")):
+    for path in sorted(folder().glob(f"{slug(gpu)}-tensorrt*.cache")):
         made.append(stored / (path.name + PACKED))
         place(lzma.compress(path.read_bytes()), made[-1])
     return made

@@ -12,7 +12,7 @@ from exporters.spec import Precision
 from suites.support.bench import Bench, Outputs
 from suites.support.compare import Comparison, compare
 from suites.support.feeds import FeedSet
-from suites.support.power import prove
+from suites.support.power import Shown, prove
 from suites.support.verdict import Judged, Verdict
 
 pytestmark = pytest.mark.values
@@ -147,23 +147,22 @@ def _worst(rows: list[Comparison]) -> list[Comparison]:
 
 def _prove(case: Bench) -> None:
     """INSENSITIVE where known damage of the reference would have passed on every set of feeds that fires."""
-    layers = case.guard(lambda: case.run.layers(case.model))
-    sets = [f for f in case.feeds() if f.fires] or case.feeds()[:1]
-    power = None
-    for feeds in sets:
-        power = prove(
+
+    def shown(feeds: FeedSet) -> Shown:
+        return Shown(
             case.raw(feeds),
-            lambda layer, size, f=feeds: case.guard(lambda: case.run.damaged(case.model, f, layer, size)),
-            layers,
-            case.model,
-            case.spec.precision,
-            case.spec.imgsz,
-            case.run.project.tolerances,
+            lambda layer, size: case.guard(lambda: case.run.damaged(case.model, feeds, layer, size)),
             case.rounding(feeds, case.spec.precision),
         )
-        if power.sensitive:
-            break
-    assert power is not None
+
+    power = prove(
+        [shown(f) for f in case.feeds() if f.fires] or [shown(case.feeds()[0])],
+        case.guard(lambda: case.run.layers(case.model)),
+        case.model,
+        case.spec.precision,
+        case.spec.imgsz,
+        case.run.project.tolerances,
+    )
     case.evidence["power"] = power.to_dict()
     if not power.sensitive:
         raise Judged(

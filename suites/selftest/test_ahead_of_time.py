@@ -269,6 +269,7 @@ def _manifest(artifact: Artifact) -> None:
         (["--dynamic", "--profiles", "1x300x320:1x320x320:1x640x640"], ("min", "300", "stride 32", "288 or 320")),
         (["--dynamic", "--batch", "8", "--profiles", "1x320x320:1x320x320:4x640x640"], ("batch 8", "4")),
         (["--dynamic", "--profiles", "1x320x320"], ("profile", "1 shapes")),
+        (["--dynamic", "--profiles", "1x320x320:1x320x320:1x999999968x640"], ("1x999999968x640", "2147483647")),
         (
             ["--dynamic", "--profiles", "1x320x320:1x320x320:1x320x320,1x320x320:4x320x320:8x640x640"],
             ("add --batch 8",),

@@ -17,7 +17,7 @@ from exporters.spec import Precision
 from suites.support.compare import DRAWS, compare
 from suites.support.detections import iou, match
 from suites.support.gate import judge, percentiles
-from suites.support.power import prove
+from suites.support.power import Power, Shown, prove
 from suites.support.verdict import Verdict
 
 DETECTOR = ModelSpec("detector", "", outputs=detect_outputs(3), imgsz=(640, 640))
@@ -247,14 +247,14 @@ def test_boxes_that_overlap_by_half_have_an_iou_of_a_third() -> None:
 def test_a_model_that_never_fires_proves_nothing() -> None:
     """The flat output of untrained weights: everything passes, so the verdict must be INSENSITIVE."""
     silent = {"output0": _output([])}
-    power = prove(silent, lambda layer, size: silent, ["a", "b", "c"], DETECTOR, Precision.FP32, (640, 640))
+    power = prove([Shown(silent, lambda layer, size: silent)], ["a", "b", "c"], DETECTOR, Precision.FP32, (640, 640))
     assert not power.sensitive
     assert "no anchor" in power.statement
 
 
 def test_a_model_that_ignores_its_weights_proves_nothing() -> None:
     fires = {"output0": _output(GOOD)}
-    power = prove(fires, lambda layer, size: fires, ["a", "b", "c"], DETECTOR, Precision.FP32, (640, 640))
+    power = prove([Shown(fires, lambda layer, size: fires)], ["a", "b", "c"], DETECTOR, Precision.FP32, (640, 640))
     assert not power.sensitive
     assert "does not notice noise" in power.statement
 
@@ -262,7 +262,7 @@ def test_a_model_that_ignores_its_weights_proves_nothing() -> None:
 def test_a_model_without_weights_to_damage_proves_nothing() -> None:
     """No damage was tried, so none was missed: that is no proof."""
     reference = {"y": np.ones((1, 4))}
-    power = prove(reference, lambda layer, size: reference, [], VALUES, Precision.FP32, (0, 0))
+    power = prove([Shown(reference, lambda layer, size: reference)], [], VALUES, Precision.FP32, (0, 0))
     assert not power.sensitive and "no layer with weights" in power.statement
 
 
@@ -274,10 +274,24 @@ def test_an_output_that_no_damage_reaches_proves_nothing() -> None:
     def damaged(layer: str, size: float) -> dict[str, np.ndarray]:
         return {**reference, "y": reference["y"] * (1 + size)}
 
-    power = prove(reference, damaged, ["a", "b", "c"], model, Precision.FP32, (0, 0))
+    power = prove([Shown(reference, damaged)], ["a", "b", "c"], model, Precision.FP32, (0, 0))
     assert not power.sensitive and "of dead" in power.statement
     alone = ModelSpec("one", "", outputs=(OutputSpec("y"),))
-    assert prove(reference, damaged, ["a", "b", "c"], alone, Precision.FP32, (0, 0)).sensitive
+    assert prove([Shown(reference, damaged)], ["a", "b", "c"], alone, Precision.FP32, (0, 0)).sensitive
+
+
+def test_one_set_of_feeds_may_notice_what_another_does_not() -> None:
+    """All of them are judged; what none notices is still no proof."""
+    reference = {"y": np.arange(4.0).reshape(1, 4)}
+
+    def only(*noticed: str) -> Shown:
+        return Shown(reference, lambda layer, size: {"y": reference["y"] * (1 + size * (layer in noticed))})
+
+    def tried(*shown: Shown) -> Power:
+        return prove(shown, ["a", "b", "c"], VALUES, Precision.FP32, (0, 0))
+
+    assert tried(only("a", "b"), only("c")).sensitive
+    assert not tried(only("a", "b"), only("a")).sensitive
 
 
 def test_an_override_looks_at_the_anchors_that_the_default_looks_at() -> None:

@@ -1,4 +1,4 @@
-"""Power: a comparison proves on its own feeds that it could have failed, by rejecting known damage of the reference."""
+"""Power: comparisons prove on their own feeds that they could have failed, by rejecting damage that is known."""
 
 from __future__ import annotations
 
@@ -42,6 +42,21 @@ class Attempt:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """One set of feeds.
+
+    Attributes:
+        reference: the undamaged outputs.
+        damaged: outputs with noise of a size on the weights of a layer.
+        rounding: as `compare` takes it.
+    """
+
+    reference: Outputs
+    damaged: Callable[[str, float], Outputs]
+    rounding: Rounding | None = None
+
+
+@dataclass(frozen=True)
 class Power:
     """Whether the comparison could have failed, and the statement for the report."""
 
@@ -54,63 +69,60 @@ class Power:
 
 
 def prove(
-    reference: Outputs,
-    damaged: Callable[[str, float], Outputs],
+    shown: Sequence[Shown],
     layers: Sequence[str],
     model: ModelSpec,
     precision: Precision,
     imgsz: tuple[int, int],
     overrides: Sequence[Mapping[str, Any]] = (),
-    rounding: Rounding | None = None,
 ) -> Power:
-    """Tries damage that must be rejected at this precision's tolerances.
+    """Tries damage that must be rejected at this precision's tolerances, on one set of feeds at least: all are judged.
 
     Args:
-        reference: the undamaged outputs.
-        damaged: outputs with noise of a size on the weights of a layer.
+        shown: the sets of feeds, of which the next is tried where one does not notice.
         layers: names of layers, in the model's order.
-        rounding: as `compare` takes it.
     """
     cap = CAPS[precision]
+    sizes = [s for s in SIZES if s <= cap]
 
-    # The first draws do: more of them move a limit by little, and what is damaged always asks for them.
-    first = rounding and (lambda _: rounding(DRAWS[0]))
-
-    def rows_of(outputs: Outputs) -> list[Comparison]:
-        return compare(reference, outputs, model, precision, imgsz=imgsz, overrides=overrides, rounding=first)
+    def rows_of(one: Shown, outputs: Outputs) -> list[Comparison]:
+        # The first draws do: more of them move a limit by little, and what is damaged always asks for them.
+        first = one.rounding and (lambda _: one.rounding(DRAWS[0]))  # pyright: ignore[reportOptionalCall]
+        return compare(one.reference, outputs, model, precision, imgsz=imgsz, overrides=overrides, rounding=first)
 
     seen: set[tuple[str, str]] = set()  # (output, group) in which damage was noticed
 
-    def rejected(outputs: Outputs) -> str:
+    def rejected(one: Shown, outputs: Outputs) -> str:
         """What rejects these outputs, or ""."""
-        bad = [r for r in rows_of(outputs) if not r.passed]
+        bad = [r for r in rows_of(one, outputs) if not r.passed]
         seen.update((r.output, r.group) for r in bad)
         if bad:
             return f"{bad[0].group} {bad[0].measure} {bad[0].observed:.3g}, allowed {bad[0].allowed:.3g}"
-        matching = same_objects(reference, outputs, model, precision)
+        matching = same_objects(one.reference, outputs, model, precision)
         if matching is not None and not matching.passed:
             return f"matching: {len(matching.lost)} lost, {len(matching.extra)} extra of {matching.reference}"
         return ""
 
-    silent = _silent(reference, model)
-    if silent:
-        return Power(False, silent, ())
+    silent = [_silent(one.reference, model) for one in shown]
+    if all(silent):
+        return Power(False, silent[0], ())
+    telling = [one for one, why in zip(shown, silent, strict=True) if not why]
     attempts: list[Attempt] = []
     for layer in _chosen(layers):
-        for size in (s for s in SIZES if s <= cap):
-            by = rejected(damaged(layer, size))
-            if by or size == max(s for s in SIZES if s <= cap):
-                attempts.append(Attempt("noise", layer, size, cap, bool(by), by))
-                break
+        tries = ((one, size) for one in telling for size in sizes)
+        found = next(((s, by) for one, s in tries if (by := rejected(one, one.damaged(layer, s)))), (sizes[-1], ""))
+        attempts.append(Attempt("noise", layer, found[0], cap, bool(found[1]), found[1]))
     # What is compared has to be noticed in itself: an output that nothing reaches would pass whatever is in it.
-    deaf = {(r.output, r.group) for r in rows_of(reference)} - seen
-    for layer in layers if deaf else ():
-        rejected(damaged(layer, cap))
+    deaf = {(r.output, r.group) for one in telling for r in rows_of(one, one.reference)} - seen
+    for layer, one in ((layer, one) for layer in (layers if deaf else ()) for one in telling):
+        rejected(one, one.damaged(layer, cap))
         if not deaf - seen:
             break
-    for kind, outputs in _rearranged(reference, model):
-        by = rejected(outputs)
-        attempts.append(Attempt(kind, "", 1.0, 1.0, bool(by), by))
+    rearranged: dict[str, str] = {}  # what rejects it, or ""
+    for one in telling:
+        for kind, outputs in _rearranged(one.reference, model):
+            rearranged[kind] = rearranged.get(kind) or rejected(one, outputs)
+    attempts += [Attempt(kind, "", 1.0, 1.0, bool(by), by) for kind, by in rearranged.items()]
     if not any(a.kind == "noise" for a in attempts):
         return Power(False, "has no layer with weights to damage, so that it proves nothing", tuple(attempts))
     missed = [a for a in attempts if not a.rejected]
@@ -170,7 +182,7 @@ def _rearranged(reference: Outputs, model: ModelSpec) -> list[tuple[str, Outputs
             a, b = int(order[0]) + group.start, int(order[1]) + group.start
             swapped = output.copy()
             swapped[:, [a, b]] = output[:, [b, a]]
-            made.append((f"channels {a} and {b} swapped", {**reference, spec.name: swapped}))
+            made.append(("two channels swapped", {**reference, spec.name: swapped}))
     if output.ndim > 1 and output.shape[0] > 1:
         repeated = output.copy()
         repeated[1] = output[0]
