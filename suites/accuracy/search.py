@@ -144,7 +144,7 @@ def _median(case: Bench, spec: ExportSpec) -> float:
     pool, runtime, device = case.run.pool, case.case.runtime.id, case.case.device
     session = case.guard(lambda: pool.open(pool.export(spec), spec, runtime, device))
     try:
-        feeds = [cast(session, f.arrays) for f in case.feeds()[:2]]
+        feeds = [cast(session, f.arrays) for f in case.feeds_of(spec)[:2]]
         found = case.guard(lambda: session.measure(feeds, MeasurementPlan(seconds=SECONDS)))
         return round(float(np.median(found.milliseconds)), 4)
     finally:

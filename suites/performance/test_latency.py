@@ -148,7 +148,7 @@ def _process(case: Bench, number: int, settings: Latency) -> Samples:
     pool, runtime, device = case.run.pool, case.case.runtime.id, case.case.device
     if not case.case.runtime.runs:
         raise NotSupported(case.case.runtime.because)
-    artifact, feeds = case.artifact(), case.feeds()[:2]
+    artifact, feeds = case.artifact(), case.feeds_of(case.spec)[:2]
     try:
         session = case.guard(lambda: pool.open(artifact, case.spec, runtime, device, number))
         try:

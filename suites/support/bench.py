@@ -251,7 +251,11 @@ class Bench:
     def feeds(self) -> list[FeedSet]:
         """The case's feeds, of its batch and image size; what cannot be opened gets none, since they take a minute."""
         self.session()
-        return self.guard(lambda: self.run.feeds(self.spec, self.spec.batch, self.spec.imgsz))
+        return self.feeds_of(self.spec)
+
+    def feeds_of(self, spec: ExportSpec) -> list[FeedSet]:
+        """The feeds of a request of this model, whatever there is of it."""
+        return self.guard(lambda: self.run.feeds(spec, spec.batch, spec.imgsz))
 
     def expected(self, feeds: FeedSet) -> Outputs:
         """The reference's outputs, after the request's suppression where the graph has one."""
