@@ -46,7 +46,8 @@ OUTLINES: dict[str, list[tuple[float, float]]] = {
 NAMES = dict(enumerate(OUTLINES))
 KPT_SHAPE = (4, 3)  # front, tail, left, right; x, y and whether it can be seen
 FLIP = (0, 1, 3, 2)  # which key point each is in a mirrored picture
-SMALL, LARGE = 48, 128  # pixels of an object's longer side: six cells of the finest scale, four of the coarsest
+SMALL, LARGE = 48, 112  # pixels of an object's longer side: six cells of the finest scale, more than three of the coarsest
+MANY = 4  # objects in one picture
 LEAST_VISIBLE = 0.4  # of an object's area: one of which less can be seen has no label
 SPLITS = {"train": 0, "val": 1, "test": 2}
 
@@ -271,15 +272,16 @@ def feeds(spec: ExportSpec) -> Iterator[dict[str, Array]]:
 
 @cache
 def _of_all_sizes(task: str) -> tuple[int, ...]:
-    """Numbers of four pictures with a small and a large object, so that every scale of a detector has what to find;
-    of a classifier, whose objects are all large, the first four."""
+    """Numbers of four pictures with many objects, small and large ones, so that every scale of a detector has what to
+    find; of a classifier, whose objects are all large, the first four."""
 
     def sides(number: int) -> Array:
         boxes = np.array([thing.box for thing in picture("test", number, task).things]).reshape(-1, 4)
         return (boxes[:, 2:] - boxes[:, :2]).max(1)
 
     def is_one(number: int) -> bool:
-        return task == "classify" or bool((found := sides(number)).size and found.min() < SMALL and found.max() > LARGE)
+        found = sides(number)
+        return task == "classify" or bool(len(found) >= MANY and found.min() < SMALL and found.max() > LARGE)
 
     return tuple(itertools.islice((n for n in itertools.count() if is_one(n)), 4))
 
