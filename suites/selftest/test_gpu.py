@@ -24,6 +24,7 @@ from exporters.spec import request
 from exporters.tensorrt.header import read_engine, write_engine
 from suites.conformance import test_dynamic, test_metadata, test_outputs, test_precision, test_shapes
 from suites.selftest.conftest import Claim, Judge, Workshop
+from suites.support.bench import Bench
 from suites.support.gate import judge as gate
 from suites.support.verdict import Verdict
 
@@ -57,6 +58,15 @@ def feeds(workshop: Workshop, name: str, batch: int = 1) -> dict[str, np.ndarray
     return workshop.run.feeds(spec, batch, spec.imgsz)[0].arrays
 
 
+def _passes(judge: Judge, bench: Bench, claims: tuple[Claim, ...]) -> None:
+    try:
+        for claim in claims:
+            verdict, because = judge(claim, bench)
+            assert verdict in (Verdict.PASS, Verdict.NOT_SUPPORTED), f"{claim.__name__}: {verdict} {because}"
+    finally:
+        bench.close()
+
+
 # ---- good engines ---------------------------------------------------------------------------------------------------
 
 
@@ -69,12 +79,7 @@ def test_a_good_engine_passes(workshop: Workshop, judge: Judge, precision: str, 
     bench = workshop.bench(name)
     more = (test_dynamic.test_random_shapes_match_reference,) if shape == "dynamic" else ()
     more += (test_dynamic.test_smaller_batches_match_reference,) if shape == "pair" else ()
-    try:
-        for claim in (*CLAIMS, *more):
-            verdict, because = judge(claim, bench)
-            assert verdict in (Verdict.PASS, Verdict.NOT_SUPPORTED), f"{claim.__name__}: {verdict} {because}"
-    finally:
-        bench.close()
+    _passes(judge, bench, (*CLAIMS, *more))
 
 
 @pytest.mark.parametrize("name", ["engine fp32 cuda nms", "engine fp16 cuda nms pair"])
@@ -82,12 +87,7 @@ def test_an_engine_suppresses_as_the_reference_does(workshop: Workshop, judge: J
     """NMS in the graph of a real detector, alone and in a batch."""
     bench = workshop.bench(name)
     more = (test_dynamic.test_smaller_batches_match_reference,) if "pair" in name else ()
-    try:
-        for claim in (*CLAIMS, *more):
-            verdict, because = judge(claim, bench)
-            assert verdict in (Verdict.PASS, Verdict.NOT_SUPPORTED), f"{claim.__name__}: {verdict} {because}"
-    finally:
-        bench.close()
+    _passes(judge, bench, (*CLAIMS, *more))
 
 
 # ---- engines that are not what they say -----------------------------------------------------------------------------
