@@ -44,6 +44,7 @@ def kept_path(found: Library, spec: ExportSpec, onnx: Path, gpu: Mapping[str, st
     """The calibration cache for this ONNX file, images, algorithm, batch, preprocessing, TensorRT version and GPU."""
     preprocess = spec.model.preprocess
     facts = {
+        "schema": 2,  # before, a part of each batch was read
         "onnx": digest(onnx),
         "images": calibration.first_digest(spec) if is_factory(spec.data) else calibration.digest_of(spec),
         "algorithm": spec.trt_quant_algo,
