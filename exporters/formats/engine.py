@@ -91,6 +91,7 @@ def _in_precision(job: Job) -> Path:
     from exporters.graph.fp16 import to_bf16, to_fp16
     from exporters.graph.padding import pad
     from exporters.graph.qdq import quantize
+    from exporters.graph.siblings import merge
 
     kept = [*(path for path, _ in spec.model.fp32), *(["nms"] if spec.nms else [])]
     graph = onnx.load(source)
@@ -98,6 +99,8 @@ def _in_precision(job: Job) -> Path:
         graph, _ = quantize(source, job.folder, spec)
     if spec.precision is Precision.INT8:
         graph = pad(graph)
+    if spec.precision is not Precision.BF16:
+        merge(graph)
     if spec.precision is Precision.BF16:
         graph = to_bf16(graph, kept)
     elif spec.precision is Precision.FP8 or not is_weakly_typed(spec):  # else the builder chooses FP16 for the rest

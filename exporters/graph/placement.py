@@ -6,6 +6,7 @@ The rules follow what TensorRT fuses (measured on an H100 with 10.6; the medians
 - except before a residual addition: there SiLU and addition run in a kernel of their own, which reads 8 bits only where
   both of its inputs are dequantized; so that convolution's output is quantized, too;
 - an addition right behind a convolution runs in the convolution's kernel, if its other input alone is quantized;
+- convolutions of one tensor that `siblings` merges share the scale of their activations;
 - tensors that are joined, cut or passed on (Concat, Slice, Split, MaxPool, Resize) share the largest scale, so that
   these operators move 8 bits without converting them.
 """
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 
 import onnx
 
+from exporters.graph.siblings import siblings
 from exporters.models.spec import belongs
 
 HEAVY = ("Conv", "MatMul", "Gemm")
@@ -98,6 +100,11 @@ def place(graph: onnx.GraphProto, kept: Sequence[str]) -> Placement:
             elif node.op_type in PASSING:
                 groups.join([tensors[0], *node.output])
     _residuals(graph, readers, heavy, points, weights, kept)
+    names = {n.name for n in heavy}
+    for branches in siblings(graph):
+        together = [b.output for b in branches if b.conv.name in names and b.output in points]
+        if len(together) == len(branches) and not any(b.conv.output[0] in points for b in branches):
+            groups.join(together)
     return Placement(tuple(n.name for n in heavy), points, {t: groups.find(t) for t in groups.above})
 
 

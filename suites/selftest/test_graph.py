@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from exporters.graph.padding import VECTOR, pad
 from exporters.graph.placement import measured, place
 from exporters.graph.qdq import insert
 from exporters.graph.sensitivity import modules_of
+from exporters.graph.siblings import merge
 from exporters.graph.simplify import fold_constants, simplify
 from exporters.models.catalog import from_checkpoint
 from exporters.models.checkpoint import read_checkpoint
@@ -348,3 +349,74 @@ def test_every_quantized_operator_of_the_real_graph_has_a_module_of_its_own(
     assert len(modules) == len(placement.heavy)
     stored = read_checkpoint(trained).state
     assert [m for m in modules if f"{m}.weight" not in stored] == []
+
+
+# ---- convolutions of one tensor merged into one ---------------------------------------------------------------------
+
+HEAD = """y = Conv(x, W1_32_8)  a = Conv(y, W2_64_32, B_64)  e = Sigmoid(a)  m = Mul(a, e)
+    b = Conv(y, W3_32_32, B_32)  f = Sigmoid(b)  n = Mul(b, f)  c = Conv(m, W4_8_64)  d = Conv(n, W5_8_32)
+    z = Add(c, d)"""
+
+
+def quantized(text: str, precision: Precision, kept: Sequence[str] = ()) -> onnx.ModelProto:
+    """A block with Q/DQ, every tensor with a range of its own."""
+    model = block(text)
+    for number, node in enumerate(model.graph.node):
+        node.name = f"/{node.op_type}_{number}"
+    placement = place(model.graph, kept)
+    ranges = {name: 4.0 + number for number, name in enumerate(placement.measured)}
+    insert(model, placement, ranges, precision)
+    return model
+
+
+def convolutions(model: onnx.ModelProto) -> list[str]:
+    return [n.name for n in model.graph.node if n.op_type == "Conv"]
+
+
+@pytest.mark.parametrize("precision", [Precision.INT8, Precision.FP8])
+def test_the_first_convolutions_of_a_head_become_one(precision: Precision) -> None:
+    """They share the scale behind their SiLU, so that every value stays what it was."""
+    import onnxruntime
+
+    model = quantized(HEAD, precision)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    feeds = {"x": np.random.default_rng(1).normal(size=(1, 8, 6, 6)).astype(np.float32)}
+    sessions = [onnxruntime.InferenceSession(model.SerializeToString(), options)]
+    merge(model)
+    onnx.checker.check_model(model, full_check=True)
+    assert convolutions(model) == ["/Conv_0", "/Conv_1 || /Conv_4", "/Conv_7", "/Conv_8"]
+    sessions.append(onnxruntime.InferenceSession(model.SerializeToString(), options))
+    before, after = (np.asarray(s.run(None, feeds)[0]) for s in sessions)
+    np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        (HEAD, ["Conv_4"]),
+        (HEAD, ["Conv_8"]),
+        (HEAD.replace("B_64", "").replace(", )", ")"), []),
+        (HEAD.replace("W3_32_32, B_32", "W3_48_32, B_48").replace("W5_8_32", "W5_8_48"), []),
+        (HEAD.replace("W2_64_32, B_64", "W3_32_32, B_32").replace("W4_8_64", "W4_8_32"), []),
+        (HEAD.replace("z = Add(c, d)", "k = Add(c, d)  z = Concat(k, n)"), []),
+        (HEAD.replace("f = Sigmoid(b)", "f = Relu(b)"), []),
+    ],
+    ids=["one kept", "a reader kept", "one with a bias", "half a vector", "shared weights", "an output", "no SiLU"],
+)
+def test_what_cannot_be_merged_stays(text: str, kept: list[str]) -> None:
+    model = quantized(text, Precision.INT8, kept)
+    before = convolutions(model)
+    merge(model)
+    assert convolutions(model) == before
+    onnx.checker.check_model(model, full_check=True)
+
+
+def test_what_is_quantized_with_two_scales_is_not_merged() -> None:
+    """As in a file that our placement did not make."""
+    model = quantized(HEAD, Precision.INT8)
+    scale = next(i for i in model.graph.initializer if i.name == "n/scale")
+    scale.CopyFrom(numpy_helper.from_array(np.array(0.5, np.float32), "n/scale"))
+    before = convolutions(model)
+    merge(model)
+    assert convolutions(model) == before
