@@ -38,6 +38,8 @@ class FileInfo:
 
 # Transposed convolutions, for which runtimes have no 8-bit kernels worth having, and products of two computed tensors.
 UNQUANTIZED = "operators that quantization leaves alone"
+# TorchScript holds in each convolution whether a GPU may round FP32 to TF32; PyTorch's default while tracing is yes.
+ALLOW_TF32 = "convolutions that allow tf32"
 
 
 @dataclass(frozen=True)

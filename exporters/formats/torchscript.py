@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from exporters.artifact import Achieved, Artifact, TensorInfo
+from exporters.artifact import ALLOW_TF32, Achieved, Artifact, TensorInfo
 from exporters.errors import ArtifactError, BadRequest, NotSupported, first_line
 from exporters.formats import Format, Job, Made, Runtime, Step
 from exporters.metadata import Metadata, read_json
@@ -33,8 +33,10 @@ def export(job: Job) -> Made:
     import torch
 
     from exporters.models.build import build, example, for_export, one_thread
+    from exporters.models.reference import exact_fp32
 
     spec = job.spec
+    exact_fp32(spec.device)  # whether TF32 is allowed is traced into every convolution
     if spec.device != "cpu" and int(spec.device.partition(":")[2] or 0) >= torch.cuda.device_count():
         found = f"finds {torch.cuda.device_count() or 'no'} GPUs here to trace on"
         raise NotSupported(f"device {spec.device}: PyTorch {torch.__version__} {found}")
@@ -200,8 +202,9 @@ def inspect(path: Path) -> Achieved:
             counts[_short(tensor.dtype)] += 1
             if _short(tensor.dtype) == "fp32":
                 counts[f"fp32 in {name.removeprefix('inner.').rpartition('.')[0]}"] += 1
+    inlined = graph.inlined_graph
     if not counts:  # a frozen graph keeps its weights as constants, or packed for mobile (FP32 only)
-        for node in graph.inlined_graph.nodes():
+        for node in inlined.nodes():
             kind = node.kind()
             if "prepacked" in kind and kind.endswith("_run"):
                 counts["fp32"] += 1
@@ -212,7 +215,10 @@ def inspect(path: Path) -> Achieved:
     totals = {k: v for k, v in counts.items() if " in " not in k}
     main = max(totals, key=lambda k: totals[k]) if totals else ""
     others = tuple(sorted(k.partition(" in ")[2] for k in counts if " in " in k)) if main != "fp32" else ()
-    return Achieved(main, {f"weights {k}": v for k, v in totals.items()}, others)
+    found = {f"weights {k}": v for k, v in totals.items()}
+    # The last argument of PyTorch's operator says whether a GPU may round the inputs to TF32.
+    rounded = sum(bool(list(n.inputs())[-1].toIValue()) for n in inlined.findAllNodes("aten::_convolution"))
+    return Achieved(main, found | ({ALLOW_TF32: rounded} if rounded and main == "fp32" else {}), others)
 
 
 def _short(dtype: Any) -> str:

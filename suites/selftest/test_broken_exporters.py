@@ -578,6 +578,20 @@ def script_layer_left_in_fp32(path: Path, workshop: Workshop) -> None:
         traced.save(str(path), _extra_files=texts)
 
 
+def script_that_allows_tf32(path: Path, workshop: Workshop) -> None:
+    """FP32 file, traced with PyTorch's default for convolutions on a GPU."""
+    import torch
+
+    from exporters.models.build import build, for_export
+
+    texts: dict[str, Any] = {"config.txt": ""}
+    torch.jit.load(str(path), _extra_files=texts)
+    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=True):
+        module = for_export(build(workshop.models["obstacles"]), False)
+        traced: Any = torch.jit.trace(module, torch.zeros(1, 3, 320, 320), check_trace=False)
+    traced.save(str(path), _extra_files=texts)
+
+
 COCO = str({i: f"coco {i}" for i in range(80)})
 values, detections = outputs.test_outputs_match_reference, outputs.test_detections_match_reference
 names, owner = metadata.test_class_names_survive_the_round_trip, metadata.test_metadata_names_the_owner
@@ -742,6 +756,9 @@ BROKEN = (
         script_layer_left_in_fp32,
         achieved,
         "model.6.cv1.conv",
+    ),
+    Broken(
+        "TF32 allowed, TorchScript", "torchscript fp32", script_that_allows_tf32, achieved, "TF32 in 63 convolutions"
     ),
     Broken("FP16 passed off as FP32, PyTorch", "pytorch fp32", weights_of_another_type, achieved, "F16"),
     Broken(
