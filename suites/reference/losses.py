@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 TOP = 10  # anchors of an object at most
+LEAST, MOST = 2, 8  # cells of an object's longer side at a scale that learns it
 ALPHA, BETA = 0.5, 6.0  # exponents of score and overlap in the alignment of an anchor with an object
 EPS = 1e-7
 KEY_SIGMA = 0.107  # of every key point: as COCO's easiest, the hips
@@ -105,6 +106,17 @@ def inside_boxes(points: Tensor, boxes: Tensor) -> Tensor:
     """Which points (A, 2) lie in boxes (B, M, 4) -> (B, M, A)."""
     low, high = points - boxes[:, :, None, :2], boxes[:, :, None, 2:] - points
     return torch.cat((low, high), 3).amin(3) > EPS
+
+
+def fitting(sides: Tensor, strides: Tensor) -> Tensor:
+    """Which anchors are of a scale for an object: longer sides (B, M) in pixels, strides (A, 1) -> (B, M, A).
+
+    Each scale learns objects of two to eight cells (as in FCOS, Tian et al. 2019, but overlapping). Left to
+    the alignment alone, a scale that fires seldom at first is chosen less and less, and the coarsest one dies out.
+    """
+    cells = sides[..., None] / strides[:, 0]
+    small, large = strides.min() == strides[:, 0], strides.max() == strides[:, 0]
+    return ((cells >= LEAST) | small) & ((cells <= MOST) | large)
 
 
 def own_frame(points: Tensor, turned: Tensor) -> Tensor:

@@ -186,6 +186,8 @@ class Task:
             predicted = torch.cat((centres - distances[..., :2], centres + distances[..., 2:]), -1) * strides
             overlap = losses.ciou(batch.boxes[:, :, None], predicted.detach()[:, None]).clamp_min(0)
             inside = losses.inside_boxes(pixels, batch.boxes)
+        box_sides = batch.turned[..., 2:4] if self.task == "obb" else batch.boxes[..., 2:] - batch.boxes[..., :2]
+        inside = inside & losses.fitting(box_sides.amax(2), strides)
         chosen = losses.assign(scores.detach().sigmoid(), overlap, inside, batch.classes, batch.valid)
         target = torch.zeros_like(scores)
         label = batch.classes.gather(1, chosen.number)

@@ -181,3 +181,15 @@ def test_a_training_learns_and_its_file_is_read_back(tmp_path: Path, task: str) 
     assert {k for k in model.state_dict() if "num_batches" not in k} == set(
         build("p", 6, task=task, kpt_shape=scenes.KPT_SHAPE).state_dict()
     ) - {k for k in model.state_dict() if "num_batches" in k}
+
+
+def test_each_scale_learns_the_objects_that_fit_it() -> None:
+    sides, strides = torch.tensor([[10.0, 40.0, 100.0, 180.0, 900.0]]), torch.tensor([[8.0], [16.0], [32.0]])
+    wanted = [
+        [True, False, False],
+        [True, True, False],
+        [False, True, True],
+        [False, False, True],
+        [False, False, True],
+    ]
+    assert losses.fitting(sides, strides).tolist() == [wanted]
