@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -433,3 +434,5 @@ def test_the_matrix_of_gpu_runners_is_never_green_without_a_gpu(tmp_path: Path) 
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 5, done.stdout[-800:]
     assert re.search(r"skipped \d+ claims: there is no NVIDIA GPU", done.stdout), done.stdout[-800:]
+    if not find_spec("pycuda"):
+        assert re.search(r"no NVIDIA GPU.*; .*pycuda", done.stdout), done.stdout[-800:]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from exporters import formats, toolchain
-from exporters.errors import ToolchainMissing
+from exporters import formats
 from exporters.spec import Precision
-from suites.support.cases import missing_gpu
+from suites.support.cases import missing_gpu, missing_toolchain
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ def cells() -> list[Cell]:
     for entry in formats.registry().values():
         for precision in known:
             for runtime in entry.runtimes:
-                missing = _missing(entry.chain(runtime.device))
+                missing = missing_toolchain(entry.chain(runtime.device))
                 if precision not in entry.precisions:
                     state, because = "not supported", entry.gone.get(precision, f"{entry.title} has no such form")
                 elif missing:
@@ -48,12 +47,3 @@ def cells() -> list[Cell]:
                     )
                 rows.append(Cell(entry.id, precision.value, runtime.id, runtime.device, state, because))
     return rows
-
-
-def _missing(chain: str) -> str:
-    """What a toolchain lacks here, or ""."""
-    try:
-        toolchain.resolve(chain)
-    except ToolchainMissing as error:
-        return str(error)
-    return ""

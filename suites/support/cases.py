@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from exporters import formats
+from exporters import formats, toolchain
 from exporters.cuda.nvml import gpu_facts
 from exporters.errors import BadRequest, NotSupported, ToolchainMissing
 from exporters.formats import Runtime
@@ -266,6 +266,8 @@ def _cases(
     if not runtimes:
         return [Case(spec, Runtime("none", kind, ()), because or f"{entry.title} has no runtime on {kind}")]
     missing = missing_gpu(device)
+    lacks = missing_toolchain(entry.chain(kind)) if missing else ""  # where there is a GPU, the export says so
+    missing = "; ".join(m for m in (missing, lacks) if m)
     return [Case(spec, r, because, missing) for r in runtimes]
 
 
@@ -275,6 +277,15 @@ def missing_gpu(device: str) -> str:
         return ""
     number = device.partition(":")[2]
     return f"there is no NVIDIA GPU {number} here, or no driver for it (nvidia-smi shows what there is)"
+
+
+def missing_toolchain(name: str) -> str:
+    """What a toolchain lacks here, or ""."""
+    try:
+        toolchain.resolve(name)
+    except ToolchainMissing as error:
+        return str(error)
+    return ""
 
 
 def _parsed(given: Mapping[str, Any]) -> dict[str, Any]:
