@@ -56,6 +56,11 @@ def classes_of(model: ModelSpec) -> int:
     return int((groups[0].stop or 0) - groups[0].start)
 
 
+def named_pictures(model: ModelSpec) -> str:
+    """The data set, folder or factory of a model's pictures; "" where it names none."""
+    return model.evaluate or (model.feeds if model.feeds and Path(model.feeds).exists() else "")
+
+
 def pictures_of(model: ModelSpec) -> Pictures:
     """What the model is to be judged on.
 
@@ -64,7 +69,7 @@ def pictures_of(model: ModelSpec) -> Pictures:
         BadRequest: they cannot be read, or belong to other classes.
     """
     task = task_of(model)
-    named = model.evaluate or (model.feeds if model.feeds and Path(model.feeds).exists() else "")
+    named = named_pictures(model)
     if not named:
         raise NotSupported(
             f"model {model.name} has no pictures to judge accuracy on: name them with --evaluate, or with evaluate "

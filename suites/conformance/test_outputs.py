@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from exporters.errors import NotSupported
-from exporters.spec import Precision
+from exporters.spec import CALIBRATED, Precision
+from suites.accuracy.pictures import named_pictures
 from suites.support.bench import Bench, Outputs
 from suites.support.compare import Comparison, compare
 from suites.support.feeds import FeedSet
-from suites.support.power import Shown, prove
+from suites.support.power import GROSS, Shown, prove
 from suites.support.verdict import Judged, Verdict
 
 pytestmark = pytest.mark.values
@@ -77,7 +78,7 @@ def test_detections_match_reference(case: Bench) -> None:
     )
     if not total:
         raise Judged(Verdict.INSENSITIVE, "the reference detects nothing on these feeds, so nothing could be lost")
-    _prove(case)
+    _prove(case, GROSS if case.spec.precision in CALIBRATED and named_pictures(case.model) else None)
 
 
 def test_same_feeds_give_the_same_outputs(case: Bench) -> None:
@@ -145,7 +146,7 @@ def _worst(rows: list[Comparison]) -> list[Comparison]:
     return list(chosen.values())
 
 
-def _prove(case: Bench) -> None:
+def _prove(case: Bench, cap: float | None = None) -> None:
     """INSENSITIVE where known damage of the reference would have passed on every set of feeds that fires."""
 
     def shown(feeds: FeedSet) -> Shown:
@@ -162,6 +163,7 @@ def _prove(case: Bench) -> None:
         case.spec.precision,
         case.spec.imgsz,
         case.run.project.tolerances,
+        cap,
     )
     case.evidence["power"] = power.to_dict()
     if not power.sensitive:

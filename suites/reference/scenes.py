@@ -46,7 +46,7 @@ OUTLINES: dict[str, list[tuple[float, float]]] = {
 NAMES = dict(enumerate(OUTLINES))
 KPT_SHAPE = (4, 3)  # front, tail, left, right; x, y and whether it can be seen
 FLIP = (0, 1, 3, 2)  # which key point each is in a mirrored picture
-SMALL, LARGE = 48, 112  # pixels of a longer side: six cells of the finest scale, more than three of the coarsest
+SMALL, LARGE = 48, 128  # pixels of a longer side: six cells of the finest scale, and what the coarsest alone learns
 MANY = 4  # objects in one picture
 LEAST_VISIBLE = 0.4  # of an object's area: one of which less can be seen has no label
 SPLITS = {"train": 0, "val": 1, "test": 2}
@@ -261,19 +261,21 @@ def data(model: ModelSpec) -> Path:
 def training(spec: ExportSpec) -> Iterator[dict[str, Array]]:
     """Pictures of the training split, one by one: `data` of the reference models' INT8."""
     for number in range(CALIBRATED):
-        yield {spec.model.inputs[0].name: _batch(spec, "train", [number])}
+        yield _batch(spec, [picture("train", number, spec.model.task).image])
 
 
 def feeds(spec: ExportSpec) -> Iterator[dict[str, Array]]:
     """Pictures of the test split in four batches: `feeds` of the reference models. The first of each tells most."""
-    for first in _of_all_sizes(spec.model.task):
-        yield {spec.model.inputs[0].name: _batch(spec, "test", range(first, first + spec.batch))}
+    task = spec.model.task
+    for first in _telling(task):
+        numbers = range(first, first + spec.batch)
+        yield _batch(spec, [_mixed(n) if task == "classify" else picture("test", n, task).image for n in numbers])
 
 
 @cache
-def _of_all_sizes(task: str) -> tuple[int, ...]:
+def _telling(task: str) -> tuple[int, ...]:
     """Numbers of four pictures with many objects, small and large ones, so that every scale of a detector has what to
-    find; of a classifier, whose objects are all large, the first four."""
+    find; of a classifier the first four."""
 
     def sides(number: int) -> Array:
         boxes = np.array([thing.box for thing in picture("test", number, task).things]).reshape(-1, 4)
@@ -286,11 +288,21 @@ def _of_all_sizes(task: str) -> tuple[int, ...]:
     return tuple(itertools.islice((n for n in itertools.count() if is_one(n)), 4))
 
 
-def _batch(spec: ExportSpec, split: str, numbers: Iterable[int]) -> Array:
-    """(B, 3, h, w) as the deployment prepares them."""
-    how = spec.model.preprocess
-    images = [prepare_image(picture(split, n, spec.model.task).image, spec.imgsz, how) for n in numbers]
-    return np.stack(images).astype(spec.model.inputs[0].dtype)
+def _mixed(number: int) -> npt.NDArray[np.uint8]:
+    """A test picture of a classifier and the next one of another class, half of each.
+
+    Where a class is certain, softmax hides what happens before it: damage moves probabilities a hundred times less.
+    """
+    first = picture("test", number, "classify")
+    others = (picture("test", n, "classify") for n in itertools.count(number + 1))
+    other = next(o for o in others if o.things[0].label != first.things[0].label)
+    return ((first.image.astype(np.uint16) + other.image) // 2).astype(np.uint8)
+
+
+def _batch(spec: ExportSpec, images: Iterable[npt.NDArray[np.uint8]]) -> dict[str, Array]:
+    """(B, 3, h, w) as the deployment prepares them, by the input's name."""
+    entry, how = spec.model.inputs[0], spec.model.preprocess
+    return {entry.name: np.stack([prepare_image(i, spec.imgsz, how) for i in images]).astype(entry.dtype)}
 
 
 def line(thing: Thing, task: str) -> str:
