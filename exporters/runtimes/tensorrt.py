@@ -302,7 +302,9 @@ class Slot(OnDevice):
         if self.session.bound is not self:
             self._bind()
         if not self.session.context.execute_async_v3(self.session.stream.handle):
-            said = next(iter(library().log.errors()[-1:]), "no words")
+            with library().recording() as log:  # once more, to hear this refusal's words and no older ones
+                self.session.context.execute_async_v3(self.session.stream.handle)
+            said = next(iter(log.errors()), "no words")
             raise ExportError(f"TensorRT refused to enqueue this inference ({said})", "report it with the engine")
 
     def capture(self) -> bool:
