@@ -12,17 +12,20 @@ from exporters.spec import CALIBRATED, Precision
 from suites.accuracy.pictures import named_pictures
 from suites.support.bench import Bench, Outputs
 from suites.support.compare import Comparison, compare
+from suites.support.detections import detector_output
 from suites.support.feeds import FeedSet
-from suites.support.power import GROSS, Shown, prove
+from suites.support.power import Shown, prove
 from suites.support.verdict import Judged, Verdict
 
 pytestmark = pytest.mark.values
+BY_PICTURES = "in 8 bits it is judged by what it finds in its pictures (test_detections_agree_without_labels)"
 
 
 def test_outputs_match_reference(case: Bench) -> None:
     """Every channel group is within its tolerance on every set of feeds, and damage of known size would not be."""
     # Detections of a graph with NMS are matched one to one; what stands before it is compared in the file without.
     hops = [hop for hop in case.hops() if not hop[1].nms]
+    elsewhere = _by_pictures(case) and detector_output(case.model) is not None
     rows: list[Comparison] = []
     for feeds in case.feeds():
         reference = case.raw(feeds)
@@ -32,9 +35,11 @@ def test_outputs_match_reference(case: Bench) -> None:
             outputs = case.hop_outputs(name, spec, artifact, feeds)
             _present(reference, outputs, name)
             same = spec.precision is converted  # the graph of the hop before, in another runtime
-            rows += _rows(case, before[1], outputs, f"{before[0]} -> {name}", spec.precision, feeds, same)
+            # What it was made from, and the same graph in another runtime, are judged here all the same.
+            if same or not (elsewhere and spec.precision in CALIBRATED):
+                rows += _rows(case, before[1], outputs, f"{before[0]} -> {name}", spec.precision, feeds, same)
             before, converted = (name, outputs), spec.precision
-        if len(hops) > 1:
+        if len(hops) > 1 and not elsewhere:
             rows += _rows(case, reference, before[1], f"pytorch fp32 -> {before[0]}", case.spec.precision, feeds)
     # The rows of one hop and group on several feeds tell the same story: the record keeps the worst of each.
     case.evidence["comparisons"] = [r.to_dict() for r in _worst(rows)]
@@ -44,6 +49,8 @@ def test_outputs_match_reference(case: Bench) -> None:
         raise AssertionError(
             f"{len(failed)} of {len(rows)} comparisons fail, first at the hop {culprit.hop}: {culprit.line()}"
         )
+    if elsewhere:
+        raise NotSupported(BY_PICTURES)
     # Rows of its parents say nothing of the artifact itself.
     own = [r for r in rows if r.hop.endswith(f"-> {hops[-1][0]}")]
     if not own and case.spec.precision is Precision.INT8:
@@ -54,6 +61,8 @@ def test_outputs_match_reference(case: Bench) -> None:
 
 def test_detections_match_reference(case: Bench) -> None:
     """The same objects: one-to-one by class with enough overlap, none lost, none added; of a classifier its class."""
+    if _by_pictures(case):
+        raise NotSupported(BY_PICTURES)
     total = matched = 0
     floor, lowest = 0.0, 1.0
     problems: list[str] = []
@@ -78,7 +87,7 @@ def test_detections_match_reference(case: Bench) -> None:
     )
     if not total:
         raise Judged(Verdict.INSENSITIVE, "the reference detects nothing on these feeds, so nothing could be lost")
-    _prove(case, GROSS if case.spec.precision in CALIBRATED and named_pictures(case.model) else None)
+    _prove(case)
 
 
 def test_same_feeds_give_the_same_outputs(case: Bench) -> None:
@@ -96,6 +105,15 @@ def test_same_feeds_give_the_same_outputs(case: Bench) -> None:
         assert largest <= allowed, (
             f"output {name} changed by {largest:.3g} from one inference to the next, allowed {allowed:.3g}"
         )
+
+
+def _by_pictures(case: Bench) -> bool:
+    """Whether a model is judged in 8 bits by what it finds in pictures of its own.
+
+    Four sets of feeds hold some twenty objects: noise that matters loses none of them, and of the objects in hundreds
+    of pictures an artifact that is right may lose one. How many it may lose the accuracy claims say, with an interval.
+    """
+    return case.spec.precision in CALIBRATED and bool(named_pictures(case.model))
 
 
 def _present(expected: Outputs, observed: Outputs, name: str) -> None:
@@ -146,7 +164,7 @@ def _worst(rows: list[Comparison]) -> list[Comparison]:
     return list(chosen.values())
 
 
-def _prove(case: Bench, cap: float | None = None) -> None:
+def _prove(case: Bench) -> None:
     """INSENSITIVE where known damage of the reference would have passed on every set of feeds that fires."""
 
     def shown(feeds: FeedSet) -> Shown:
@@ -163,7 +181,6 @@ def _prove(case: Bench, cap: float | None = None) -> None:
         case.spec.precision,
         case.spec.imgsz,
         case.run.project.tolerances,
-        cap,
     )
     case.evidence["power"] = power.to_dict()
     if not power.sensitive:

@@ -207,7 +207,8 @@ def trained() -> Path:
 
 @pytest.fixture(scope="session")
 def small_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSpec]:
-    """Small models: `blobs` (a detector that stands INT8), `spiky` (one that does not), `twins`, `mixed`, `figures`."""
+    """Small models: `blobs` (a detector that stands INT8), `blind` (the same without pictures to judge accuracy on),
+    `spiky` (a detector that does not stand it), `twins`, `mixed`, `figures`."""
     folder = tmp_path_factory.mktemp("small")
     (folder / "small_models.py").write_text(SMALL, encoding="utf-8")
     blobs = ModelSpec(
@@ -249,7 +250,8 @@ def small_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSpe
         kpt_shape=(4, 3),
     )
     spiky = replace(blobs, name="spiky", factory="small_models:spiky")
-    return {"blobs": blobs, "spiky": spiky, "twins": twins, "mixed": mixed, "figures": figures}
+    blind = replace(blobs, name="blind", evaluate="")
+    return {"blobs": blobs, "blind": blind, "spiky": spiky, "twins": twins, "mixed": mixed, "figures": figures}
 
 
 def judged(claim: Claim, bench: Bench) -> tuple[Verdict, str]:

@@ -78,12 +78,18 @@ ELEMENTS, MATCHING = outputs.test_outputs_match_reference, outputs.test_detectio
     ("name", "damage", "catches", "misses"),
     [
         # A tenth of the objects are found with a score below the 0.25 from which detections are matched.
-        ("blobs onnx int8", LOW_SHUFFLED, [LABELS], [MATCHING]),
+        ("blobs onnx int8", LOW_SHUFFLED, [LABELS], []),
+        ("blind onnx int8", LOW_SHUFFLED, [], [MATCHING]),
         ("blobs onnx fp32", SWAPPED, [LABELS, AGREEMENT, MATCHING], []),
         # 0.02 px of boxes of 8 px and more: far less than an overlap of 0.95 asks for.
         ("blobs onnx fp32", MOVED, [ELEMENTS], [LABELS, AGREEMENT]),
     ],
-    ids=["scores shuffled among low anchors", "two classes swapped", "boxes moved by 0.02 px"],
+    ids=[
+        "scores shuffled among low anchors",
+        "the same without labels",
+        "two classes swapped",
+        "boxes moved by 0.02 px",
+    ],
 )
 def test_what_one_claim_misses_another_catches(
     workshop: Workshop, name: str, damage: Damage, catches: list[Claim], misses: list[Claim]
@@ -96,6 +102,20 @@ def test_what_one_claim_misses_another_catches(
     for claim in misses:
         verdict, because = workshop.judge(name, claim, damage)
         assert verdict is Verdict.PASS, because
+
+
+@pytest.mark.parametrize("claim", [ELEMENTS, MATCHING])
+def test_in_8_bits_pictures_judge_a_detector(workshop: Workshop, judge: Judge, claim: Claim) -> None:
+    """Four sets of feeds are no match for them; what its graph was made from is compared all the same."""
+    verdict, because = workshop.judge("blobs onnx int8", claim, LOW_SHUFFLED)
+    assert verdict is Verdict.NOT_SUPPORTED and "in its pictures" in because, because
+    bench = workshop.bench("blobs onnx int8")
+    try:
+        assert judge(claim, bench)[0] is Verdict.NOT_SUPPORTED
+        hops = {row["hop"] for row in bench.evidence.get("comparisons", [])}
+        assert hops == ({"pytorch fp32 -> onnx fp32"} if claim is ELEMENTS else set())
+    finally:
+        bench.close()
 
 
 def _of(name: str) -> Damage:

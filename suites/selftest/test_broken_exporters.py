@@ -769,7 +769,7 @@ BROKEN = (
         "asked for int8, the file is fp32",
     ),
     Broken("one layer not quantized", "blobs onnx int8", one_layer_not_quantized(), achieved, "/score/Conv"),
-    Broken("a scale doubled", "blobs onnx int8", scale_doubled(), detections, "lost"),
+    Broken("a scale doubled", "blind onnx int8", scale_doubled(), detections, "lost"),
     Broken(
         "another operator set",
         "onnx fp32",
@@ -879,7 +879,7 @@ def test_the_same_claim_passes_on_the_good_artifact(
 
 def test_values_of_an_int8_detector_are_not_called_right(workshop: Workshop) -> None:
     """Nothing of an INT8 detector is compared element by element; a PASS would be absence that looks like success."""
-    verdict, because = workshop.judge("blobs onnx int8", values, scale_doubled())
+    verdict, because = workshop.judge("blind onnx int8", values, scale_doubled())
     assert verdict is Verdict.NOT_SUPPORTED, f"{verdict}: {because}"
     assert "matching" in because
 
