@@ -99,12 +99,12 @@ def _in_precision(job: Job) -> Path:
         graph, _ = quantize(source, job.folder, spec)
     if spec.precision is Precision.INT8:
         graph = pad(graph)
-    if spec.precision is not Precision.BF16:
-        merge(graph)
     if spec.precision is Precision.BF16:
         graph = to_bf16(graph, kept)
-    elif spec.precision is Precision.FP8 or not is_weakly_typed(spec):  # else the builder chooses FP16 for the rest
-        graph = to_fp16(graph, kept)
+    else:
+        merge(graph)
+        if spec.precision is Precision.FP8 or not is_weakly_typed(spec):  # else the builder chooses FP16 for the rest
+            graph = to_fp16(graph, kept)
     target = job.folder / "graph.onnx"
     onnx.save(graph, target)
     return target

@@ -33,6 +33,8 @@ class Branch:
 
 def siblings(graph: onnx.GraphProto) -> list[list[Branch]]:
     """Branches that differ in their weights alone, of whole vectors of channels, so that a cut between them is free."""
+    if any(a.HasField("g") or a.graphs for node in graph.node for a in node.attribute):
+        return []  # a branch or a loop may read what is outside
     readers = _readers(graph)
     stored = {i.name: i for i in graph.initializer}
     makers = {o: n for n in graph.node for o in n.output}

@@ -420,3 +420,16 @@ def test_what_is_quantized_with_two_scales_is_not_merged() -> None:
     before = convolutions(model)
     merge(model)
     assert convolutions(model) == before
+
+
+def test_what_a_branch_of_the_graph_may_read_is_not_merged() -> None:
+    """The body of an If reads tensors of the graph around it without naming them as inputs."""
+    model = quantized(HEAD, Precision.INT8)
+    ends = [helper.make_tensor_value_info("inside", TensorProto.FLOAT, None)]
+    body = helper.make_graph([helper.make_node("Identity", ["a"], ["inside"])], "body", [], ends)
+    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "yes"))
+    model.graph.node.append(helper.make_node("If", ["yes"], ["chosen"], then_branch=body, else_branch=body))
+    before = convolutions(model)
+    merge(model)
+    assert convolutions(model) == before
+    onnx.checker.check_model(model, full_check=True)
