@@ -205,6 +205,20 @@ def test_only_the_box_that_rounding_moves_is_allowed_more() -> None:
     assert not passes(1, 0.9, Precision.FP32)
 
 
+@pytest.mark.parametrize(("size", "limit"), [(640, 1.0), (480, 1.0), (240, 0.5)])
+def test_a_box_of_a_small_image_may_move_less(size: int, limit: float) -> None:
+    """Distances in it are shorter, and so are their roundings."""
+
+    def passes(pixels: float) -> bool:
+        reference = _output(GOOD)
+        moved = reference.copy()
+        moved[0, 2, 0] += pixels
+        outputs = {"output0": reference}, {"output0": moved}
+        return all(r.passed for r in compare(*outputs, DETECTOR, Precision.FP16, imgsz=(size, size)))
+
+    assert passes(limit * 0.9) and not passes(limit * 1.1)
+
+
 def test_more_draws_judge_what_few_reject() -> None:
     """A standard deviation of few draws may be far too small; what no better one reaches is not drawn again."""
     reference = _output(GOOD)

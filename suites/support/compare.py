@@ -24,6 +24,7 @@ SCORE_FLOOR = 0.25  # the contract's default confidence: below it a deployment d
 class Tolerance:
     """What is allowed of one measure. `relative` scales it by the group's extent (the image size for boxes).
 
+    `reach` is the distance in pixels up to which `allowed` is argued: of an image that is smaller it is as much less.
     What belongs to anchors counts on those that fire, `everywhere` on all of them. `conditioned`: where Monte Carlo
     arithmetic moves an element of the reference so far that SIGMAS standard deviations of it are more than `allowed`,
     that much is allowed of this element.
@@ -35,6 +36,13 @@ class Tolerance:
     relative: bool = False
     conditioned: bool = False
     everywhere: bool = False
+    reach: float = 0.0
+
+    def of(self, extent: float) -> float:
+        """The limit in a group of this extent."""
+        if self.relative:
+            return self.allowed * extent
+        return self.allowed * (min(1.0, extent / self.reach) if self.reach else 1.0)
 
     @property
     def is_lower_bound(self) -> bool:
@@ -92,9 +100,11 @@ DRAWS = (8, 32)
 FAR = 4.0
 FRACTION_BITS: Mapping[Precision, int] = {Precision.FP16: 10, Precision.TF32: 10, Precision.BF16: 7}
 DFL = (
-    "DFL: 15 cells x stride 32 x FP16's half ulp 2^-11 = 0.23 px a rounding, four deep; more for a box that FP16 "
-    "arithmetic itself moves farther (6 standard deviations of the reference in Monte Carlo arithmetic)"
+    "DFL: 15 cells x stride 32 x FP16's half ulp 2^-11 = 0.23 px a rounding, four deep, and less in an image of fewer "
+    "than 480 px; more for a box that FP16 arithmetic itself moves farther (6 standard deviations of the reference in "
+    "Monte Carlo arithmetic)"
 )
+REACH = {"box": 480.0, "point": 512.0}  # px: 15 cells x stride 32, and 2 x 32 x coordinates up to 8
 SUMS = "FP32 sums of some 10^3 terms differ by about 10^3 x 2^-24 = 6e-5 of the range"
 POINT = "2 x stride 32 x coordinates up to 8 x FP16's half ulp 2^-11 = 0.25 px a rounding, four deep; as for boxes"
 ANGLE = "sigmoid's slope 1/4 x pi x logits up to 10 x 2^-11 = 3.8e-3 rad a rounding, four deep; as for boxes"
@@ -114,7 +124,14 @@ def _halves(precision: Precision, times: float) -> dict[tuple[Precision, str], t
     }
     return {
         (precision, kind): (
-            Tolerance("max_abs", allowed * times, reason if times == 1 else EIGHT, relative, conditioned=True),
+            Tolerance(
+                "max_abs",
+                allowed * times,
+                reason if times == 1 else EIGHT,
+                relative,
+                conditioned=True,
+                reach=REACH.get(kind, 0.0),
+            ),
         )
         for kind, (allowed, reason, relative) in limits.items()
     }
@@ -130,7 +147,7 @@ DEFAULTS: Mapping[tuple[Precision, str], tuple[Tolerance, ...]] = {
         for kind in ("point", "mask", "visibility", "angle", "probability", "value")
     },
     (Precision.FP16, "box"): (
-        Tolerance("max_abs", 1.0, DFL, conditioned=True),
+        Tolerance("max_abs", 1.0, DFL, conditioned=True, reach=REACH["box"]),
         Tolerance("cosine", 0.999, "a scale error of 4 % turns 0.999 in one channel"),
     ),
     (Precision.FP16, "score"): (
@@ -149,7 +166,7 @@ DEFAULTS: Mapping[tuple[Precision, str], tuple[Tolerance, ...]] = {
     # BF16 has 3 bits of fraction fewer than FP16: each rounding is 8 times as large.
     **_halves(Precision.BF16, 8),
     (Precision.BF16, "box"): (
-        Tolerance("max_abs", 8.0, EIGHT, conditioned=True),
+        Tolerance("max_abs", 8.0, EIGHT, conditioned=True, reach=REACH["box"]),
         Tolerance("cosine", 0.999, "a scale error of 4 % turns 0.999 in one channel"),
     ),
     (Precision.BF16, "score"): (Tolerance("max_abs", 4e-2, EIGHT, conditioned=True),),
@@ -250,7 +267,7 @@ def compare(
                 mask = None if limit.everywhere else firing
                 if mask is not None and not mask.any():
                     continue
-                bound = least = np.full(a.shape, limit.allowed * (extent if limit.relative else 1.0))
+                bound = least = np.full(a.shape, limit.of(extent))
                 counts = DRAWS if limit.conditioned and rounding is not None else ()
                 for draws in counts:
                     error = np.abs(b - a) if mask is None else np.abs(b - a) * mask
