@@ -151,12 +151,13 @@ def _placed(
 def _paint(generator: np.random.Generator, canvas: Array, outline: Array, points: Array) -> None:
     """Fills the outline with a texture of two colours, a spot of a third near the front, with soft edges, in place."""
     first, second = (generator.uniform(20, 235, 3) for _ in range(2))
-    y, x = np.mgrid[:SIZE, :SIZE]
+    cover, window = _filled(outline)
+    y, x = np.mgrid[window]
     direction, period = generator.uniform(0, math.pi), generator.uniform(4, 14)
     wave = np.sin((x * math.cos(direction) + y * math.sin(direction)) * 2 * math.pi / period)
     kind = int(generator.integers(4))
     if kind == 0:
-        share = np.zeros((SIZE, SIZE))
+        share = np.zeros(cover.shape)
     elif kind == 1:
         share = (wave > 0).astype(float)
     elif kind == 2:
@@ -165,24 +166,29 @@ def _paint(generator: np.random.Generator, canvas: Array, outline: Array, points
         across = np.sin((y * math.cos(direction) - x * math.sin(direction)) * 2 * math.pi / period)
         share = (wave * across > 0).astype(float)
     colours = first + share[..., None] * (second - first) * 0.6
-    cover = _filled([tuple(p) for p in outline])[..., None]
-    canvas += cover * (colours - canvas)
+    part = canvas[window]
+    part += cover[..., None] * (colours - part)
     front, tail = points[0], points[1]
     spot = front + 0.22 * (tail - front)
     radius = 0.06 * float(np.hypot(*(front - tail)))
     bright = np.full(3, 250.0) if first.mean() < 140 else np.full(3, 10.0)
-    disc = np.clip(radius + 0.5 - np.hypot(x - spot[0], y - spot[1]), 0, 1)[..., None]
-    canvas += np.minimum(disc, cover) * (bright - canvas)
+    disc = np.clip(radius + 0.5 - np.hypot(x - spot[0], y - spot[1]), 0, 1)
+    part += np.minimum(disc, cover)[..., None] * (bright - part)
 
 
-def _filled(outline: list[tuple[float, float]]) -> Array:
-    """The share of each pixel that a polygon covers, (SIZE, SIZE) in 0..1, of four times as many in each direction."""
+def _filled(outline: Array) -> tuple[Array, tuple[slice, slice]]:
+    """The share of each pixel that a polygon covers, in 0..1, of four times as many in each direction, and the rows
+    and columns of the picture that it is of: nothing is covered outside."""
     from PIL import Image, ImageDraw
 
     mask = Image.new("L", (SIZE * 4, SIZE * 4))
     # A pixel's centre lies half a pixel from its corner, where Pillow counts from.
-    ImageDraw.Draw(mask).polygon([(px * 4 + 1.5, py * 4 + 1.5) for px, py in outline], fill=255)
-    return np.asarray(mask.resize((SIZE, SIZE), Image.Resampling.BOX), np.float64) / 255
+    ImageDraw.Draw(mask).polygon([(px * 4 + 1.5, py * 4 + 1.5) for px, py in outline.tolist()], fill=255)
+    left, top = np.clip(np.floor(outline.min(0)).astype(int) - 2, 0, SIZE - 1).tolist()
+    right, bottom = np.clip(np.ceil(outline.max(0)).astype(int) + 3, 1, SIZE).tolist()
+    part = mask.crop((left * 4, top * 4, right * 4, bottom * 4))
+    small = part.resize((right - left, bottom - top), Image.Resampling.BOX)
+    return np.asarray(small, np.float64) / 255, (slice(top, bottom), slice(left, right))
 
 
 def _visible(placed: list[tuple[int, Array, Array, Array]]) -> Iterator[Thing]:
