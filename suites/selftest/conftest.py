@@ -14,14 +14,14 @@ import pytest
 
 from exporters import formats
 from exporters.artifact import Artifact, commit, list_files
-from exporters.models.catalog import detect_outputs, from_checkpoint, outputs_of
+from exporters.models.catalog import TASKS, detect_outputs, from_checkpoint, from_table, outputs_of
 from exporters.models.spec import ModelSpec, OutputSpec
 from exporters.pool import Pool
 from exporters.spec import ExportSpec, request
 from exporters.toolchain import cache_root
 from suites.support.bench import Bench, Run
 from suites.support.cases import Case
-from suites.support.config import Project
+from suites.support.config import Project, find_project
 from suites.support.verdict import Verdict, one_line, verdict_of
 
 Claim = Callable[[Bench], None]
@@ -277,7 +277,9 @@ class Workshop:
     """
 
     def __init__(self, trained: Path, small: dict[str, ModelSpec], folder: Path) -> None:
-        self.models = {"obstacles": from_checkpoint(trained), **small}
+        own = find_project(None, folder, own=True)
+        references = {task: from_table(task, own.models[task], own.folder) for task in TASKS}
+        self.models = {"obstacles": from_checkpoint(trained), **small, **references}
         # Broken artifacts lie in the cache, since code is loaded from there only.
         self.folder = cache_root() / "artifacts" / f"selftest-{uuid.uuid4().hex}"
         self.damage: Callable[[Path, Workshop], None] | None = None
@@ -285,14 +287,17 @@ class Workshop:
         self.run = Run(Project(folder), Pool(), self._damaged)
 
     def case(self, name: str) -> Case:
-        """A case from words: "onnx fp16 dynamic" of the trained checkpoint, "twins onnx fp32" of a small model."""
+        """A case from words: "onnx fp16 dynamic" of the trained checkpoint, "twins onnx fp32" of a small model, "pose
+        onnx fp16" of a reference."""
         words = name.split()
         model = self.models[words.pop(0) if words[0] in self.models else "obstacles"]
-        options: dict[str, Any] = {"imgsz": 320} if model.weights else {}
+        options: dict[str, Any] = {"imgsz": 320} if model.name == self.models["obstacles"].name else {}
         options |= {"dynamic": True} if "dynamic" in words else {}
         options |= {"batch": 2} if "pair" in words else {}
         options |= {"nms": True} if "nms" in words else {}
         options |= {"data": model.feeds} if "int8" in words else {}
+        if "int8" in words and model.name in TASKS:
+            options |= {"data": "suites.reference.scenes:training", "calibrator": "percentile"}
         options |= {"device": "cuda:0"} if "cuda" in words else {}
         options |= {"compute_capability": "8.6,8.9,12.0"} if words[0] == "engine" and "cuda" not in words else {}
         spec = request(model, words[0], precision=words[1], **options)

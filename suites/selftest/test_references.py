@@ -1,0 +1,87 @@
+"""The reference checkpoints: what they say of themselves, that it holds, and damage that one kind of claim sees."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from exporters.models.catalog import TASKS
+from exporters.models.yolov8 import build
+from suites.accuracy import test_accuracy as accuracy
+from suites.conformance import test_outputs as outputs
+from suites.reference import scenes, train
+from suites.selftest.conftest import Judge, Workshop
+from suites.selftest.test_broken_accuracy import behind
+from suites.support.verdict import Verdict
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*__array__ implementation:DeprecationWarning")  # of pycocotools
+FOLDER = Path(train.__file__).parent
+GOAL = {"classify": ("top-1", 0.95)}
+LABELS, AGREEMENT = accuracy.test_accuracy_against_labels, accuracy.test_detections_agree_without_labels
+ELEMENTS, MATCHING = outputs.test_outputs_match_reference, outputs.test_detections_match_reference
+CELLS = {8: 1024, 16: 256, 32: 64}  # anchors of each stride at 256 px, in the order of the output
+
+
+def facts(task: str) -> dict[str, str]:
+    with safe_open(FOLDER / f"{task}.safetensors", "np") as file:
+        return dict(file.metadata())
+
+
+def test_all_together_are_small() -> None:
+    files = [FOLDER / f"{task}.safetensors" for task in TASKS]
+    assert sum(f.stat().st_size for f in files) <= 8 << 20
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_reference_says_what_made_it(task: str) -> None:
+    found = facts(task)
+    assert found["command"].startswith(f"python -m suites.reference.train {task} ") and "--seed" in found["command"]
+    assert "torch" in found["version"] and found["device"] and found["license"] == "Apache-2.0"
+    name, least = GOAL.get(task, ("mAP50-95", 0.60))
+    assert json.loads(found["metric"])[name] >= least
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_its_metric_is_what_it_says(task: str) -> None:
+    """On the first 60 of the pictures: 0.08 is three standard errors of so few."""
+    model = build(train.SCALE, len(scenes.NAMES), task=task, kpt_shape=scenes.KPT_SHAPE)
+    own = {k for k in model.state_dict() if "num_batches" not in k}
+    assert train.begin_from(model, FOLDER / f"{task}.safetensors") == len(own)
+    name, least = GOAL.get(task, ("mAP50-95", 0.60))
+    found = train.measured(model, task, 60).values[name]
+    assert found >= least
+    assert found == pytest.approx(json.loads(facts(task)["metric"])[name], abs=0.08)
+
+
+def dead(stride: int) -> Callable[[Path, Workshop], None]:
+    """Nothing is found at one of the three scales any more."""
+    mask = np.concatenate([np.full(n, float(s != stride), np.float32) for s, n in CELLS.items()])
+    both = np.concatenate((np.ones((4, mask.size), np.float32), np.tile(mask, (len(scenes.NAMES), 1))))
+    return behind("output0 = Mul (inner, mask)", mask=both[None])
+
+
+@pytest.mark.parametrize("stride", CELLS)
+def test_a_dead_scale_costs_the_metric(workshop: Workshop, stride: int) -> None:
+    """In 8 bits no element is compared, so labels, and without them PyTorch's detections, are what notices."""
+    for claim in (LABELS, AGREEMENT):
+        assert workshop.judge("detect onnx int8", claim) == (Verdict.PASS, ""), "the good artifact fails"
+        verdict, because = workshop.judge("detect onnx int8", claim, dead(stride))
+        assert verdict is Verdict.FAIL, because
+    for claim in (ELEMENTS, MATCHING):
+        assert workshop.judge("detect onnx int8", claim, dead(stride))[0] is Verdict.NOT_SUPPORTED
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_good_file_passes(workshop: Workshop, judge: Judge, task: str) -> None:
+    """Its elements, of which PASS means that noise of 1 % on a layer was noticed, and its metric."""
+    bench = workshop.bench(f"{task} onnx fp32")
+    try:
+        for claim in (ELEMENTS, LABELS):
+            assert judge(claim, bench) == (Verdict.PASS, "")
+    finally:
+        bench.close()
