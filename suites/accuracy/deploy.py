@@ -15,7 +15,6 @@ from suites.support.detections import NMS_IOU, detector_output, iou, rotated_iou
 
 Array = npt.NDArray[Any]
 MOST = 300  # detections of an image, the contract's default
-TOGETHER = 32  # masks that are drawn at a time: 50 MB at 640x640
 CANDIDATES = 3000  # of the highest scores, that suppression looks at
 
 
@@ -128,20 +127,27 @@ def _masks(
     size: tuple[int, int],
 ) -> tuple[Any, ...]:
     """Run lengths of each mask in the original image, cut at its box."""
-    import torch
     from pycocotools import mask as runs
-    from torch.nn.functional import interpolate
 
     (height, width), (top, left) = place
-    y, x = (np.arange(n) + 0.5 for n in size)  # a pixel belongs to the box that its middle lies in
+    # Resizing is linear, and along each axis for itself: what becomes of a mask is a matrix on either side of it, and
+    # only the part within the box is needed.
+    down = _resampling(prototypes.shape[1], imgsz[0], slice(top, top + height), size[0])
+    across = _resampling(prototypes.shape[2], imgsz[1], slice(left, left + width), size[1])
+    # A pixel belongs to the box that its middle lies in.
+    ends = np.clip(np.ceil(np.nan_to_num(boxes) - 0.5), 0, np.array([size[1], size[0]] * 2)).astype(int)
     made: list[Any] = []
-    for first in range(0, len(coefficients), TOGETHER):
-        part, around = coefficients[first : first + TOGETHER], boxes[first : first + TOGETHER]
-        logits = torch.from_numpy(np.tensordot(part, prototypes, 1).astype(np.float32))[None]
-        whole = interpolate(logits, imgsz, mode="bilinear")[..., top : top + height, left : left + width]
-        shown = (whole if (height, width) == size else interpolate(whole, size, mode="bilinear"))[0].numpy() > 0
-        across = (x >= around[:, :1]) & (x < around[:, 2:3])
-        down = (y >= around[:, 1:2]) & (y < around[:, 3:])
-        shown = shown & across[:, None, :] & down[:, :, None]
-        made += cast("Any", runs).encode(np.asfortranarray(shown.transpose(1, 2, 0).astype(np.uint8)))
+    for weights, (x1, y1, x2, y2) in zip(coefficients, ends, strict=True):
+        drawn = np.zeros(size, np.uint8, order="F")
+        drawn[y1:y2, x1:x2] = down[y1:y2] @ np.tensordot(weights, prototypes, 1) @ across[x1:x2].T > 0
+        made.append(cast("Any", runs).encode(drawn))
     return tuple(made)
+
+
+def _resampling(prototypes: int, network: int, inner: slice, size: int) -> Array:
+    """(size, prototypes): along one axis, prototypes resized to the network's input, cut and resized to the image."""
+    import torch
+    from torch.nn.functional import interpolate
+
+    whole = interpolate(torch.eye(prototypes, dtype=torch.float64)[None], network, mode="linear")[..., inner]
+    return interpolate(whole, size, mode="linear")[0].numpy().T

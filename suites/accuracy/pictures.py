@@ -24,6 +24,7 @@ from suites.support.suppression import as_anchors, suppressed
 
 Kept = TypeVar("Kept")
 SPLIT = "val"
+TOGETHER = 8  # pictures that PyTorch is shown at a time: small networks take half the time
 LOWEST = 0.001  # confidence from which detections count for the metric, as where YOLOv8's authors take theirs
 
 
@@ -168,7 +169,11 @@ def reference_of(case: Bench) -> list[Detections]:
         found = case.guard(lambda: case.run.reference(case.model).run(feeds))
         return suppressed(found, case.model, case.spec) if case.spec.nms else found
 
-    return kept(case, "reference", lambda: found_by(run, case.spec.but(batch=1), shown_to(case).items))
+    return kept(
+        case,
+        "reference",
+        lambda: found_by(run, case.spec.but(batch=TOGETHER if case.model.has_batch else 1), shown_to(case).items),
+    )
 
 
 def artifact_of(case: Bench) -> list[Detections]:
