@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -132,8 +133,8 @@ def _masks(
     (height, width), (top, left) = place
     # Resizing is linear, and along each axis for itself: what becomes of a mask is a matrix on either side of it, and
     # only the part within the box is needed.
-    down = _resampling(prototypes.shape[1], imgsz[0], slice(top, top + height), size[0])
-    across = _resampling(prototypes.shape[2], imgsz[1], slice(left, left + width), size[1])
+    down = _resampling(prototypes.shape[1], imgsz[0], top, height, size[0])
+    across = _resampling(prototypes.shape[2], imgsz[1], left, width, size[1])
     # A pixel belongs to the box that its middle lies in.
     ends = np.clip(np.ceil(np.nan_to_num(boxes) - 0.5), 0, np.array([size[1], size[0]] * 2)).astype(int)
     made: list[Any] = []
@@ -144,10 +145,11 @@ def _masks(
     return tuple(made)
 
 
-def _resampling(prototypes: int, network: int, inner: slice, size: int) -> Array:
+@lru_cache(maxsize=16)
+def _resampling(prototypes: int, network: int, start: int, length: int, size: int) -> Array:
     """(size, prototypes): along one axis, prototypes resized to the network's input, cut and resized to the image."""
     import torch
     from torch.nn.functional import interpolate
 
-    whole = interpolate(torch.eye(prototypes, dtype=torch.float64)[None], network, mode="linear")[..., inner]
-    return interpolate(whole, size, mode="linear")[0].numpy().T
+    whole = interpolate(torch.eye(prototypes, dtype=torch.float64)[None], network, mode="linear")
+    return interpolate(whole[..., start : start + length], size, mode="linear")[0].numpy().T

@@ -46,9 +46,9 @@ def test_labels_are_where_the_objects_are() -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_a_data_set_is_written_as_yolo_reads_it(tmp_path: Path, task: str) -> None:
     made = scenes.write(tmp_path, task, {"train": 2, "val": 3})
-    assert len(list(tmp_path.rglob("*.png"))) == 5
+    assert len(list(tmp_path.rglob("*.bmp"))) == 5
     if task == "classify":
-        assert {p.parent.name for p in (tmp_path / "val").rglob("*.png")} <= set(scenes.NAMES.values())
+        assert {p.parent.name for p in (tmp_path / "val").rglob("*.bmp")} <= set(scenes.NAMES.values())
         return
     assert made.is_file()
     for number in range(3):
