@@ -353,6 +353,6 @@ def test_suppression_is_within_classes_and_limited() -> None:
 
 
 def test_pictures_are_read_as_they_were_written(folder: dict[str, Path]) -> None:
-    image = read_image(folder["detect"].parent / "images" / "val" / "00002.png")
+    image = read_image(folder["detect"].parent / "images" / "val" / "00002.bmp")
     assert np.array_equal(image, scenes.picture("val", 2, "detect").image)
     assert not math.isnan(float(image.mean()))
