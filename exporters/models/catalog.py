@@ -32,6 +32,7 @@ IMGSZ = {"classify": 224, "obb": 1024}  # of released checkpoints; else 640
 MASKS = 32  # coefficients of an anchor
 DECODE = ("dfl", "anchors", "decode")
 DECODE_REASON = "coordinates reach the image size, where FP16 resolves half a pixel (IEEE 754: 10 bits of fraction)"
+SOFTMAX_REASON = "probabilities near 1 are 2^-11 apart in FP16, more than what the network behind them moves them by"
 KEYS = frozenset(
     {
         "weights",
@@ -171,7 +172,9 @@ def _eps(checkpoint: Checkpoint, task: str) -> dict[str, float]:
 
 def decode_of(task: str) -> tuple[tuple[str, str], ...]:
     """The parts of a YOLOv8 model that conversions leave in FP32, with the reason."""
-    parts = () if task == "classify" else ("dfl", "anchors", "decode", "points") if task == "pose" else DECODE
+    if task == "classify":
+        return (("model.9.softmax", SOFTMAX_REASON),)
+    parts = ("dfl", "anchors", "decode", "points") if task == "pose" else DECODE
     return tuple((f"model.22.{part}", DECODE_REASON) for part in parts)
 
 

@@ -239,6 +239,7 @@ class Classify(nn.Module):
         self.conv = Conv(c, 1280)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(1280, nc)
+        self.softmax = nn.Softmax(1)  # a module, so that it has a name to keep it in FP32 by
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.pool(self.conv(x)).flatten(1)).softmax(1)
+        return self.softmax(self.linear(self.pool(self.conv(x)).flatten(1)))

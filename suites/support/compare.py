@@ -27,7 +27,8 @@ class Tolerance:
     `reach` is the distance in pixels up to which `allowed` is argued: of an image that is smaller it is as much less.
     What belongs to anchors counts on those that fire, `everywhere` on all of them. `conditioned`: where Monte Carlo
     arithmetic moves an element of the reference so far that SIGMAS standard deviations of it are more than `allowed`,
-    that much is allowed of this element.
+    that much is allowed of this element. `of_logits`: `allowed` is of the logit behind a probability p, which moves by
+    p (1 - p) as much, and never less than FP32's limit.
     """
 
     measure: str  # max_abs, p99_abs, cosine, snr_db ...
@@ -37,6 +38,7 @@ class Tolerance:
     conditioned: bool = False
     everywhere: bool = False
     reach: float = 0.0
+    of_logits: bool = False
 
     def of(self, extent: float) -> float:
         """The limit in a group of this extent."""
@@ -108,7 +110,9 @@ REACH = {"box": 480.0, "point": 512.0}  # px: 15 cells x stride 32, and 2 x 32 x
 SUMS = "FP32 sums of some 10^3 terms differ by about 10^3 x 2^-24 = 6e-5 of the range"
 POINT = "2 x stride 32 x coordinates up to 8 x FP16's half ulp 2^-11 = 0.25 px a rounding, four deep; as for boxes"
 ANGLE = "sigmoid's slope 1/4 x pi x logits up to 10 x 2^-11 = 3.8e-3 rad a rounding, four deep; as for boxes"
-SIGMOID = "sigmoid's and softmax's slope 1/4 x logits up to 10 x 2^-11 = 1.2e-3 a rounding, four deep; as for boxes"
+SIGMOID = "sigmoid's slope 1/4 x logits up to 10 x 2^-11 = 1.2e-3 a rounding, four deep; as for boxes"
+SOFTMAX = "logits up to 5 x 2^-11 = 2.4e-3 a rounding, four deep, times softmax's slope p (1 - p); as for boxes"
+SOFTMAX_LEAST = 1e-4  # FP32's
 VALUE = "2^-11 a rounding, some ten roundings deep; as for boxes"
 EIGHT = "8 times FP16's, since a rounding is; as for FP16"
 
@@ -119,7 +123,7 @@ def _halves(precision: Precision, times: float) -> dict[tuple[Precision, str], t
         "point": (1.0, POINT, False),
         "angle": (5e-3, ANGLE, True),  # of pi
         "visibility": (5e-3, SIGMOID, False),
-        "probability": (5e-3, SIGMOID, False),
+        "probability": (1e-2, SOFTMAX, False),
         "mask": (5e-3, VALUE, True),
     }
     return {
@@ -131,6 +135,7 @@ def _halves(precision: Precision, times: float) -> dict[tuple[Precision, str], t
                 relative,
                 conditioned=True,
                 reach=REACH.get(kind, 0.0),
+                of_logits=kind == "probability",
             ),
         )
         for kind, (allowed, reason, relative) in limits.items()
@@ -268,6 +273,8 @@ def compare(
                 if mask is not None and not mask.any():
                     continue
                 bound = least = np.full(a.shape, limit.of(extent))
+                if limit.of_logits:
+                    bound = least = np.maximum(least * a * (1 - a), SOFTMAX_LEAST)
                 counts = DRAWS if limit.conditioned and rounding is not None else ()
                 for draws in counts:
                     error = np.abs(b - a) if mask is None else np.abs(b - a) * mask
