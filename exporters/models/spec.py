@@ -162,6 +162,11 @@ class ModelSpec:
         )
 
 
+def classifier_output(model: ModelSpec) -> OutputSpec | None:
+    """The output with probabilities of classes; None for a model that is no classifier."""
+    return next((o for o in model.outputs if any(g.kind == "probability" for g in o.groups)), None)
+
+
 def detector_output(model: ModelSpec) -> OutputSpec | None:
     """The output that has both boxes and scores of anchors, if any."""
     return next((o for o in model.outputs if {"box", "score"} <= {g.kind for g in o.groups}), None)

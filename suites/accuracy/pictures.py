@@ -13,7 +13,7 @@ from exporters.calibration.images import list_images, prepare_image, read_image
 from exporters.errors import BadRequest, NotSupported
 from exporters.models.catalog import TASKS
 from exporters.models.factory import import_function, telling
-from exporters.models.spec import ModelSpec
+from exporters.models.spec import ModelSpec, classifier_output
 from exporters.pool import RemoteSession
 from exporters.spec import NMS, ExportSpec
 from suites.accuracy.dataset import DataSet, Item, Labels, label_file, read_dataset
@@ -46,7 +46,7 @@ def task_of(model: ModelSpec) -> str:
         return model.task
     if detector_output(model) is not None:
         return "detect"
-    if any(g.kind == "probability" for o in model.outputs for g in o.groups):
+    if classifier_output(model) is not None:
         return "classify"
     raise NotSupported(f"model {model.name} has neither boxes with scores nor probabilities")
 

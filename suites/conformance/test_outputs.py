@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from exporters.errors import NotSupported
+from exporters.models.spec import classifier_output, detector_output
 from exporters.spec import CALIBRATED, Precision
 from suites.accuracy.pictures import named_pictures
 from suites.support.bench import Bench, Outputs
 from suites.support.compare import Comparison, compare
-from suites.support.detections import detector_output
 from suites.support.feeds import FeedSet
 from suites.support.power import Shown, prove
 from suites.support.verdict import Judged, Verdict
@@ -25,7 +25,7 @@ def test_outputs_match_reference(case: Bench) -> None:
     """Every channel group is within its tolerance on every set of feeds, and damage of known size would not be."""
     # Detections of a graph with NMS are matched one to one; what stands before it is compared in the file without.
     hops = [hop for hop in case.hops() if not hop[1].nms]
-    elsewhere = _by_pictures(case) and detector_output(case.model) is not None
+    elsewhere = _by_pictures(case)
     rows: list[Comparison] = []
     for feeds in case.feeds():
         reference = case.raw(feeds)
@@ -113,7 +113,8 @@ def _by_pictures(case: Bench) -> bool:
     Four sets of feeds hold some twenty objects: noise that matters loses none of them, and of the objects in hundreds
     of pictures an artifact that is right may lose one. How many it may lose the accuracy claims say, with an interval.
     """
-    return case.spec.precision in CALIBRATED and bool(named_pictures(case.model))
+    has_metric = detector_output(case.model) is not None or classifier_output(case.model) is not None
+    return has_metric and case.spec.precision in CALIBRATED and bool(named_pictures(case.model))
 
 
 def _present(expected: Outputs, observed: Outputs, name: str) -> None:

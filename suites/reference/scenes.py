@@ -275,7 +275,7 @@ def feeds(spec: ExportSpec) -> Iterator[dict[str, Array]]:
     task = spec.model.task
     for first in _telling(task):
         numbers = range(first, first + spec.batch)
-        yield _batch(spec, [_mixed(n) if task == "classify" else picture("test", n, task).image for n in numbers])
+        yield _batch(spec, [picture("test", n, task).image for n in numbers])
 
 
 @cache
@@ -292,17 +292,6 @@ def _telling(task: str) -> tuple[int, ...]:
         return task == "classify" or bool(len(found) >= MANY and found.min() < SMALL and found.max() > LARGE)
 
     return tuple(itertools.islice((n for n in itertools.count() if is_one(n)), 4))
-
-
-def _mixed(number: int) -> npt.NDArray[np.uint8]:
-    """A test picture of a classifier and the next one of another class, half of each.
-
-    Where a class is certain, softmax hides what happens before it: damage moves probabilities a hundred times less.
-    """
-    first = picture("test", number, "classify")
-    others = (picture("test", n, "classify") for n in itertools.count(number + 1))
-    other = next(o for o in others if o.things[0].label != first.things[0].label)
-    return ((first.image.astype(np.uint16) + other.image) // 2).astype(np.uint8)
 
 
 def _batch(spec: ExportSpec, images: Iterable[npt.NDArray[np.uint8]]) -> dict[str, Array]:

@@ -279,7 +279,8 @@ class Workshop:
     def __init__(self, trained: Path, small: dict[str, ModelSpec], folder: Path) -> None:
         own = find_project(None, folder, own=True)
         references = {task: from_table(task, own.models[task], own.folder) for task in TASKS}
-        self.models = {"obstacles": from_checkpoint(trained), **small, **references}
+        unlabelled = replace(references["detect"], name="unlabelled", evaluate="")
+        self.models = {"obstacles": from_checkpoint(trained), **small, **references, "unlabelled": unlabelled}
         # Broken artifacts lie in the cache, since code is loaded from there only.
         self.folder = cache_root() / "artifacts" / f"selftest-{uuid.uuid4().hex}"
         self.damage: Callable[[Path, Workshop], None] | None = None
@@ -288,7 +289,7 @@ class Workshop:
 
     def case(self, name: str) -> Case:
         """A case from words: "onnx fp16 dynamic" of the trained checkpoint, "twins onnx fp32" of a small model, "pose
-        onnx fp16" of a reference."""
+        onnx fp16" of a reference ("unlabelled": the detector without pictures to judge accuracy on)."""
         words = name.split()
         model = self.models[words.pop(0) if words[0] in self.models else "obstacles"]
         options: dict[str, Any] = {"imgsz": 320} if model.name == self.models["obstacles"].name else {}
@@ -296,7 +297,7 @@ class Workshop:
         options |= {"batch": 2} if "pair" in words else {}
         options |= {"nms": True} if "nms" in words else {}
         options |= {"data": model.feeds} if "int8" in words else {}
-        if "int8" in words and model.name in TASKS:
+        if "int8" in words and model.feeds == "suites.reference.scenes:feeds":
             options |= {"data": "suites.reference.scenes:training", "calibrator": "percentile"}
         options |= {"device": "cuda:0"} if "cuda" in words else {}
         options |= {"compute_capability": "8.6,8.9,12.0"} if words[0] == "engine" and "cuda" not in words else {}

@@ -51,23 +51,28 @@ def behind(text: str, output: str = "output0", **constants: Any) -> Damage:
     return damage
 
 
-LOW_SHUFFLED = behind(
-    """
-    boxes, scores = Split <axis = 1> (inner, parts)
-    best = ReduceMax <keepdims = 1> (scores, one)
-    low = Less (best, floor)
-    none = Sub (scores, scores)
-    lows = Where (low, scores, none)
-    head, tail = Split <axis = 2> (lows, halves)
-    moved = Concat <axis = 2> (tail, head)
-    mixed = Where (low, moved, scores)
-    output0 = Concat <axis = 1> (boxes, mixed)
-    """,
-    parts=np.array([4, 3]),
-    one=np.array([1]),
-    floor=np.float32(0.2),
-    halves=np.array([1, 399]),  # of the 20 x 20 anchors of a 160 x 160 image
-)
+def low_shuffled(classes: int, anchors: int, floor: float) -> Damage:
+    """Scores of the anchors whose best is below `floor` go to the next anchor: nothing that fires changes."""
+    return behind(
+        """
+        boxes, scores = Split <axis = 1> (inner, parts)
+        best = ReduceMax <keepdims = 1> (scores, one)
+        low = Less (best, floor)
+        none = Sub (scores, scores)
+        lows = Where (low, scores, none)
+        head, tail = Split <axis = 2> (lows, halves)
+        moved = Concat <axis = 2> (tail, head)
+        mixed = Where (low, moved, scores)
+        output0 = Concat <axis = 1> (boxes, mixed)
+        """,
+        parts=np.array([4, classes]),
+        one=np.array([1]),
+        floor=np.float32(floor),
+        halves=np.array([1, anchors - 1]),
+    )
+
+
+LOW_SHUFFLED = low_shuffled(3, 400, 0.2)
 SWAPPED = behind("output0 = Gather <axis = 1> (inner, order)", order=np.array([0, 1, 2, 3, 5, 4, 6]))
 MOVED = behind("output0 = Add (inner, by)", by=np.array([0.02, 0, 0, 0, 0, 0, 0], np.float32).reshape(1, 7, 1))
 LABELS, AGREEMENT = accuracy.test_accuracy_against_labels, accuracy.test_detections_agree_without_labels

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from exporters.models.catalog import TASKS
 from exporters.models.yolov8 import build
+from exporters.spec import Precision
 from suites.accuracy import test_accuracy as accuracy
 from suites.conformance import test_outputs as outputs
 from suites.reference import scenes, train
@@ -76,10 +77,55 @@ def test_a_dead_scale_costs_the_metric(workshop: Workshop, stride: int) -> None:
         assert workshop.judge("detect onnx int8", claim, dead(stride))[0] is Verdict.NOT_SUPPORTED
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_a_good_file_passes(workshop: Workshop, judge: Judge, task: str) -> None:
-    """Its elements, of which PASS means that noise of 1 % on a layer was noticed, and its metric."""
-    bench = workshop.bench(f"{task} onnx fp32")
+SCORES_LOWER = behind(
+    "output0 = Mul (inner, by)", by=np.array([1] * 4 + [0.99] * len(scenes.NAMES), np.float32).reshape(1, -1, 1)
+)
+SHARPER = behind(
+    """
+    odds = Log (inner)
+    sharper = Mul (odds, by)
+    output0 = Softmax <axis = 1> (sharper)
+    """,
+    by=np.float32(1.01),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "misses"),
+    [
+        ("detect onnx fp32", SCORES_LOWER, [LABELS, AGREEMENT, MATCHING]),
+        ("classify onnx fp16", SHARPER, [LABELS, AGREEMENT, MATCHING]),
+    ],
+    ids=["scores 1 % lower", "logits 1 % larger"],
+)
+def test_what_no_metric_sees_the_elements_show(
+    workshop: Workshop, name: str, damage: Callable[[Path, Workshop], None], misses: list[Callable[..., None]]
+) -> None:
+    """What keeps the order of scores keeps the metric: a threshold in a deployment would see it, and so do we."""
+    for claim in misses:
+        assert workshop.judge(name, claim, damage) == (Verdict.PASS, "")
+    verdict, because = workshop.judge(name, ELEMENTS, damage)
+    assert verdict is Verdict.FAIL, because
+
+
+@pytest.mark.parametrize("name", ["classify onnx fp16", "classify onnx int8"])
+def test_a_classifier_is_shown_what_it_cannot_decide(workshop: Workshop, name: str) -> None:
+    """Where two classes are as probable damage shows; 8 bits do not keep that, and are not asked to."""
+    bench = workshop.bench(name)
+    try:
+        undecided = [f for f in bench.feeds() if f.undecided]
+        assert bool(undecided) == (bench.spec.precision is Precision.FP16)
+        for feeds in undecided:
+            best = np.sort(bench.raw(feeds)["output0"], 1)[:, -2:]
+            assert best.min() > 0.1 and np.ptp(best) < 0.02
+    finally:
+        bench.close()
+
+
+@pytest.mark.parametrize("name", [*(f"{task} onnx fp32" for task in TASKS), "classify onnx fp16"])
+def test_a_good_file_passes(workshop: Workshop, judge: Judge, name: str) -> None:
+    """Its elements, of which PASS means that noise on a layer was noticed, and its metric."""
+    bench = workshop.bench(name)
     try:
         for claim in (ELEMENTS, LABELS):
             assert judge(claim, bench) == (Verdict.PASS, "")

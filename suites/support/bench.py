@@ -14,7 +14,7 @@ from exporters.errors import ExportgateError, NotSupported, ToolchainMissing, Wo
 from exporters.models.spec import ModelSpec
 from exporters.pool import Description, Facts, Pool, RemoteSession
 from exporters.session import Array
-from exporters.spec import ExportSpec, Precision
+from exporters.spec import CALIBRATED, ExportSpec, Precision
 from suites.support.cases import Case
 from suites.support.compare import DRAWS, FRACTION_BITS, Rounding
 from suites.support.config import Project
@@ -255,7 +255,8 @@ class Bench:
 
     def feeds_of(self, spec: ExportSpec) -> list[FeedSet]:
         """The feeds of a request of this model, whatever there is of it."""
-        return self.guard(lambda: self.run.feeds(spec, spec.batch, spec.imgsz))
+        made = self.guard(lambda: self.run.feeds(spec, spec.batch, spec.imgsz))
+        return [f for f in made if not (f.undecided and spec.precision in CALIBRATED)]
 
     def expected(self, feeds: FeedSet) -> Outputs:
         """The reference's outputs, after the request's suppression where the graph has one."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from exporters.models.spec import ModelSpec, OutputSpec, detector_output
+from exporters.models.spec import ModelSpec, OutputSpec, classifier_output, detector_output
 from exporters.spec import Precision
 from suites.support.compare import SCORE_FLOOR
 
@@ -184,7 +184,7 @@ def same_objects(expected: Outputs, observed: Outputs, model: ModelSpec, precisi
     """`match` of a detector, the first class of a classifier; None for a model that is neither."""
     if detector_output(model) is not None:
         return match(expected, observed, model, precision)
-    spec = next((o for o in model.outputs if any(g.kind == "probability" for g in o.groups)), None)
+    spec = classifier_output(model)
     return None if spec is None else _first_classes(expected[spec.name], observed[spec.name], precision)
 
 

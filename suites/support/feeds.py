@@ -14,7 +14,7 @@ import numpy as np
 
 from exporters import calibration, toolchain
 from exporters.calibration.images import list_images, prepare_image, read_image
-from exporters.models.spec import ModelSpec
+from exporters.models.spec import ModelSpec, classifier_output
 from exporters.pool import RemoteSession
 from exporters.session import Array
 from exporters.spec import ExportSpec
@@ -22,6 +22,8 @@ from suites.reference.photographs import folder
 from suites.support.compare import SCORE_FLOOR
 
 EXCITE_STEPS = 60
+UNDECIDED = 4  # sets between two classes
+HALVINGS = 16  # of the way between two images: 2^-16 of a logit's difference of 100 is 0.002
 # What numpy and zipfile raise for files that are damaged.
 DAMAGED = (
     ValueError,
@@ -40,17 +42,25 @@ DAMAGED = (
 class FeedSet:
     """Feeds with a name for the report. `fires`: the model is known to respond, so that power can be proven on them.
 
-    `of`: the feeds that these are some rows of, and which.
+    `of`: the feeds that these are some rows of, and which. `undecided`: a classifier finds two classes as probable,
+    which no 8 bits keep.
     """
 
     name: str
     arrays: dict[str, Array]
     fires: bool
     of: tuple[FeedSet, slice] | None = None
+    undecided: bool = False
 
     def rows(self, which: slice, name: str) -> FeedSet:
         """Some rows of every input."""
-        return FeedSet(f"{self.name}, {name}", {k: v[which] for k, v in self.arrays.items()}, self.fires, (self, which))
+        return FeedSet(
+            f"{self.name}, {name}",
+            {k: v[which] for k, v in self.arrays.items()},
+            self.fires,
+            (self, which),
+            self.undecided,
+        )
 
 
 def photographs(model: ModelSpec) -> list[Path]:
@@ -66,6 +76,11 @@ def photographs(model: ModelSpec) -> list[Path]:
 
 def make_feeds(spec: ExportSpec, reference: RemoteSession, batch: int, imgsz: tuple[int, int]) -> list[FeedSet]:
     """Sets of feeds of one shape, whose rows differ. Deterministic; the excited photographs are kept in the cache."""
+    made = _made(spec, reference, batch, imgsz)
+    return made + _undecided(spec.model, reference, made)
+
+
+def _made(spec: ExportSpec, reference: RemoteSession, batch: int, imgsz: tuple[int, int]) -> list[FeedSet]:
     model = spec.model
     if ":" in model.feeds and not Path(model.feeds).exists():
         made = calibration.feeds_from(model.feeds, spec.but(batch=batch, imgsz=imgsz))
@@ -88,6 +103,44 @@ def make_feeds(spec: ExportSpec, reference: RemoteSession, batch: int, imgsz: tu
         FeedSet("photographs", {entry.name: _rows(images, batch, model.stride)}, not scored or bool(model.feeds)),
     )
     return sets
+
+
+def _undecided(model: ModelSpec, reference: RemoteSession, sets: list[FeedSet]) -> list[FeedSet]:
+    """Of a classifier of images: between one image and another of another class, just before the class changes.
+
+    Where a class is certain, softmax hides what happens before it: damage moves its probability hundreds of times less
+    than here, where two of them are alike.
+    """
+    output = classifier_output(model)
+    if output is None or not model.has_images or len(model.inputs) != 1:
+        return []
+    name, batch = model.inputs[0].name, len(next(iter(sets[0].arrays.values())))
+
+    def classes(images: Array) -> Array:
+        return np.asarray(reference.run({name: images})[output.name]).reshape(batch, -1).argmax(1)
+
+    rows = np.concatenate([s.arrays[name] for s in sets])
+    first = np.concatenate([classes(s.arrays[name]) for s in sets])
+    found: list[FeedSet] = []
+    for number in range(min(UNDECIDED, len(sets))):
+        own = np.arange(number * batch, (number + 1) * batch)
+        # The next row of another class; around the end, so that rows have different ones.
+        others = np.array([next((i for i in np.roll(range(len(rows)), -n) if first[i] != first[n]), n) for n in own])
+        if (own == others).any():
+            break  # all rows are of one class
+        low, high = np.zeros(batch), np.ones(batch)
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            stays = classes(_mixed(rows[own], rows[others], middle)) == first[own]
+            low, high = np.where(stays, middle, low), np.where(stays, high, middle)
+        found.append(FeedSet(f"undecided {number}", {name: _mixed(rows[own], rows[others], low)}, True, undecided=True))
+    return found
+
+
+def _mixed(one: Array, other: Array, shares: Array) -> Array:
+    """Rows between two others; `shares` (B,) of the other."""
+    weights = shares.reshape(-1, *[1] * (one.ndim - 1))
+    return ((1 - weights) * one + weights * other).astype(one.dtype)
 
 
 def _rows(images: Array, batch: int, stride: int) -> Array:
