@@ -14,7 +14,7 @@ from reports.wording import MISSING, change, milliseconds, moment, number, sente
 
 # Bytes that each section may take; together with what a line may add they stay below LIMIT.
 LIMIT = 60_000
-FINDINGS, MATRIX, ACCURACY, LATENCY = 22_000, 18_000, 6_000, 8_000
+FINDINGS, MATRIX, ACCURACY, LATENCY = 19_000, 18_000, 10_000, 8_000
 # Characters of one text from the record; beyond it the HTML report has the rest.
 TEXT = 300
 
@@ -139,7 +139,7 @@ def _accuracy(found: Sequence[Score]) -> list[str]:
     for score in found:
         made, unit = score.accuracy, " ×" if score.accuracy.share else ""
         lines.append(
-            f"| {code(score.row.case.case, 120)} | {text(made.metric, 30)} | {number(made.artifact.get(made.metric))} "
+            f"| {code(score.row.case.case, 120)} | {text(sentence(score.claim.claim), 60)} | {text(made.metric, 30)} | {number(made.artifact.get(made.metric))} "
             f"| {number(made.reference.get(made.metric))} | {number(made.change)}{unit} "
             f"| {number(made.low)} to {number(made.high)} | {'≥' if made.share else '±'} {number(made.allowed)}{unit} "
             f"| {text(score.claim.verdict)} |"
@@ -150,8 +150,8 @@ def _accuracy(found: Sequence[Score]) -> list[str]:
         "",
         "### Accuracy",
         "",
-        "| case | metric | artifact | PyTorch | change | confidence | allowed | verdict |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+        "| case | claim | metric | artifact | PyTorch | change | confidence | allowed | verdict |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     return head + _within(ACCURACY, lines, "lines")
 
