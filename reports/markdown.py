@@ -139,9 +139,9 @@ def _accuracy(found: Sequence[Score]) -> list[str]:
     for score in found:
         made, unit = score.accuracy, " ×" if score.accuracy.share else ""
         lines.append(
-            f"| {code(score.row.case.case, 120)} | {text(sentence(score.claim.claim), 60)} | {text(made.metric, 30)} | {number(made.artifact.get(made.metric))} "
-            f"| {number(made.reference.get(made.metric))} | {number(made.change)}{unit} "
-            f"| {number(made.low)} to {number(made.high)} | {'≥' if made.share else '±'} {number(made.allowed)}{unit} "
+            f"| {code(score.row.case.case, 120)} | {text(sentence(score.claim.claim), 60)} | {text(made.metric, 30)} "
+            f"| {number(made.artifact.get(made.metric))} | {number(made.reference.get(made.metric))} "
+            f"| {number(made.change)}{unit} | {number(made.low)} to {number(made.high)} | {'≥' if made.share else '±'} {number(made.allowed)}{unit} "
             f"| {text(score.claim.verdict)} |"
         )
     if not lines:

@@ -42,12 +42,13 @@ def agreement(case: Bench, found: Sequence[Detections], budget: Budget) -> Outco
     return judge(evaluate(task, truth, found, count).at_half(), reference, budget)
 
 
-def judged(case: Bench, spec: ExportSpec, budget: Budget) -> Outcome:
-    """The outcome of another request's artifact in the case's runtime, by labels where there are any."""
+def judged(case: Bench, spec: ExportSpec, budget: Budget) -> tuple[Outcome, ...]:
+    """The outcomes of another request's artifact in the case's runtime: by labels where there are any, then without."""
     pool, shown = case.run.pool, shown_to(case)
     session = case.guard(lambda: pool.open(pool.export(spec), spec, case.case.runtime.id, case.case.device))
     try:
         found = found_in(case, session, spec, shown)
     finally:
         session.close()
-    return (against_labels if shown.labelled else agreement)(case, found, budget)
+    without = agreement(case, found, budget)
+    return (against_labels(case, found, budget), without) if shown.labelled else (without,)

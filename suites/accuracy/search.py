@@ -28,16 +28,21 @@ SPARED = 8  # modules that are tried to be quantized after all, those that suffe
 
 @dataclass(frozen=True)
 class Step:
-    """One try: what stayed in floating point, what the metric says, and the median latency in milliseconds."""
+    """One try: what stayed in floating point, what both accuracy claims say, and the median latency in milliseconds."""
 
     name: str
     spec: ExportSpec
-    outcome: Outcome
+    outcomes: tuple[Outcome, ...]  # by labels where there are any, then by PyTorch's detections
     milliseconds: float | None
 
     @property
+    def outcome(self) -> Outcome:
+        """What the search goes by."""
+        return self.outcomes[0]
+
+    @property
     def meets(self) -> bool:
-        return self.outcome.verdict is Verdict.PASS
+        return all(o.verdict is Verdict.PASS for o in self.outcomes)
 
     def to_dict(self) -> dict[str, Any]:
         """For the run record."""
@@ -49,6 +54,7 @@ class Step:
             "change": self.outcome.change,
             "low": self.outcome.low,
             "high": self.outcome.high,
+            "agreement": self.outcomes[-1].change,
             "meets": self.meets,
             "milliseconds": self.milliseconds,
         }
@@ -77,12 +83,13 @@ class Found:
         }
 
 
-def search(case: Bench, judged: Callable[[ExportSpec, Budget], Outcome], share: float) -> Found:
-    """The least set of modules that has to stay in floating point for the metric to keep this share of PyTorch's.
+def search(case: Bench, judged: Callable[[ExportSpec, Budget], tuple[Outcome, ...]], share: float) -> Found:
+    """The least set of modules that has to stay in floating point to keep this share of PyTorch's metric, and of its
+    detections.
 
     Args:
         case: an INT8 case.
-        judged: the metric of a request's artifact beside PyTorch's.
+        judged: how a request's artifact ends in each of the accuracy claims.
         share: of the FP32 metric.
 
     The chosen step is the one with the best metric where none meets the budget.

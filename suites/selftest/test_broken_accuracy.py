@@ -14,9 +14,13 @@ import numpy as np
 import pytest
 
 from exporters.calibration import feeds_from
-from exporters.spec import Precision
+from exporters.spec import ExportSpec, Precision
 from suites.accuracy import test_accuracy as accuracy
 from suites.accuracy import test_calibration as calibration
+from suites.accuracy.budget import Budget
+from suites.accuracy.gate import Outcome
+from suites.accuracy.judge import judged
+from suites.accuracy.search import search
 from suites.conformance import test_outputs as outputs
 from suites.support.bench import Bench
 from suites.support.verdict import Verdict
@@ -143,6 +147,22 @@ def test_the_module_that_does_not_stand_8_bits_is_found(workshop: Workshop) -> N
         assert not everything.meets and everything.outcome.change < 0.9
         assert nothing.meets and nothing.spec.precision is Precision.FP16
         assert bench.search.ranked[0] == "stem"
+    finally:
+        bench.close()
+
+
+def test_what_agrees_too_little_is_not_chosen(workshop: Workshop) -> None:
+    """`blobs` keeps its metric in 8 bits. Were half of its detections others, the search would have to go on."""
+    bench = workshop.bench("blobs onnx int8 budget")
+
+    def strict(spec: ExportSpec, budget: Budget) -> tuple[Outcome, ...]:
+        labels, agreement = judged(bench, spec, budget)
+        if spec.precision is Precision.INT8 and "stem" not in spec.keep:
+            agreement = replace(agreement, change=0.5, low=0.5, high=0.5)
+        return labels, agreement
+
+    try:
+        assert "stem" in search(bench, strict, 0.9).chosen.spec.keep
     finally:
         bench.close()
 
