@@ -141,8 +141,8 @@ def _accuracy(found: Sequence[Score]) -> list[str]:
         lines.append(
             f"| {code(score.row.case.case, 120)} | {text(sentence(score.claim.claim), 60)} | {text(made.metric, 30)} "
             f"| {number(made.artifact.get(made.metric))} | {number(made.reference.get(made.metric))} "
-            f"| {number(made.change)}{unit} | {number(made.low)} to {number(made.high)} | {'≥' if made.share else '±'} {number(made.allowed)}{unit} "
-            f"| {text(score.claim.verdict)} |"
+            f"| {number(made.change)}{unit} | {number(made.low)} to {number(made.high)} "
+            f"| {'≥' if made.share else '±'} {number(made.allowed)}{unit} | {text(score.claim.verdict)} |"
         )
     if not lines:
         return []
