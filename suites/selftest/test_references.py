@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 from safetensors import safe_open
 
@@ -14,10 +16,12 @@ from exporters.models.catalog import TASKS
 from exporters.models.yolov8 import build
 from exporters.spec import Precision
 from suites.accuracy import test_accuracy as accuracy
+from suites.accuracy import test_calibration as calibration
 from suites.conformance import test_outputs as outputs
 from suites.reference import scenes, train
 from suites.selftest.conftest import Judge, Workshop
 from suites.selftest.test_broken_accuracy import behind
+from suites.support.bench import Bench
 from suites.support.verdict import Verdict
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array__ implementation:DeprecationWarning")  # of pycocotools
@@ -75,6 +79,21 @@ def test_a_dead_scale_costs_the_metric(workshop: Workshop, stride: int) -> None:
         assert verdict is Verdict.FAIL, because
     for claim in (ELEMENTS, MATCHING):
         assert workshop.judge("detect onnx int8", claim, dead(stride))[0] is Verdict.NOT_SUPPORTED
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["RGB", "BGR"])
+def test_colours_in_another_order_are_noticed(workshop: Workshop, judge: Judge, tmp_path: Path, order: int) -> None:
+    """The metric would not notice: the colours of the shapes have no order, those of the photographs behind them do."""
+    for number in range(100):
+        image = scenes.picture("train", number, "detect").image[..., ::order]
+        PIL.Image.fromarray(np.ascontiguousarray(image)).save(tmp_path / f"{number:03}.bmp")
+    case = workshop.case("detect onnx int8")
+    bench = Bench(workshop.run, replace(case, spec=case.spec.but(data=str(tmp_path))))
+    try:
+        verdict, because = judge(calibration.test_calibration_fits_the_pictures, bench)
+        assert (verdict is Verdict.PASS) == (order == 1) and ("red and blue" in because) == (order == -1), because
+    finally:
+        bench.close()
 
 
 SCORES_LOWER = behind(
