@@ -14,7 +14,7 @@ import pytest
 
 from exporters import formats
 from exporters.artifact import Artifact, commit, list_files
-from exporters.models.catalog import TASKS, detect_outputs, from_checkpoint, from_table, outputs_of
+from exporters.models.catalog import TASKS, detect_outputs, from_checkpoint, from_table
 from exporters.models.spec import ModelSpec, OutputSpec
 from exporters.pool import Pool
 from exporters.spec import ExportSpec, request
@@ -208,7 +208,7 @@ def trained() -> Path:
 @pytest.fixture(scope="session")
 def small_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSpec]:
     """Small models: `blobs` (a detector that stands INT8), `blind` (the same without pictures to judge accuracy on),
-    `spiky` (a detector that does not stand it), `twins`, `mixed`, `figures`."""
+    `spiky` (a detector that does not stand it), `twins`, `mixed`."""
     folder = tmp_path_factory.mktemp("small")
     (folder / "small_models.py").write_text(SMALL, encoding="utf-8")
     blobs = ModelSpec(
@@ -238,20 +238,9 @@ def small_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSpe
         imgsz=(32, 32),
         feeds="small_models:scenes",
     )
-    figures = ModelSpec(
-        "figures",
-        "exporters.models.yolov8:build",
-        {"scale": "p", "nc": 2, "task": "pose", "kpt_shape": [4, 3]},
-        task="pose",
-        outputs=outputs_of("pose", 2, (4, 3)),
-        stride=32,
-        imgsz=(64, 64),
-        names={0: "bird", 1: "fish"},
-        kpt_shape=(4, 3),
-    )
     spiky = replace(blobs, name="spiky", factory="small_models:spiky")
     blind = replace(blobs, name="blind", evaluate="")
-    return {"blobs": blobs, "blind": blind, "spiky": spiky, "twins": twins, "mixed": mixed, "figures": figures}
+    return {"blobs": blobs, "blind": blind, "spiky": spiky, "twins": twins, "mixed": mixed}
 
 
 def judged(claim: Claim, bench: Bench) -> tuple[Verdict, str]:

@@ -782,10 +782,10 @@ BROKEN = (
     Broken("class names lost", "onnx fp32", property_changed("names", None), names, "index 0: None, expected 'Animal'"),
     Broken("class names shuffled", "onnx fp32", names_shuffled(), names, "index 1: 'Person', expected 'Car'"),
     Broken("another model's class names", "onnx fp32", property_changed("names", COCO), names, "80 names, expected 6"),
-    Broken("key points lost", "figures onnx fp32", property_changed("kpt_shape", None), request, "kpt_shape is ()"),
+    Broken("key points lost", "pose onnx fp32", property_changed("kpt_shape", None), request, "kpt_shape is ()"),
     Broken(
         "key points of another model, TorchScript",
-        "figures torchscript fp32",
+        "pose torchscript fp32",
         config_changed(kpt_shape=[17, 3]),
         request,
         "kpt_shape is (17, 3)",
