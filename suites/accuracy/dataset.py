@@ -164,7 +164,7 @@ def _row(text: str, where: str, task: str, count: int, kpt_shape: tuple[int, ...
         fits, wanted = len(values) == numbers, f"{numbers} numbers"
     if not fits:
         raise BadRequest(f"{where}: {len(values)} numbers", f"a {task} label has {wanted}")
-    if values[0] != int(values[0]) or not 0 <= values[0] < count:
+    if not 0 <= values[0] < count or values[0] != int(values[0]):  # NaN and infinity are beyond either end
         raise BadRequest(f"{where}: class {words[0]}", f"classes are 0 to {count - 1}")
     places = values[1:]
     if task == "pose" and kpt_shape[1] == 3:

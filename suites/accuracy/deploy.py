@@ -41,7 +41,13 @@ class Detections:
 
 
 def deploy(
-    outputs: Mapping[str, Array], row: int, model: ModelSpec, imgsz: tuple[int, int], size: tuple[int, int], conf: float
+    outputs: Mapping[str, Array],
+    row: int,
+    model: ModelSpec,
+    imgsz: tuple[int, int],
+    size: tuple[int, int],
+    conf: float,
+    suppress: bool = True,
 ) -> Detections:
     """The detections of one row of a batch of raw outputs.
 
@@ -50,6 +56,7 @@ def deploy(
         imgsz: height and width that the network was given.
         size: height and width of the original image.
         conf: anchors below this score are dropped.
+        suppress: not where the graph has done it.
     """
     spec = detector_output(model)
     if spec is None:
@@ -65,7 +72,7 @@ def deploy(
     cx, cy, w, h = values[groups["box"]]
     boxes = np.stack((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), 1)
     turned = np.stack((cx, cy, w, h, values[groups["angle"]][0]), 1) if "angle" in groups else None
-    left = _suppressed(boxes, turned, classes)
+    left = _suppressed(boxes, turned, classes) if suppress else np.arange(len(boxes))
     inner, (top, start) = fitted(size, imgsz, model.preprocess)
     scale = np.array([size[1] / inner[1], size[0] / inner[0]])
     offset = np.array([start, top])

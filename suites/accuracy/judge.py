@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from exporters.spec import ExportSpec
 from suites.accuracy.budget import Budget
 from suites.accuracy.deploy import Detections, above
 from suites.accuracy.gate import Outcome, judge
-from suites.accuracy.metrics import as_labels, evaluate
+from suites.accuracy.metrics import Evaluation, as_labels, evaluate
 from suites.accuracy.pictures import classes_of, found_in, kept, reference_of, shown_to, task_of
 from suites.support.bench import Bench
 from suites.support.compare import SCORE_FLOOR
-from suites.support.detections import MARGIN
+from suites.support.detections import MARGIN, iou
 
 DOUBTFUL = 0.05  # score from which a detection of PyTorch's excuses one of the artifact's
+OVERLAP = 0.5  # a box that lies a little beside PyTorch's may be as near to the object
+DRIFT = 0.02  # of a box's size: 1 px of a box of 50, far more than the mean of hundreds of roundings
 
 
 def against_labels(case: Bench, found: Sequence[Detections], budget: Budget) -> Outcome:
@@ -26,20 +30,68 @@ def against_labels(case: Bench, found: Sequence[Detections], budget: Budget) -> 
 
 
 def agreement(case: Bench, found: Sequence[Detections], budget: Budget) -> Outcome:
-    """The same with what PyTorch is sure of taken as the labels, where an overlap of 0.5 is enough.
+    """F1 with what PyTorch is sure of taken as the labels, where an overlap of 0.5 is enough; of a classifier top-1.
 
-    As in `suites.support.detections`: what lies within the precision's margin of the score floor, or below it, may be
-    found by either side or not.
+    As in `suites.support.detections`: what lies within the precision's margin of a deployment's confidence may be found
+    by either side or not.
     """
     task, count = task_of(case.model), classes_of(case.model)
     theirs = reference_of(case)
-    sure = SCORE_FLOOR + MARGIN[case.spec.precision]
+    least, sure = _confidences(case)
     truth = [
         replace(item, labels=as_labels(above(side, DOUBTFUL, task), task == "segment", sure))
         for item, side in zip(shown_to(case).items, theirs, strict=True)
     ]
-    reference = kept(case, ("agreement", sure), lambda: evaluate(task, truth, theirs, count).at_half())
-    return judge(evaluate(task, truth, found, count).at_half(), reference, budget)
+
+    def taken(side: Sequence[Detections]) -> Evaluation:
+        return evaluate(task, truth, [above(f, least, task) for f in side], count).deployed(OVERLAP, sure)
+
+    return judge(taken(found), kept(case, ("agreement", sure), lambda: taken(theirs)), budget)
+
+
+def drift(case: Bench, found: Sequence[Detections]) -> str:
+    """What all detections that both sides have share of a change, where it is more than rounding leaves of it, or "".
+
+    Rounding has no direction: of hundreds of scores and places its mean is far less than of one. A rank, and so average
+    precision, does not change where all scores do.
+    """
+    theirs, margin = reference_of(case), MARGIN[case.spec.precision]
+    if task_of(case.model) == "classify":
+        firsts = [int(a.scores.argmax()) for a in theirs]
+        rows = [(b.scores[k] - a.scores[k], 0.0, 0.0) for k, a, b in zip(firsts, theirs, found, strict=True)]
+    else:
+        _, sure = _confidences(case)
+        rows = [row for a, b in zip(theirs, found, strict=True) for row in _changes(a, b, sure)]
+    worst = max((float(f.scores.max()) for f in found if len(f.scores)), default=0.0)
+    if worst > 1 + margin:
+        return f"a score is {worst:.4g}, and none is more than 1"
+    if not rows:
+        return ""
+    score, *places = np.mean(rows, 0)
+    if abs(score) > margin:
+        return f"scores are {score:+.4f} on average of {len(rows)} that PyTorch is sure of, allowed {margin:g}"
+    if max(map(abs, places)) > DRIFT:
+        moved = max(places, key=abs)
+        return f"boxes are moved by {moved:+.4f} of their size on average of {len(rows)}, allowed {DRIFT:g}"
+    return ""
+
+
+def _changes(theirs: Detections, ours: Detections, sure: float) -> list[tuple[float, float, float]]:
+    """Of each detection that PyTorch is sure of: score, x and y (in sizes of the box) of ours that it overlaps most."""
+    rows: list[tuple[float, float, float]] = []
+    table = iou(theirs.boxes, ours.boxes) * (theirs.classes[:, None] == ours.classes[None])
+    for place in np.flatnonzero((theirs.scores >= sure) & (table.max(1, initial=0) >= OVERLAP)):
+        best = int(table[place].argmax())
+        a, b = theirs.boxes[place], ours.boxes[best]
+        moved = (b[:2] + b[2:] - a[:2] - a[2:]) / 2 / np.maximum(a[2:] - a[:2], 1.0)
+        rows.append((float(ours.scores[best] - theirs.scores[place]), float(moved[0]), float(moved[1])))
+    return rows
+
+
+def _confidences(case: Bench) -> tuple[float, float]:
+    """Score from which a deployment may take a detection, and from which it surely does."""
+    floor, margin = case.spec.conf if case.spec.nms else SCORE_FLOOR, MARGIN[case.spec.precision]
+    return floor - margin, floor + margin
 
 
 def judged(case: Bench, spec: ExportSpec, budget: Budget) -> tuple[Outcome, ...]:

@@ -30,7 +30,7 @@ class Evaluation:
     """The metric of one set of detections, and what it was computed from, image by image.
 
     Attributes:
-        metric: mAP50-95; of a classifier top-1.
+        metric: mAP50-95 or F1; of a classifier top-1.
         values: mAP50-95, mAP50, precision and recall (where F1 is greatest, at IoU 0.5), or top-1 and top-5.
         classes: average precision by class.
         rows: by class: scores (D,), hits (10, D) of 1 right, 0 wrong and -1 not counted, image (D,), objects an
@@ -42,14 +42,25 @@ class Evaluation:
     classes: Mapping[int, float] = field(default_factory=dict[int, float])
     rows: tuple[tuple[Array, Array, Array, Array], ...] = ()
     images: int = 0
+    is_f1: bool = False
 
-    def at_half(self) -> Evaluation:
-        """The same where an overlap of 0.5 is enough: whether the objects are found, not how exactly."""
+    def deployed(self, overlap: float, sure: float) -> Evaluation:
+        """F1 of what a deployment takes, not of a ranking: whether the objects are found, and nothing else as surely.
+
+        Args:
+            overlap: that is enough, of THRESHOLDS.
+            sure: what has a lower score and is no object is not counted.
+        """
         if self._is_of_classes:
             return self
-        rows = tuple((scores, hits[:1], image, objects) for scores, hits, image, objects in self.rows)
-        values = {"mAP50": self.values["mAP50"], **self.values}
-        return replace(self, metric=self.values["mAP50"], values=values, rows=rows)
+        place = int(np.abs(THRESHOLDS - overlap).argmin())
+        rows = tuple(
+            (scores, np.where((hits[place] == 0) & (scores < sure), -1, hits[place])[None], image, objects)
+            for scores, hits, image, objects in self.rows
+        )
+        made = replace(self, rows=rows, is_f1=True)
+        value = made.resampled(np.ones(self.images, int))
+        return replace(made, metric=value, values={"F1": value, **self.values})
 
     @property
     def telling(self) -> int:
@@ -64,6 +75,10 @@ class Evaluation:
         """The metric of images that count so often each, (I,) whole numbers."""
         if self._is_of_classes:
             return float((self.rows[0][1][0] * weights).sum() / weights.sum())
+        if self.is_f1:
+            right, wrong = (sum(float(((h[0] == v) * weights[i]).sum()) for _, h, i, _ in self.rows) for v in (1, 0))
+            total = sum(float((objects * weights).sum()) for *_, objects in self.rows)
+            return 2 * right / max(right + wrong + total, 1e-12)
         found = [average_precision(*row, weights) for row in self._ranked]
         known = [float(f.mean()) for f in found if f is not None]
         return float(np.mean(known)) if known else 0.0

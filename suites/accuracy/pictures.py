@@ -135,7 +135,7 @@ def found_by(run: Callable[[Outputs], Outputs], spec: ExportSpec, items: Sequenc
         images = [prepare_image(read_image(i.path), spec.imgsz, spec.model.preprocess) for i in part]
         images += images[-1:] * (spec.batch - len(part))  # a fixed graph takes whole batches
         outputs = run({entry.name: np.stack(images).astype(entry.dtype)})
-        found += [deploy(outputs, n, spec.model, spec.imgsz, i.size, LOWEST) for n, i in enumerate(part)]
+        found += [deploy(outputs, n, spec.model, spec.imgsz, i.size, LOWEST, not spec.nms) for n, i in enumerate(part)]
     return found
 
 

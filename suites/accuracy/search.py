@@ -104,9 +104,10 @@ def search(case: Bench, judged: Callable[[ExportSpec, Budget], tuple[Outcome, ..
 
     asked = case.case.spec
     firsts = [attempt(f"everything in INT8, {c}", asked.but(calibrator=c)) for c in CALIBRATORS]
-    # Simpler first: another method has to be better by more than its own interval's doubt.
-    best = max(firsts, key=lambda s: (s.meets, s.outcome.change))
-    base = firsts[0] if firsts[0].meets or best.outcome.change <= firsts[0].outcome.high else best
+    # Simpler first: where none meets the budget, another method has to be better by more than the first one's doubt.
+    best = max(firsts, key=lambda s: s.outcome.change)
+    doubtful = firsts[0] if best.outcome.change <= firsts[0].outcome.high else best
+    base = next((s for s in firsts if s.meets), doubtful)
     noise, ranked = dict[str, dict[str, float]](), tuple[str, ...]()
     chosen: Step | None = base if base.meets else None
     if chosen is None:

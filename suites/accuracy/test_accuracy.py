@@ -8,7 +8,7 @@ from exporters.errors import NotSupported
 from exporters.spec import Precision
 from suites.accuracy.budget import Budget
 from suites.accuracy.gate import Outcome
-from suites.accuracy.judge import against_labels, agreement
+from suites.accuracy.judge import against_labels, agreement, drift
 from suites.accuracy.pictures import artifact_of, shown_to
 from suites.support.bench import Bench
 from suites.support.verdict import Judged, Verdict
@@ -26,9 +26,12 @@ def test_accuracy_against_labels(case: Bench) -> None:
 def test_detections_agree_without_labels(case: Bench) -> None:
     """What PyTorch is sure of, taken as the truth, the artifact finds again, and nothing else as surely.
 
-    An overlap of 0.5 is enough: a box that lies a little beside PyTorch's may be as near to the object.
+    Neither scores nor places of all of them are changed in one direction.
     """
-    _conclude(case, agreement(case, artifact_of(case), _budget(case)))
+    found = artifact_of(case)
+    _conclude(case, agreement(case, found, _budget(case)))
+    drifted = drift(case, found)
+    assert not drifted, drifted
 
 
 def test_int8_meets_its_budget(case: Bench) -> None:

@@ -21,6 +21,7 @@ from suites.conformance import test_outputs as outputs
 from suites.reference import scenes, train
 from suites.selftest.conftest import Judge, Workshop
 from suites.selftest.test_broken_accuracy import behind
+from suites.selftest.test_nms import changed
 from suites.support.bench import Bench
 from suites.support.verdict import Verdict
 
@@ -96,9 +97,41 @@ def test_colours_in_another_order_are_noticed(workshop: Workshop, judge: Judge, 
         bench.close()
 
 
-SCORES_LOWER = behind(
-    "output0 = Mul (inner, by)", by=np.array([1] * 4 + [0.99] * len(scenes.NAMES), np.float32).reshape(1, -1, 1)
+def scores_times(factor: float) -> Callable[[Path, Workshop], None]:
+    by = np.array([1] * 4 + [factor] * len(scenes.NAMES), np.float32).reshape(1, -1, 1)
+    return behind("output0 = Mul (inner, by)", by=by)
+
+
+def boxes_moved(pixels: float) -> Callable[[Path, Workshop], None]:
+    by = np.array([pixels, 0, 0, 0] + [0] * len(scenes.NAMES), np.float32).reshape(1, -1, 1)
+    return behind("output0 = Add (inner, by)", by=by)
+
+
+FLAT = behind("small = Mul (inner, by)\noutput0 = Add (small, more)", by=np.float32(0.1), more=np.float32(0.15))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "word"),
+    [
+        ("detect onnx int8", scores_times(0.2), "share"),
+        ("detect onnx int8", scores_times(0.5), "scores are"),
+        ("detect onnx int8", scores_times(2), "none is more than 1"),
+        ("detect onnx int8", boxes_moved(4), "boxes are moved by"),
+        ("detect onnx int8 nms", changed("NonMaxSuppression", 3, 0.99), "share"),
+        ("classify onnx int8", FLAT, "scores are"),
+    ],
+    ids=["scores a fifth", "scores half", "scores twice", "boxes moved by 4 px", "NMS at 0.99", "flat probabilities"],
 )
+def test_in_8_bits_a_deployment_would_see_it(
+    workshop: Workshop, name: str, damage: Callable[[Path, Workshop], None], word: str
+) -> None:
+    """Where no rank changes, or no labels are at hand, PyTorch's detections at a deployment's confidence are left."""
+    assert workshop.judge(name, AGREEMENT) == (Verdict.PASS, ""), "the good artifact fails"
+    verdict, because = workshop.judge(name, AGREEMENT, damage)
+    assert verdict is Verdict.FAIL and word in because, because
+
+
+SCORES_LOWER = scores_times(0.9995)
 SHARPER = behind(
     """
     odds = Log (inner)
@@ -115,7 +148,7 @@ SHARPER = behind(
         ("detect onnx fp32", SCORES_LOWER, [LABELS, AGREEMENT, MATCHING]),
         ("classify onnx fp16", SHARPER, [LABELS, AGREEMENT, MATCHING]),
     ],
-    ids=["scores 1 % lower", "logits 1 % larger"],
+    ids=["scores 0.05 % lower", "logits 1 % larger"],
 )
 def test_what_no_metric_sees_the_elements_show(
     workshop: Workshop, name: str, damage: Callable[[Path, Workshop], None], misses: list[Callable[..., None]]
