@@ -181,7 +181,7 @@ class Accuracy:
 class Try:
     """A step of the search for an INT8 that keeps a budget.
 
-    `change` is a share of the reference's metric, `agreement` of its own detections (mAP50).
+    `change` is a share of the reference's metric, `agreement` of its own detections (F1).
     """
 
     name: str

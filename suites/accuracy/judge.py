@@ -9,13 +9,14 @@ import numpy as np
 
 from exporters.spec import ExportSpec
 from suites.accuracy.budget import Budget
-from suites.accuracy.deploy import Detections, above
+from suites.accuracy.deploy import Array, Detections, above
 from suites.accuracy.gate import Outcome, judge
 from suites.accuracy.metrics import Evaluation, as_labels, evaluate
 from suites.accuracy.pictures import classes_of, found_in, kept, reference_of, shown_to, task_of
 from suites.support.bench import Bench
 from suites.support.compare import SCORE_FLOOR
-from suites.support.detections import MARGIN, iou
+from suites.support.detections import MARGIN, NMS_IOU, iou, rotated_iou
+from suites.support.suppression import NEARLY
 
 DOUBTFUL = 0.05  # score from which a detection of PyTorch's excuses one of the artifact's
 OVERLAP = 0.5  # a box that lies a little beside PyTorch's may be as near to the object
@@ -32,19 +33,24 @@ def against_labels(case: Bench, found: Sequence[Detections], budget: Budget) -> 
 def agreement(case: Bench, found: Sequence[Detections], budget: Budget) -> Outcome:
     """F1 with what PyTorch is sure of taken as the labels, where an overlap of 0.5 is enough; of a classifier top-1.
 
-    As in `suites.support.detections`: what lies within the precision's margin of a deployment's confidence may be found
-    by either side or not.
+    As in `suites.support.detections`: what lies within the precision's margin of a deployment's confidence, or nearly
+    overlaps so much that it is suppressed, may be found by either side or not.
     """
     task, count = task_of(case.model), classes_of(case.model)
     theirs = reference_of(case)
     least, sure = _confidences(case)
+
+    def doubted(side: Detections) -> Detections:
+        return replace(side, scores=np.where(_rivals(side, case), np.minimum(side.scores, least), side.scores))
+
     truth = [
-        replace(item, labels=as_labels(above(side, DOUBTFUL, task), task == "segment", sure))
+        replace(item, labels=as_labels(doubted(above(side, DOUBTFUL, task)), task == "segment", sure))
         for item, side in zip(shown_to(case).items, theirs, strict=True)
     ]
 
     def taken(side: Sequence[Detections]) -> Evaluation:
-        return evaluate(task, truth, [above(f, least, task) for f in side], count).deployed(OVERLAP, sure)
+        shown = [doubted(above(f, least, task)) for f in side]
+        return evaluate(task, truth, shown, count).deployed(OVERLAP, sure)
 
     return judge(taken(found), kept(case, ("agreement", sure), lambda: taken(theirs)), budget)
 
@@ -86,6 +92,16 @@ def _changes(theirs: Detections, ours: Detections, sure: float) -> list[tuple[fl
         moved = (b[:2] + b[2:] - a[:2] - a[2:]) / 2 / np.maximum(a[2:] - a[:2], 1.0)
         rows.append((float(ours.scores[best] - theirs.scores[place]), float(moved[0]), float(moved[1])))
     return rows
+
+
+def _rivals(found: Detections, case: Bench) -> Array:
+    """(N,) which overlap a stronger one of their class by just so much that suppression leaves them."""
+    limit = case.spec.iou if case.spec.nms else NMS_IOU
+    if not len(found.boxes):
+        return np.zeros(len(found.scores), bool)
+    table = iou(found.boxes, found.boxes) if found.turned is None else rotated_iou(found.turned, found.turned)
+    near = (table > limit - NEARLY) & (table <= limit) & (found.classes[:, None] == found.classes[None])
+    return (near & (found.scores[:, None] <= found.scores[None])).any(1)
 
 
 def _confidences(case: Bench) -> tuple[float, float]:
