@@ -218,7 +218,7 @@ def parse_share(value: Any, name: str) -> float:
     except (TypeError, ValueError):
         share = -1.0
     if isinstance(value, bool) or not 0.0 <= share <= 1.0:
-        raise BadRequest(f"{name} '{value}' is none", "give a number from 0 to 1")
+        raise BadRequest(f"{name} '{value}' is no number from 0 to 1", "give one, 0.5 say")
     return share
 
 

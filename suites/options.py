@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from exporters import formats
 from exporters.errors import BadRequest
-from exporters.spec import ExportSpec, parse_share, user_path
-from suites.support.cases import Selection
+from exporters.spec import ExportSpec, user_path
+from suites.support.cases import Selection, parse_budget
 from suites.support.config import Project
 
 if TYPE_CHECKING:  # the command line reads the tables below without waiting for pytest
@@ -269,7 +269,7 @@ def selection_of(config: pytest.Config, project: Project) -> Selection:
         options,
         config.getoption("task") or "",
         config.getoption("evaluate") or "",
-        parse_share(config.getoption("int8_budget") or 0.0, "int8-budget"),
+        parse_budget(config.getoption("int8_budget"), "int8-budget"),
     )
     path = brought_path(config)
     if path is not None:

@@ -16,15 +16,16 @@ SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 def read_image(path: Path) -> npt.NDArray[np.uint8]:
-    """An image file as (H, W, 3) RGB.
+    """An image file as (H, W, 3) RGB, the way up that its camera noted (EXIF).
 
     Raises:
         BadRequest: the file is not an image.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
+            ImageOps.exif_transpose(image, in_place=True)
             return np.asarray(image.convert("RGB"))
     except (
         OSError,

@@ -172,6 +172,11 @@ def detector_output(model: ModelSpec) -> OutputSpec | None:
     return next((o for o in model.outputs if {"box", "score"} <= {g.kind for g in o.groups}), None)
 
 
+def named_pictures(model: ModelSpec) -> str:
+    """The data set, folder or factory of pictures to judge accuracy on; "" where a model names none."""
+    return model.evaluate or (model.feeds if model.feeds and Path(model.feeds).exists() else "")
+
+
 def belongs(name: str, paths: Sequence[str]) -> bool:
     """Whether a node ("/model.22/decode/Add") or a parameter lies in a module of `paths` ("model.22.decode")."""
     dotted = f".{module_path(name)}."

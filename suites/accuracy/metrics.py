@@ -51,7 +51,7 @@ class Evaluation:
             overlap: that is enough, of THRESHOLDS.
             sure: what has a lower score and is no object is not counted.
         """
-        if self._is_of_classes:
+        if self.is_of_classes:
             return self
         place = int(np.abs(THRESHOLDS - overlap).argmin())
         rows = tuple(
@@ -65,15 +65,16 @@ class Evaluation:
     @property
     def telling(self) -> int:
         """How many images have objects: of a classifier all of them."""
-        return self.images if self._is_of_classes else int(np.any([row[3] > 0 for row in self.rows], 0).sum())
+        return self.images if self.is_of_classes else int(np.any([row[3] > 0 for row in self.rows], 0).sum())
 
     @property
-    def _is_of_classes(self) -> bool:
+    def is_of_classes(self) -> bool:
+        """Whether each image is right or wrong."""
         return len(self.rows) == 1 and not self.rows[0][3].size
 
     def resampled(self, weights: Array) -> float:
         """The metric of images that count so often each, (I,) whole numbers."""
-        if self._is_of_classes:
+        if self.is_of_classes:
             return float((self.rows[0][1][0] * weights).sum() / weights.sum())
         if self.is_f1:
             right, wrong = (sum(float(((h[0] == v) * weights[i]).sum()) for _, h, i, _ in self.rows) for v in (1, 0))

@@ -13,7 +13,7 @@ from exporters.calibration.images import list_images, prepare_image, read_image
 from exporters.errors import BadRequest, NotSupported
 from exporters.models.catalog import TASKS
 from exporters.models.factory import import_function, telling
-from exporters.models.spec import ModelSpec, classifier_output
+from exporters.models.spec import ModelSpec, classifier_output, named_pictures
 from exporters.pool import RemoteSession
 from exporters.spec import NMS, ExportSpec
 from suites.accuracy.dataset import DataSet, Item, Labels, label_file, read_dataset
@@ -57,11 +57,6 @@ def classes_of(model: ModelSpec) -> int:
     return int((groups[0].stop or 0) - groups[0].start)
 
 
-def named_pictures(model: ModelSpec) -> str:
-    """The data set, folder or factory of a model's pictures; "" where it names none."""
-    return model.evaluate or (model.feeds if model.feeds and Path(model.feeds).exists() else "")
-
-
 def pictures_of(model: ModelSpec) -> Pictures:
     """What the model is to be judged on.
 
@@ -77,7 +72,7 @@ def pictures_of(model: ModelSpec) -> Pictures:
             "in its table"
         )
     data = Path(named) if Path(named).exists() else _made(named, model)
-    if not _is_labelled(data, task):
+    if not _is_labelled(data, task, model):
         none = Labels(np.zeros(0, int))
         return Pictures([Item(p, _size(p), none) for p in list_images(data, SPLIT)], False)
     return Pictures(_in_our_numbers(read_dataset(data, SPLIT, task, model.kpt_shape), model, data), True)
@@ -99,11 +94,30 @@ def _made(factory: str, model: ModelSpec) -> Path:
     return made
 
 
-def _is_labelled(data: Path, task: str) -> bool:
+def _is_labelled(data: Path, task: str, model: ModelSpec) -> bool:
+    """Whether these are more than images.
+
+    Raises:
+        BadRequest: labels are meant and there are none.
+    """
     if task == "classify":
         root = data / SPLIT
-        return root.is_dir() and any(p.is_dir() for p in root.iterdir())
-    return not data.is_dir() and any(label_file(p).is_file() for p in list_images(data, SPLIT))
+        if data.is_dir() and {p.name for p in data.iterdir() if p.is_dir()} & set(dict(model.names).values()):
+            raise BadRequest(
+                f"data '{data}' has the folders of the classes itself", f"name the folder that has '{SPLIT}' with them"
+            )
+        # What is no folder is refused by the reader.
+        return not data.is_dir() or (root.is_dir() and any(p.is_dir() for p in root.iterdir()))
+    if data.is_dir():
+        return False
+    images = list_images(data, SPLIT)
+    if not any(label_file(p).is_file() for p in images):
+        raise BadRequest(
+            f"data '{data}' has no labels: none for {len(images)} images of '{SPLIT}' (the first would be "
+            f"'{label_file(images[0])}')",
+            "put them there, or name the folder of images, to judge without labels",
+        )
+    return True
 
 
 def _in_our_numbers(found: DataSet, model: ModelSpec, data: Path) -> list[Item]:

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from exporters.errors import NotSupported
-from exporters.models.spec import classifier_output, detector_output
+from exporters.models.spec import classifier_output, detector_output, named_pictures
 from exporters.spec import CALIBRATED, Precision
-from suites.accuracy.pictures import named_pictures
 from suites.support.bench import Bench, Outputs
 from suites.support.compare import Comparison, compare
 from suites.support.feeds import FeedSet

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from exporters.calibration.images import fitted, read_image
@@ -257,6 +259,14 @@ def test_the_verdict_follows_from_interval_and_budget(
     assert (verdict is not Verdict.INCONCLUSIVE) or "images" in found.line().rpartition(";")[2]
 
 
+@pytest.mark.parametrize(("images", "verdict"), [(300, Verdict.INCONCLUSIVE), (400, Verdict.PASS)])
+def test_so_few_images_without_a_loss_say_little(images: int, verdict: Verdict) -> None:
+    """0.99 of top-1: with one loss in 100, 300 images show none in 5 % of draws, 400 in 2 %."""
+    empty = np.zeros(0)
+    right = Evaluation(1.0, {"top-1": 1.0}, rows=((empty, np.ones((2, images)), empty, empty),), images=images)
+    assert judge(right, right, Budget(0.99, True)).verdict is verdict
+
+
 def test_an_artifact_that_is_better_is_another_model(items: dict[str, list[Item]]) -> None:
     several = items["detect"] * 4
     better, worse = lose(several, 0), lose(several, 24)
@@ -294,6 +304,11 @@ def test_pictures_without_labels_and_models_without_pictures(folder: dict[str, P
     assert len(found.items) == COUNT and not found.labelled
     with pytest.raises(NotSupported, match="--evaluate"):
         pictures_of(detector(""))
+    lost = tmp_path / "data.yaml"
+    lost.write_text(f"path: {tmp_path}\nval: images\nnames: {list(scenes.NAMES.values())}\n")
+    shutil.copytree(images, tmp_path / "images")
+    with pytest.raises(BadRequest, match=f"none for {COUNT} images"):
+        pictures_of(detector(lost))
     with pytest.raises(BadRequest, match="'fish' only in the data, 'rocket' only in the model"):
         pictures_of(detector(folder["detect"], [*list(scenes.NAMES.values())[:-1], "rocket"]))
     with pytest.raises(BadRequest, match="nowhere"):
@@ -350,6 +365,13 @@ def test_suppression_is_within_classes_and_limited() -> None:
     assert sorted(found.classes.tolist()) == [0, 1]
     output[0, 0] = np.arange(1000) * 30
     assert len(deploy({"output0": output}, 0, model, (64, 64), (64, 64), 0.25).classes) == 300
+
+
+def test_a_picture_is_turned_as_its_camera_noted(tmp_path: Path) -> None:
+    image, noted = PIL.Image.new("RGB", (40, 20)), PIL.Image.Exif()
+    noted[0x0112] = 6  # orientation: a quarter turn
+    image.save(tmp_path / "phone.jpg", exif=noted)
+    assert read_image(tmp_path / "phone.jpg").shape == (40, 20, 3)
 
 
 def test_pictures_are_read_as_they_were_written(folder: dict[str, Path]) -> None:

@@ -299,7 +299,8 @@ def test_what_the_matrix_would_pass_over_in_silence_is_refused(trained: Path, tm
         matrix(read_project(file), Selection())
     file.write_text(model)
     assert_refused(run(["qualify", "--evaluate", "nowhere"], tmp_path), "evaluate 'nowhere' does not exist")
-    assert_refused(run(["qualify", "--int8-budget", "99"], tmp_path), "int8-budget '99' is none", "0 to 1")
+    assert_refused(run(["qualify", "--int8-budget", "99"], tmp_path), "int8-budget '99' is no number from 0 to 1")
+    assert_refused(run(["qualify", "--int8-budget", "0"], tmp_path), "int8-budget '0' asks for nothing", "0.99")
     assert_refused(run(["qualify", "--int8-budget", "0.99"], tmp_path), "no case is INT8")
     both = ["--int8-budget", "0.99", "--keep", "model.0", "--format", "onnx", "--int8", "--data", str(tmp_path)]
     Image.new("RGB", (64, 64)).save(tmp_path / "one.png")

@@ -14,7 +14,7 @@ from exporters.cuda.nvml import gpu_facts
 from exporters.errors import BadRequest, NotSupported, ToolchainMissing
 from exporters.formats import Runtime
 from exporters.models.catalog import from_checkpoint, from_table, locate, parse_evaluate
-from exporters.models.spec import ModelSpec
+from exporters.models.spec import ModelSpec, named_pictures
 from exporters.spec import (
     CALIBRATED,
     CALIBRATION,
@@ -226,11 +226,19 @@ def _asked(
 OF_THE_ROW = ("format", "precision", "model", "no_values", "int8_budget")  # keys that are no options of a request
 
 
+def parse_budget(value: Any, name: str) -> float:
+    """A share of the metric, in (0, 1]; 0 where none is given."""
+    share = parse_share(0.0 if value is None else value, name)
+    if value is not None and not share:
+        raise BadRequest(f"{name} '{value}' asks for nothing", "leave it out, or give the share to be kept, 0.99 say")
+    return share
+
+
 def _budgeted(case: Case, budget: float) -> Case:
     """The case with the budget, which INT8 alone has.
 
     Raises:
-        BadRequest: the request says what the search is to find.
+        BadRequest: the request says what the search is to find, or the model has no pictures to search on.
     """
     if not budget or case.spec.precision is not Precision.INT8:
         return case
@@ -239,6 +247,11 @@ def _budgeted(case: Case, budget: float) -> Case:
         raise BadRequest(
             f"int8-budget {budget:g} with {chosen}: the search chooses calibrator and modules itself",
             "leave one of them out",
+        )
+    if not named_pictures(case.spec.model):
+        raise BadRequest(
+            f"int8-budget {budget:g}: model '{case.spec.model.name}' has no pictures to judge it on",
+            "name them with --evaluate, or with evaluate in its table",
         )
     return replace(case, budget=budget)
 
@@ -334,7 +347,7 @@ def _own(project: Project, selection: Selection, chosen: Sequence[str], precisio
                 continue
             made = _cases(model, format_id, precision, options, bool(selection.options))
             no_values = str(row.get("no_values", ""))
-            budget = selection.int8_budget or parse_share(row.get("int8_budget", 0.0), "exportgate.toml int8_budget")
+            budget = selection.int8_budget or parse_budget(row.get("int8_budget"), "exportgate.toml int8_budget")
             cases += [_budgeted(replace(c, missing=missing or c.missing, no_values=no_values), budget) for c in made]
     _check_groups(project, models)
     return list({c.id: c for c in cases}.values()) if selection.options else cases
