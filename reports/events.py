@@ -207,7 +207,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class Search:
-    """The search for the fewest modules that stay in floating point; `share` of the reference's metric is asked for.
+    """The search for few modules that stay in floating point; `share` of the reference's metric is asked for.
 
     `chosen` is the number of a step, from 0.
     """

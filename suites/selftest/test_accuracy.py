@@ -91,6 +91,8 @@ def test_labels_are_read_as_they_were_made(items: dict[str, list[Item]], task: s
     ("task", "line", "words"),
     [
         ("detect", "0 0.5 x 0.1 0.1", ("line 1", "'x'", "not a number")),
+        ("detect", "nan 0.5 0.5 0.1 0.1", ("line 1", "class nan")),
+        ("detect", "inf 0.5 0.5 0.1 0.1", ("line 1", "class inf")),
         ("detect", "0 0.5 0.5 0.1", ("line 1", "4 numbers", "5 numbers")),
         ("detect", "6 0.5 0.5 0.1 0.1", ("class 6", "0 to 5")),
         ("detect", "0.5 0.5 0.5 0.1 0.1", ("class 0.5",)),
