@@ -1,8 +1,8 @@
 """The INT8 that keeps the accuracy that was asked for, with as few modules in floating point as are found.
 
 Modules are ranked by how much they suffer from 8 bits (`exporters.graph.sensitivity`, on the calibration set); the
-shortest beginning of that list that meets the budget on the evaluation set is found by halving, and then each of its last
-SPARED modules that the others make needless is quantized after all: no set is proven to be the smallest.
+shortest beginning of that list that meets the budget on the evaluation set is found by halving, and then each of its
+last SPARED modules that the others make needless is quantized after all: no set is proven to be the smallest.
 """
 
 from __future__ import annotations
