@@ -75,10 +75,10 @@ def drift(case: Bench, found: Sequence[Detections]) -> str:
         return ""
     score, *places = np.mean(rows, 0)
     if abs(score) > margin:
-        return f"scores are {score:+.4f} on average of {len(rows)} that PyTorch is sure of, allowed {margin:g}"
+        return f"scores differ by {score:+.4f} on average over {len(rows)} that PyTorch is sure of, allowed {margin:g}"
     if max(map(abs, places)) > DRIFT:
         moved = max(places, key=abs)
-        return f"boxes are moved by {moved:+.4f} of their size on average of {len(rows)}, allowed {DRIFT:g}"
+        return f"boxes are moved by {moved:+.4f} of their size on average over {len(rows)}, allowed {DRIFT:g}"
     return ""
 
 

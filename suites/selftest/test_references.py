@@ -114,11 +114,11 @@ FLAT = behind("small = Mul (inner, by)\noutput0 = Add (small, more)", by=np.floa
     ("name", "damage", "word"),
     [
         ("detect onnx int8", scores_times(0.2), "share"),
-        ("detect onnx int8", scores_times(0.5), "scores are"),
+        ("detect onnx int8", scores_times(0.5), "scores differ by"),
         ("detect onnx int8", scores_times(2), "none is more than 1"),
         ("detect onnx int8", boxes_moved(4), "boxes are moved by"),
         ("detect onnx int8 nms", changed("NonMaxSuppression", 3, 0.99), "share"),
-        ("classify onnx int8", FLAT, "scores are"),
+        ("classify onnx int8", FLAT, "scores differ by"),
     ],
     ids=["scores a fifth", "scores half", "scores twice", "boxes moved by 4 px", "NMS at 0.99", "flat probabilities"],
 )
