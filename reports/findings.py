@@ -66,7 +66,7 @@ def evidence(claim: Claim) -> Evidence | None:
         span = f" ({number(gate.low, digits)} to {number(gate.high, digits)})" if gate.low is not None else ""
         moved = "" if gate.ratio is None else f"{change(gate.ratio)} against its baseline"
         return Evidence("median latency", f"{number(gate.ratio)} ×{span}", f"≤ {number(limit, digits)} ×", moved)
-    if claim.accuracy:
+    if claim.accuracy and not (claim.verdict == "FAIL" and _is_within(claim.accuracy)):
         return _accuracy(claim.accuracy)
     return _compared(decisive) if decisive else None
 
@@ -152,6 +152,15 @@ def _accuracy(found: Accuracy) -> Evidence:
     limit = f"≥ {number(found.allowed)}" if found.share else f"within ± {number(found.allowed)}"
     what = f"{found.metric} {'as a share of' if found.share else 'less'} PyTorch's"
     return Evidence(what, span, limit)
+
+
+def _is_within(found: Accuracy) -> bool:
+    """Whether the metric kept its budget, so that something else failed."""
+    if found.low is None or found.high is None:
+        return False
+    return found.low >= (found.allowed if found.share else -found.allowed) and (
+        found.share or found.high <= found.allowed
+    )
 
 
 def _unnoticed(damages: Sequence[Damage]) -> Evidence | None:

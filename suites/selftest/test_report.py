@@ -551,6 +551,19 @@ def test_fp16_is_called_slower_only_beyond_the_confidence_and_for_the_same_optio
     assert [timing.note for timing in board.timings] == ["", ""]
 
 
+@pytest.mark.parametrize(
+    ("share", "low", "high", "told"),
+    [(True, 0.995, 0.998, False), (True, 0.97, 0.98, True), (False, -0.001, 0.001, False), (False, 0.006, 0.009, True)],
+)
+def test_a_metric_that_kept_its_budget_is_not_told_as_what_failed(
+    share: bool, low: float, high: float, told: bool
+) -> None:
+    allowed, middle = 0.99 if share else 0.005, (low + high) / 2
+    score = events.Accuracy("F1", {"F1": 0.9}, {"F1": 0.9}, middle, low, high, allowed, share, 400)
+    claim = Claim(WHEN, "case", "test_detections_agree_without_labels", "FAIL", "scores differ", accuracy=score)
+    assert (findings.evidence(claim) is not None) is told
+
+
 def test_many_samples_are_thinned_for_the_picture() -> None:
     many = [float(index) for index in range(50_000)]
     assert len(picture.thinned([many, many])) <= picture.ENOUGH + 2
