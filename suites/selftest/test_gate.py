@@ -197,7 +197,7 @@ def test_only_the_box_that_rounding_moves_is_allowed_more() -> None:
         moved = reference.copy()
         moved[0, 2, anchor] += pixels
         outputs = {"output0": reference}, {"output0": moved}
-        rows = compare(*outputs, DETECTOR, precision, imgsz=(640, 640), rounding=lambda _: {"output0": spread})
+        rows = compare(*outputs, DETECTOR, precision, imgsz=(640, 640), rounding=lambda *_: {"output0": spread})
         return all(r.passed for r in rows)
 
     assert passes(0, 0.9) and passes(1, 2.9)
@@ -224,7 +224,7 @@ def test_more_draws_judge_what_few_reject() -> None:
     reference = _output(GOOD)
     asked: list[int] = []
 
-    def rounding(draws: int) -> dict[str, np.ndarray[Any, Any]]:
+    def rounding(draws: int, rows: Any) -> dict[str, np.ndarray[Any, Any]]:
         asked.append(draws)
         return {"output0": np.full_like(reference, 0.2 if draws == DRAWS[0] else 0.4)}  # 1.2 px, then 2.4
 
@@ -241,6 +241,26 @@ def test_more_draws_judge_what_few_reject() -> None:
     assert not passes(5.0) and asked == [8]
 
 
+def test_of_a_batch_only_rows_beyond_their_limit_are_drawn() -> None:
+    """Each row costs inferences of the reference; a row that the first draws excuse stays excused by them."""
+    reference = np.concatenate([_output(GOOD)] * 3)
+    asked: list[tuple[int, list[int]]] = []
+
+    def rounding(draws: int, rows: Any) -> dict[str, np.ndarray[Any, Any]]:
+        asked.append((draws, list(rows)))
+        return {"output0": np.full_like(reference[rows], 0.2 if draws == DRAWS[0] else 0.4)}
+
+    def passes(*pixels: float) -> bool:
+        moved = reference.copy()
+        moved[:, 2, 1] += pixels
+        outputs = {"output0": reference}, {"output0": moved}
+        asked.clear()
+        return all(r.passed for r in compare(*outputs, DETECTOR, Precision.FP16, imgsz=(640, 640), rounding=rounding))
+
+    assert passes(0.9, 1.1, 2.3) and asked == [(8, [1, 2]), (32, [2])]
+    assert not passes(0.9, 2.5, 0.0) and asked == [(8, [1]), (32, [1])]
+
+
 def test_an_override_of_the_user_is_not_widened() -> None:
     reference = _output(GOOD)
     moved = reference.copy()
@@ -248,7 +268,7 @@ def test_an_override_of_the_user_is_not_widened() -> None:
     override = {"precision": "fp16", "group": "boxes", "measure": "max_abs", "allowed": 0.1, "reason": "tight"}
     rows = compare(
         {"output0": reference}, {"output0": moved}, DETECTOR, Precision.FP16, imgsz=(640, 640), overrides=[override],
-        rounding=lambda _: {"output0": np.ones_like(reference)},
+        rounding=lambda *_: {"output0": np.ones_like(reference)},
     )  # fmt: skip
     assert not all(r.passed for r in rows)
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Outputs = dict[str, Array]
-# Outputs held at a time, and their bytes, so that memory does not grow with the number of cases.
-KEPT, KEPT_BYTES = 64, 256 << 20
+# Outputs held at a time (of each row of a batch, too), and their bytes: memory does not grow with the number of cases.
+KEPT, KEPT_BYTES = 512, 1 << 30
 
 
 class Run:
@@ -50,7 +50,6 @@ class Run:
         self.layer_names: dict[str, list[str]] = {}
         self.open_reference: tuple[Any, RemoteSession] | None = None
         self.found: dict[Any, Any] = {}  # what accuracy is judged on, and the detections of each case
-        self.of_rows: tuple[Any, Outputs] = (None, {})  # the last rounding of whole feeds, of which rows were judged
         self.failed: dict[str, ExportgateError] = {}  # case -> why its artifact, made ahead, could not be made
 
     def reference(self, model: ModelSpec) -> RemoteSession:
@@ -102,40 +101,33 @@ class Run:
     def rounding(self, model: ModelSpec, feeds: FeedSet, precision: Precision) -> Rounding | None:
         """Standard deviation of each element of the reference in Monte Carlo arithmetic; None for precisions without.
 
-        Kept once per model, feeds, width of the fraction and number of draws; computed when it is called. Some rows of
-        feeds have the rows of the whole's: each element is rounded by itself.
+        Kept once per model, row, width of the fraction and number of draws; computed when it is called. A row of a
+        batch has that of its image alone: each element is rounded by itself.
         """
         bits = FRACTION_BITS.get(precision)
         if bits is None:
             return None
-        if feeds.of is not None:
-            whole, rows = feeds.of
-            drawn = self.rounding(model, whole, precision)
-            assert drawn is not None
 
-            def some(draws: int) -> Outputs:
-                # Held apart: row after row asks for it, and it may be larger than all that is kept otherwise.
-                key = (repr(model), _key(whole), bits, draws)
-                if self.of_rows[0] != key:
-                    self.of_rows = (key, dict(drawn(draws)))
-                return {k: v[rows] for k, v in self.of_rows[1].items()}
-
-            return some
-
-        def spread(draws: int) -> Outputs:
-            expected, before = self.expected(model, feeds), max((d for d in DRAWS if d < draws), default=0)
+        def spread(some: FeedSet, draws: int) -> Outputs:
+            expected, before = self.expected(model, some), max((d for d in DRAWS if d < draws), default=0)
             squares = {k: np.zeros(v.shape) for k, v in expected.items()}
             if before:  # go on from there
-                squares = {k: v.astype(np.float64) ** 2 * before for k, v in made(before).items()}
+                squares = {k: v.astype(np.float64) ** 2 * before for k, v in made(some, before).items()}
             for seed in range(before, draws):
-                for name, drawn in self.reference(model).run_rounded(feeds.arrays, bits, seed).items():
+                for name, drawn in self.reference(model).run_rounded(some.arrays, bits, seed).items():
                     squares[name] += (drawn.astype(np.float64) - expected[name]) ** 2
-            return {k: np.sqrt(v / draws) for k, v in squares.items()}
+            return {k: np.sqrt(v / draws).astype(np.float32) for k, v in squares.items()}
 
-        def made(draws: int) -> Outputs:
-            return self.kept(("rounding", repr(model), _key(feeds), bits, draws), lambda: spread(draws))
+        def made(some: FeedSet, draws: int) -> Outputs:
+            return self.kept(("rounding", repr(model), _key(some), bits, draws), lambda: spread(some, draws))
 
-        return made
+        def rounding(draws: int, rows: Array | None) -> Outputs:
+            if rows is None:
+                return made(feeds, draws)
+            each = [made(feeds.rows(slice(n, n + 1), f"row {n}"), draws) for n in rows]
+            return {k: np.concatenate([one[k] for one in each]) for k in each[0]}
+
+        return rounding
 
     def layers(self, model: ModelSpec) -> list[str]:
         """Layers of the reference that can be damaged, in order."""
@@ -151,7 +143,7 @@ class Run:
 
 
 def _key(feeds: FeedSet) -> Any:
-    return feeds.name, tuple((k, v.shape, hash(v.tobytes())) for k, v in feeds.arrays.items())
+    return tuple((k, v.shape, hash(v.tobytes())) for k, v in feeds.arrays.items())
 
 
 class Bench:
@@ -280,7 +272,7 @@ class Bench:
     def rounding(self, feeds: FeedSet, precision: Precision) -> Rounding | None:
         """See Run.rounding."""
         made = self.run.rounding(self.model, feeds, precision)
-        return made and (lambda draws: self.guard(lambda: made(draws)))
+        return made and (lambda draws, rows: self.guard(lambda: made(draws, rows)))
 
     def outputs(self, feeds: FeedSet) -> Outputs:
         """The artifact's outputs; feeds are cast to the floating type that its inputs have."""

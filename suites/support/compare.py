@@ -15,7 +15,7 @@ from exporters.models.spec import OF_ANCHORS, ChannelGroup, ModelSpec, OutputSpe
 from exporters.spec import Precision
 
 Array = npt.NDArray[Any]
-Rounding = Callable[[int], Mapping[str, Array]]
+Rounding = Callable[[int, Array | None], Mapping[str, Array]]
 PIXELS = ("box", "point")  # kinds whose channels are coordinates of one thing
 SCORE_FLOOR = 0.25  # the contract's default confidence: below it a deployment drops the box
 
@@ -237,7 +237,8 @@ def compare(
     """One Comparison for each output's channel group and each limit on it; names and shapes must be equal already.
 
     `rounding` gives, when a limit that is conditioned is passed, the standard deviation of each element of the
-    reference in so many draws of Monte Carlo arithmetic of this precision.
+    reference in so many draws of Monte Carlo arithmetic of this precision: of the rows of a batch whose indices it is
+    given, in their order, or of a model without a batch (None) of everything.
 
     8-bit detectors are judged by their detections, and element by element only where both sides ran the `same_graph`:
     then they differ by values that lie at the edge of a step and were rounded to the other side, which is less than the
@@ -278,16 +279,20 @@ def compare(
                 counts = DRAWS if limit.conditioned and rounding is not None else ()
                 for draws in counts:
                     error = np.abs(b - a) if mask is None else np.abs(b - a) * mask
-                    if not (error > bound).any() or (draws > DRAWS[0] and (error > FAR * bound).any()):
+                    beyond = error > bound
+                    if not beyond.any() or (draws > DRAWS[0] and (error > FAR * bound).any()):
                         break
                     assert rounding is not None
-                    spread = rounding(draws)[spec.name]
+                    # Of the rows that need it alone: each draw of a row is an inference of the reference.
+                    some = np.flatnonzero(beyond.reshape(len(beyond), -1).any(1)) if model.has_batch else None
+                    spread = np.asarray(rounding(draws, some)[spec.name], np.float64)
                     spread = spread[:, where] if want.ndim > 1 else spread
                     if group.kind in PIXELS:
                         spread = np.sqrt(np.mean(spread**2, axis=1, keepdims=True))
                     # Two sides that both round differ by the root of two times what one differs from exact arithmetic.
                     moved = SIGMAS * spread * (math.sqrt(2) if same_graph else 1.0)
-                    bound = np.maximum(least, moved)
+                    bound, chosen = bound.copy(), slice(None) if some is None else some
+                    bound[chosen] = np.maximum(least[chosen], moved)
                 rows.append(_row(a, b, mask, limit, bound, group, hop, feeds, spec.name))
     return rows
 

@@ -42,14 +42,12 @@ DAMAGED = (
 class FeedSet:
     """Feeds with a name for the report. `fires`: the model is known to respond, so that power can be proven on them.
 
-    `of`: the feeds that these are some rows of, and which. `undecided`: a classifier finds two classes as probable,
-    which no 8 bits keep.
+    `undecided`: a classifier finds two classes as probable, which no 8 bits keep.
     """
 
     name: str
     arrays: dict[str, Array]
     fires: bool
-    of: tuple[FeedSet, slice] | None = None
     undecided: bool = False
 
     def rows(self, which: slice, name: str) -> FeedSet:
@@ -58,7 +56,6 @@ class FeedSet:
             f"{self.name}, {name}",
             {k: v[which] for k, v in self.arrays.items()},
             self.fires,
-            (self, which),
             self.undecided,
         )
 

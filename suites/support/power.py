@@ -87,7 +87,7 @@ def prove(
 
     def rows_of(one: Shown, outputs: Outputs) -> list[Comparison]:
         # The first draws do: more of them move a limit by little, and what is damaged always asks for them.
-        first = one.rounding and (lambda _: one.rounding(DRAWS[0]))  # pyright: ignore[reportOptionalCall]
+        first = one.rounding and (lambda _, some: one.rounding(DRAWS[0], some))  # pyright: ignore[reportOptionalCall]
         return compare(one.reference, outputs, model, precision, imgsz=imgsz, overrides=overrides, rounding=first)
 
     seen: set[tuple[str, str]] = set()  # (output, group) in which damage was noticed
