@@ -123,6 +123,14 @@ class RemoteSession:
         """Outputs of the reference in rounded arithmetic (sessions of the pytorch format only)."""
         return self._arrays("rounded", feeds, bits=bits, seed=seed)
 
+    def modules(self) -> dict[str, str]:
+        """Modules of the network whose outputs can be seen inside, in their order, with the node that makes each."""
+        return self._call("inside")["modules"]
+
+    def run_inside(self, feeds: Feeds, modules: Sequence[str]) -> dict[str, Array]:
+        """The outputs of some of `modules`, by module."""
+        return self._arrays("inside", feeds, modules=list(modules))
+
     def excite(self, feeds: Feeds, steps: int, floor: float) -> dict[str, Array]:
         """Feeds changed until the model responds to them (sessions of the pytorch format only)."""
         return self._arrays("excite", feeds, steps=steps, floor=floor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -114,6 +114,14 @@ class Session(ABC):
     def on_device(self, feeds: Feeds) -> OnDevice:
         """Feeds in GPU memory, to be timed by CUDA events; sessions with `timed_on` have it."""
         raise NotImplementedError(f"{type(self).__name__} does not run on a GPU")
+
+    def modules(self) -> dict[str, str]:
+        """Modules of the network whose outputs can be seen inside, in their order, with the node that makes each."""
+        return {}
+
+    def run_inside(self, feeds: Feeds, modules: Sequence[str]) -> dict[str, Array]:
+        """The outputs of some of `modules`, by module."""
+        raise NotImplementedError(f"{type(self).__name__} shows nothing inside")
 
     def close(self) -> None:
         """Frees what the session holds; it is not used afterwards."""

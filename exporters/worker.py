@@ -59,6 +59,7 @@ class Server:
                 "damaged": self.damaged,
                 "rounded": self.rounded,
                 "excite": self.excite,
+                "inside": self.inside,
                 "sensitivity": self.sensitivity,
                 "reached": self.reached,
                 "close": self.close,
@@ -187,6 +188,12 @@ class Server:
         session = self.sessions[call["session"]]
         assert isinstance(session, Reference)
         return save(session.run_rounded(load(call["feeds"]), call["bits"], call["seed"]), Path(call["folder"]))
+
+    def inside(self, call: Json) -> Json:
+        session = self.sessions[call["session"]]
+        if "modules" not in call:
+            return {"modules": session.modules()}
+        return save(session.run_inside(load(call["feeds"]), call["modules"]), Path(call["folder"]))
 
     def excite(self, call: Json) -> Json:
         from exporters.models.reference import Reference

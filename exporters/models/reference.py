@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -86,6 +86,30 @@ class Reference(Session):
             if isinstance(weight, Tensor) and weight.ndim >= 2 and not f"{name}.".startswith(kept):
                 found.append(name)
         return found
+
+    def modules(self) -> dict[str, str]:
+        """Modules without parts of their own, as an exporter folds them."""
+        module = for_export(copy.deepcopy(self.module), dynamic=False)
+        parts = cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
+        return {path: path for path, part in parts if path and not list(part.children())}
+
+    def run_inside(self, feeds: Feeds, modules: Sequence[str]) -> dict[str, Array]:
+        """Outputs of modules that give one tensor and are called once an inference."""
+        module = for_export(copy.deepcopy(self.module), dynamic=False)
+        seen: dict[str, list[Any]] = {path: [] for path in modules}
+
+        def keep(path: str, output: Any) -> None:
+            # A copy: what comes next may change it in place.
+            seen[path].append(output.clone() if isinstance(output, Tensor) else output)
+
+        for path in modules:
+            module.get_submodule(path).register_forward_hook(
+                lambda _part, _inputs, output, path=path: keep(path, output)
+            )
+        folded = copy.copy(self)
+        folded.module = module
+        folded.run(feeds)
+        return {k: v[0].cpu().numpy() for k, v in seen.items() if len(v) == 1 and isinstance(v[0], Tensor)}
 
     def run_damaged(self, feeds: Feeds, damage: Damage) -> dict[str, Array]:
         """Outputs with the damage; the weights are put back afterwards."""

@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from exporters.cache import place, writing
 from exporters.cuda.nvml import gpu_facts
 from exporters.errors import ArtifactError, FallbackError, ToolchainMissing, first_line
 from exporters.formats import Runtime
+from exporters.graph import inside
 from exporters.metadata import Metadata, normalize
 from exporters.session import Array, Execution, Feeds, OnDevice, Session
 from exporters.spec import ExportSpec, Precision
@@ -177,6 +178,18 @@ class OnnxRuntimeSession(Session):
             session.run(None, feeds)
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         return [e for e in events if e.get("cat") == "Node" and e.get("name", "").endswith("_kernel_time")]
+
+    def modules(self) -> dict[str, str]:
+        return {module: node for module, (_, node) in inside.modules(self.path).items()}
+
+    def run_inside(self, feeds: Feeds, modules: Sequence[str]) -> dict[str, Array]:
+        tensors = {module: tensor for module, (tensor, _) in inside.modules(self.path).items() if module in modules}
+        names = list(dict.fromkeys(tensors.values()))
+        # On a CPU, whatever the provider: what is asked is what the graph says.
+        graph = inside.with_outputs(self.path, names)
+        session = cast("Any", ort.InferenceSession(graph, self._options(), providers=["CPUExecutionProvider"]))
+        values: dict[str, Array] = dict(zip(names, session.run(names, dict(feeds)), strict=True))
+        return {module: values[tensor] for module, tensor in tensors.items()}
 
     def metadata(self) -> Metadata:
         values = dict(self.session.get_modelmeta().custom_metadata_map)

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from exporters.errors import NotSupported
+from exporters.errors import ExportgateError, NotSupported
 from exporters.models.spec import classifier_output, detector_output, named_pictures
 from exporters.spec import CALIBRATED, Precision
-from suites.support.bench import Bench, Outputs
+from suites.support.attribution import first_beyond
+from suites.support.bench import Bench, Outputs, cast
 from suites.support.compare import Comparison, compare
 from suites.support.feeds import FeedSet
 from suites.support.power import Power, Shown, prove
@@ -48,6 +49,7 @@ def test_outputs_match_reference(case: Bench) -> None:
         culprit = failed[0]
         raise AssertionError(
             f"{len(failed)} of {len(rows)} comparisons fail, first at the hop {culprit.hop}: {culprit.line()}"
+            + _inside(case, culprit)
         )
     if elsewhere:
         raise NotSupported(BY_PICTURES)
@@ -94,8 +96,6 @@ def test_same_feeds_give_the_same_outputs(case: Bench) -> None:
     """A second inference on the same feeds agrees with the first far within the tolerance (sums may be reordered)."""
     feeds = case.feeds()[0]
     first = {k: np.array(v) for k, v in case.outputs(feeds).items()}
-    from suites.support.bench import cast
-
     session = case.session()
     second = case.readable(case.guard(lambda: session.run(cast(session, feeds.arrays))))
     for name, want in first.items():
@@ -147,6 +147,22 @@ def _rows(
         rounding=case.rounding(feeds, precision),
         same_graph=same_graph,
     )
+
+
+def _inside(case: Bench, culprit: Comparison) -> str:
+    """Where inside the artifact of the failed hop it begins; "" where nothing can be seen there."""
+    name, spec, artifact = next(hop for hop in case.hops() if culprit.hop.endswith(f"-> {hop[0]}"))
+    feeds = next(f for f in case.feeds() if f.name == culprit.feeds)
+    try:
+        session = case.hop_session(name, spec, artifact)
+        found = case.guard(
+            lambda: first_beyond(
+                case.run.reference(case.model), session, feeds.arrays, cast(session, feeds.arrays), spec.precision
+            )
+        )
+    except ExportgateError as error:
+        return f"; where inside it begins cannot be told: {error.what}"
+    return f"; {found.line}" if found.line else ""
 
 
 def _worst(rows: list[Comparison]) -> list[Comparison]:

@@ -297,11 +297,15 @@ class Bench:
             for s in chain
         ]
 
+    def hop_session(self, name: str, spec: ExportSpec, artifact: Artifact) -> RemoteSession:
+        """The session of one artifact of the chain."""
+        return self.session() if spec is self.spec else self._open(name, artifact, spec)
+
     def hop_outputs(self, name: str, spec: ExportSpec, artifact: Artifact, feeds: FeedSet) -> Outputs:
         """Outputs of one artifact of the chain."""
         if spec is self.spec:
             return self.outputs(feeds)
-        session = self._open(name, artifact, spec)
+        session = self.hop_session(name, spec, artifact)
         return self.run.kept(
             ("hop", artifact.key, _key(feeds)), lambda: self.guard(lambda: session.run(cast(session, feeds.arrays)))
         )
