@@ -24,6 +24,7 @@ KINDS = {
     "ranges": "ranges of tensors on calibration sets",
     "ort-trt": "timing caches of ONNX Runtime's TensorRT provider",
     "feeds": "photographs that make a model fire",
+    "logs": "of verbose builds that failed",
     "toolchains": "environments of formats",
     "tmp": "what killed runs left",
 }
@@ -102,12 +103,21 @@ def touch(path: Path) -> None:
 
 
 def entries(kinds: Sequence[str] = ()) -> list[Entry]:
-    """What the cache holds, by kind, the most recently used first; all kinds where none is named."""
+    """What the cache holds, by kind, the most recently used first; all kinds where none is named.
+
+    Raises:
+        BadRequest: it cannot be read.
+    """
     found: list[Entry] = []
-    for kind in kinds or KINDS:
-        folder = cache_root() / kind
-        here = [_entry(kind, path) for path in (folder.iterdir() if folder.is_dir() else ())]
-        found += sorted(here, key=lambda e: -e.used)
+    try:
+        for kind in kinds or KINDS:
+            folder = cache_root() / kind
+            here = [_entry(kind, path) for path in (folder.iterdir() if folder.is_dir() else ())]
+            found += sorted(here, key=lambda e: -e.used)
+    except PermissionError as error:
+        raise BadRequest(
+            f"the cache {cache_root()} cannot be read ({error.strerror})", "set EXPORTGATE_CACHE to a folder of yours"
+        ) from None
     return found
 
 

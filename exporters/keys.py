@@ -31,7 +31,8 @@ def export_key(
     """
     described = spec.to_dict()
     described["model"]["weights"] = spec.model.weights.name if spec.model.weights else None
-    described.pop("verbose")
+    if not spec.verbose:  # one that is asks for a log that another lacks
+        described.pop("verbose")
     described["model"].pop("evaluate")  # the artifact is the same, whatever it is judged on
     parts = {
         "weights": weights_digest(spec.model),

@@ -232,7 +232,9 @@ class Pool:
             / "artifacts"
             / f"{spec.model.name[:40]}-{entry.id}-{spec.precision.value}-{key[:16]}"
         )
-        if final.exists():
+        with cache.writing():  # a folder that may not be looked into
+            is_there = final.exists()
+        if is_there:
             try:
                 found = read_manifest(final)
                 found.verify()

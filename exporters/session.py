@@ -67,8 +67,16 @@ class OnDevice(ABC):
         """Until everything enqueued is done."""
 
     @abstractmethod
+    def forget(self) -> None:
+        """Destroys the outputs of the last inference, and waits: what `outputs` gives next has been computed since."""
+
+    @abstractmethod
     def outputs(self) -> dict[str, Array]:
-        """Outputs of the last inference, by name."""
+        """Outputs of the last inference, by name.
+
+        Raises:
+            MeasurementError: there was none since `forget`.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -230,6 +230,7 @@ def _given(options: argparse.Namespace) -> list[str]:
 def _export_one(pool: Any, model: Any, name: str, options: argparse.Namespace, last: bool) -> Path:
     """Exports to one format and puts its file where users look for it."""
     from exporters import formats
+    from exporters.formats.engine import BUILDER_LOG
     from exporters.placement import place
     from exporters.spec import request
     from suites.options import REQUEST_FIELDS
@@ -248,7 +249,11 @@ def _export_one(pool: Any, model: Any, name: str, options: argparse.Namespace, l
     made = pool.export(spec)
     if last:
         pool.leave()
-    return place(made, folder, options.overwrite)
+    path = place(made, folder, options.overwrite)
+    log = made.root / BUILDER_LOG
+    if log.is_file():
+        print(f"  the builder's log: {log}")
+    return path
 
 
 @contextmanager

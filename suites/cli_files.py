@@ -63,6 +63,8 @@ def _engine(options: argparse.Namespace, further: list[str]) -> int:
         if options.action == "wrap":
             manifest = Path(options.manifest) if options.manifest else source.with_name(f"{source.name}.json")
             target = Path(options.output) if options.output else source.with_suffix(".engine")
+            if target.resolve() in (source.resolve(), manifest.resolve()):
+                raise BadRequest(f"--output '{target}' is what is wrapped", "name another place")
             _check_free((target,), options.overwrite)
             print(plans.wrap(source, manifest, target))
             return 0

@@ -38,12 +38,15 @@ def measure_on_device(session: Session, feeds: Sequence[Feeds], plan: Measuremen
         samples: list[float] = []
         begin = time.perf_counter()
         while time.perf_counter() - begin < plan.seconds or len(samples) < plan.inferences:
-            index = len(samples) % len(slots)
+            index, looks = len(samples) % len(slots), len(samples) % LOOK == 0
+            if looks:
+                slots[index].forget()  # else what was computed before would be seen again
             samples.append(slots[index].compute_ms(graph))
-            if len(samples) % LOOK == 1:
+            if looks:
                 check_unchanged(expected[index], slots[index].outputs())
         after = gpu_state(device)
         for index, slot in enumerate(slots):
+            slot.forget()
             slot.enqueue(graph)
             check_unchanged(expected[index], slot.outputs())
         figures = _beside(session, slots, feeds, graph, device, max(plan.seconds / 4, 0.1))

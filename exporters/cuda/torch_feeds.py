@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from exporters.errors import MeasurementError
 from exporters.session import Array, OnDevice
 
 
@@ -40,7 +41,13 @@ class TorchFeeds(OnDevice):
     def wait(self) -> None:
         torch.cuda.synchronize(self.tensors[0].device)
 
+    def forget(self) -> None:
+        self.wait()
+        self.values = ()
+
     def outputs(self) -> dict[str, Array]:
+        if not self.values:
+            raise MeasurementError("an inference left no outputs", "the session stopped computing; check the artifact")
         return {name: value.cpu().numpy() for name, value in zip(self.names, self.values, strict=True)}
 
     def close(self) -> None:

@@ -84,6 +84,11 @@ def nothing_further(spec: ExportSpec) -> Mapping[str, str]:
     return {}
 
 
+def no_contradiction(path: Path, spec: ExportSpec) -> str:
+    """Nothing beside its metadata."""
+    return ""
+
+
 def no_metadata(path: Path) -> Metadata:
     """A format whose metadata its sessions read."""
     raise NotImplementedError(f"the metadata of {path} is read by a session")
@@ -122,6 +127,8 @@ class Format:
         load: `load(artifact, spec, runtime, device)` opens a session, in a worker.
         inspect: `inspect(path)` reads the achieved precision back from the file, in a worker.
         metadata: `metadata(path)` reads the file's metadata where nothing here can run it; see `Runtime.runs`.
+        contradiction: `contradiction(path, spec)` tells what the file says that it was made for, and the request asks
+            otherwise, beside what metadata holds; or "".
         parents: what it is made from.
         refusal: why a combination is not supported by its nature, or "".
         is_code: loading it runs code that is in it.
@@ -145,6 +152,7 @@ class Format:
     parents: Callable[[ExportSpec], tuple[ExportSpec, ...]] = no_parents
     refusal: Callable[[ExportSpec], str] = no_refusal
     metadata: Callable[[Path], Metadata] = no_metadata
+    contradiction: Callable[[Path, ExportSpec], str] = no_contradiction
     aliases: tuple[str, ...] = ()
     is_code: bool = False
     keeps_metadata: bool = True

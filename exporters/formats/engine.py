@@ -10,12 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from exporters.artifact import Achieved, Artifact
-from exporters.errors import BadRequest, ToolchainMissing
+from exporters.errors import BadRequest
 from exporters.formats import Format, Job, Made, Runtime, Step, no_nms
 from exporters.session import Session
 from exporters.spec import NMS, ExportSpec, Precision
 from exporters.tensorrt.header import read_engine, read_metadata, write_engine
 
+BUILDER_LOG = "builder.log"
 LARGEST = 2**31 - 1  # elements of a tensor
 # The precision of the ONNX file that an engine is made from. No CPU runs BF16 or FP8 graphs to compare them with, so
 # those are made of the FP32 file by the engine's own step.
@@ -75,7 +76,7 @@ def make(job: Job) -> Made:
     target = job.folder / f"{job.stem}.engine"
     write_engine(target, {**job.metadata.values(), "plan": built.facts}, built.plan)
     if built.log:
-        (job.folder / "builder.log").write_text(built.log, encoding="utf-8")
+        (job.folder / BUILDER_LOG).write_text(built.log, encoding="utf-8")
     return Made(target.name, built.notes)
 
 
@@ -118,18 +119,31 @@ def load(artifact: Artifact, spec: ExportSpec, runtime: Runtime, device: str) ->
 
 
 def inspect(path: Path) -> Achieved:
-    """The engine inspector's word; where no GPU can load the plan, the types of the network that it was built from."""
+    """The engine inspector's word; of TensorRT-RTX's plans the types of the network that they were built from."""
     file = read_engine(path)
     from exporters.tensorrt.inspector import achieved_of_network, achieved_of_plan
 
-    if str(file.facts.get("made_by", "")).startswith("TensorRT-RTX"):
-        from exporters.cuda.context import driver
+    # Where there is a GPU the library that is loaded is TensorRT, which reads no plan of TensorRT-RTX.
+    is_rtx = str(file.facts.get("made_by", "")).startswith("TensorRT-RTX")
+    return achieved_of_network(file) if is_rtx else achieved_of_plan(path)
 
-        try:
-            driver()
-        except ToolchainMissing:
-            return achieved_of_network(file)
-    return achieved_of_plan(path)
+
+def contradiction(path: Path, spec: ExportSpec) -> str:
+    """What our header says that the plan was built for, and the request asks otherwise; "" where it says nothing."""
+    facts = read_engine(path).facts
+    built = [c for c in str(facts.get("compute_capability", "")).split(",") if c]
+    for asked in (c for c in spec.compute_capability.split(",") if c):
+        if built and asked not in built:
+            return f"the engine was built for compute capability {', '.join(built)}, and {asked} is asked for"
+    told = facts.get("profiles")
+    if spec.profiles and told is not None:
+        asked_shapes = [
+            {i.name: [list(spec.model.shape(i, b, (h, w))) for b, h, w in profile] for i in spec.model.inputs}
+            for profile in spec.profiles
+        ]
+        if told != asked_shapes:
+            return f"the engine was built with the profiles {told}, and {asked_shapes} are asked for"
+    return ""
 
 
 def depends(spec: ExportSpec) -> Mapping[str, str]:
@@ -185,6 +199,14 @@ def refusal(spec: ExportSpec) -> str:
             f"compute_capability {spec.compute_capability} with device {spec.device}: the engine is built for that GPU",
             "leave one of them out",
         )
+    for entry in model.inputs:
+        values = math.prod(model.shape(entry, spec.batch, spec.imgsz))
+        if values > LARGEST:
+            raise BadRequest(
+                f"batch {spec.batch}: input '{entry.name}' would have {values:.3g} values, and TensorRT counts to "
+                f"{LARGEST}",
+                "lower batch or imgsz",
+            )
     if spec.profiles and not spec.dynamic:
         raise BadRequest("profiles are given and the shape is fixed", "add --dynamic, or leave profiles out")
     if spec.profiles:
@@ -195,7 +217,14 @@ def refusal(spec: ExportSpec) -> str:
         )
     if spec.dynamic and spec.precision is Precision.INT8 and implicit and not model.has_images:
         return "implicit quantization of dynamic inputs that are no images"
-    return no_nms(spec)
+    if because := no_nms(spec):
+        return because
+    if spec.device == "cpu" and not spec.compute_capability:
+        raise BadRequest(
+            "an engine is built on its GPU, or ahead of time for a compute capability, and neither is named",
+            "add --device 0, or --compute-capability, as in 8.6,8.9,12.0",
+        )
+    return ""
 
 
 def _check_profiles(spec: ExportSpec) -> None:
@@ -284,6 +313,7 @@ FORMAT = Format(
     parents=parents,
     refusal=refusal,
     metadata=read_metadata,
+    contradiction=contradiction,
     depends=depends,
     smaller_batches=True,
     is_code=True,

@@ -42,7 +42,9 @@ def siblings(graph: onnx.GraphProto) -> list[list[Branch]]:
     for node in graph.node:
         branch = _branch(node, readers) if node.op_type == "Conv" else None
         weight = _stored_weight(node.input[1], stored, makers) if branch else None
-        if branch is None or weight is None or weight.dims[0] % VECTOR:
+        # Of groups each reads channels of its own: behind another's weights they would read others.
+        grouped = any(a.name == "group" and a.i != 1 for a in node.attribute)
+        if branch is None or weight is None or weight.dims[0] % VECTOR or grouped:
             continue
         options = sorted(a.SerializeToString() for a in node.attribute)
         found[(node.input[0], tuple(weight.dims[1:]), len(node.input), *options)].append(branch)

@@ -19,7 +19,7 @@ import onnxruntime as ort
 from exporters.artifact import TensorInfo, digest
 from exporters.cache import place, writing
 from exporters.cuda.nvml import gpu_facts
-from exporters.errors import ArtifactError, FallbackError, ToolchainMissing, first_line
+from exporters.errors import ArtifactError, FallbackError, MeasurementError, ToolchainMissing, first_line
 from exporters.formats import Runtime
 from exporters.graph import inside
 from exporters.metadata import Metadata, normalize
@@ -213,11 +213,20 @@ class _Bound(OnDevice):
         self.held = [ort.OrtValue.ortvalue_from_numpy(feeds[i.name], "cuda", number) for i in session.inputs]
         for info, value in zip(session.inputs, self.held, strict=True):
             self.binding.bind_ortvalue_input(info.name, value)
-        for info in session.outputs:
-            self.binding.bind_output(info.name, "cuda", number)
+        self.number = number
+        self._bind_outputs()
         self.options = ort.RunOptions()
         self.options.add_run_config_entry("disable_synchronize_execution_providers", "1")  # events time it instead
         self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def _bind_outputs(self) -> None:
+        for info in self.session.outputs:
+            self.binding.bind_output(info.name, "cuda", self.number)
+
+    def forget(self) -> None:
+        self.wait()
+        self.binding.clear_binding_outputs()
+        self._bind_outputs()
 
     def enqueue(self, graph: bool = False) -> None:
         self.session.session.run_with_iobinding(self.binding, self.options)
@@ -238,6 +247,8 @@ class _Bound(OnDevice):
     def outputs(self) -> dict[str, Array]:
         self.wait()
         values = self.binding.copy_outputs_to_cpu()
+        if len(values) < len(self.session.outputs):
+            raise MeasurementError("an inference left no outputs", "the session stopped computing; check the artifact")
         return {info.name: value for info, value in zip(self.session.outputs, values, strict=True)}
 
     def close(self) -> None:

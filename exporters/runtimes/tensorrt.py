@@ -334,6 +334,14 @@ class Slot(OnDevice):
         end.synchronize()
         return float(start.time_till(end))
 
+    def forget(self) -> None:
+        """Fills the outputs with bytes of 255, which are NaN, and -1 of whole numbers."""
+        for info in self.session.outputs:
+            buffer = self.buffers.get(info.name)
+            if buffer is not None and buffer.bytes:
+                driver().memset_d8_async(int(buffer.device), 0xFF, buffer.bytes, self.session.stream)
+        self.wait()
+
     def outputs(self) -> dict[str, Array]:
         """Copies of the outputs, after waiting."""
         views: dict[str, Array] = {}

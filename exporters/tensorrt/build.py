@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exporters.cache import place, writing
 from exporters.errors import BadRequest, ExportError, NotSupported
 from exporters.models.spec import belongs
 from exporters.spec import ExportSpec, Precision
@@ -14,6 +15,7 @@ from exporters.tensorrt import timing
 from exporters.tensorrt.calibrators import Calibration, calibrator, size_of
 from exporters.tensorrt.library import Library, Log, builder, library
 from exporters.tensorrt.network import Bounds, Network, parse, precision_of, profiles_of, unquantized
+from exporters.toolchain import cache_root
 
 GIB = 1 << 30
 FLAGS = {Precision.TF32: ("TF32",), Precision.FP16: ("FP16",), Precision.BF16: ("BF16",)}
@@ -182,7 +184,7 @@ def _configure(found: Library, config: Any, spec: ExportSpec, network: Network, 
         config.DLA_core = spec.dla
         config.set_flag(found.flag("GPU_FALLBACK"))
     if found.is_rtx:
-        _target(found, config, spec, on_cpu)
+        _target(found, config, spec)
 
 
 def _keep_fp32(found: Library, config: Any, spec: ExportSpec, network: Network) -> None:
@@ -202,22 +204,16 @@ def _keep_fp32(found: Library, config: Any, spec: ExportSpec, network: Network) 
                 layer.set_output_type(slot, single)
 
 
-def _target(found: Library, config: Any, spec: ExportSpec, on_cpu: bool) -> None:
-    """The GPUs that TensorRT-RTX builds for.
+def _target(found: Library, config: Any, spec: ExportSpec) -> None:
+    """The GPUs that TensorRT-RTX builds for; that of this machine where none is named.
 
     Raises:
         NotSupported: it does not build for one of them.
-        BadRequest: none is named on a machine without a GPU.
     """
     members: Any = found.module.ComputeCapability
     known = [name for name in dir(members) if name.startswith("SM")]
     wanted = [c for c in spec.compute_capability.split(",") if c]
     if not wanted:
-        if on_cpu:
-            raise BadRequest(
-                "no compute capability is named, and there is no GPU here to take it from",
-                "add --compute-capability, as in 8.6,8.9,12.0",
-            )
         return
     config.num_compute_capabilities = len(wanted)
     for number, capability in enumerate(wanted):
@@ -238,7 +234,11 @@ def _signature(network: Network, inputs: bool) -> list[dict[str, Any]]:
 
 
 def _told(found: Library, spec: ExportSpec, log: Log) -> ExportError | NotSupported | BadRequest:
-    """What the builder's log says, as one line with the fix."""
+    """What the builder's log says, as one line with the fix; a verbose build's whole log is kept."""
+    kept = cache_root() / "logs" / f"{timing.slug(f'{spec.model.name} {spec.precision}')}-builder.log"
+    if spec.verbose:
+        with writing():
+            place(log.text().encode(), kept)
     errors = log.errors()
     said = next((e for e in errors if "Could not find any implementation" in e), errors[0] if errors else "no words")
     text = " ".join(errors)
@@ -253,4 +253,6 @@ def _told(found: Library, spec: ExportSpec, log: Log) -> ExportError | NotSuppor
         return NotSupported(f"{made}; the calibrator {spec.trt_quant_algo} has no kernels for it")
     if "Could not find any implementation" in text:
         return ExportError(made, f"raise workspace (it is {spec.workspace:g} GiB), or lower builder_level")
-    return ExportError(made, "add --verbose and read the builder's log")
+    if "is not supported" in said and found.is_rtx:
+        return NotSupported(made)
+    return ExportError(made, f"read {kept}" if spec.verbose else "add --verbose, which keeps the builder's log")

@@ -104,6 +104,12 @@ def check_header(values: Any, where: str) -> None:
     if not isinstance(values, dict):
         raise wrong("the whole", values)
     header = cast("dict[str, Any]", values)
+    try:
+        length = len(_encoded(header))
+    except UnicodeEncodeError as error:  # JSON can hold a lone surrogate, UTF-8 cannot
+        raise wrong("a text", error.object[error.start : error.start + 1]) from None
+    if length > LIMIT:
+        raise wrong("the size in bytes", length)
     batch = header.get("batch", 1)
     if not isinstance(batch, int) or batch < 1:
         raise wrong("batch", header["batch"])
@@ -111,6 +117,8 @@ def check_header(values: Any, where: str) -> None:
     if not isinstance(facts, dict):  # somebody else's: the peer writes none
         return
     ours = cast("dict[str, Any]", facts)
+    if not isinstance(ours.get("sha256", "" if "made_by" not in ours else None), str):  # ours always has it
+        raise wrong("plan.sha256", ours.get("sha256"))
     if not isinstance(ours.get("network", {}), dict):
         raise wrong("plan.network", ours["network"])
     for key in ("operators", "unquantized"):
@@ -144,12 +152,18 @@ def read_metadata(path: Path) -> Metadata:
     return normalize(header, str(path))
 
 
-def write_engine(path: Path, header: Mapping[str, Any], plan: bytes | memoryview) -> None:
-    """Writes header and plan; the length counts bytes, not characters. What ours says of the plan is tied to it."""
+def engine_bytes(header: Mapping[str, Any], plan: bytes | memoryview) -> bytes:
+    """Header and plan; the length counts bytes, not characters. What ours says of the plan is tied to it."""
     if isinstance(header.get("plan"), Mapping):
         header = {**header, "plan": {**header["plan"], "sha256": hashlib.sha256(plan).hexdigest()}}
-    text = json.dumps(header, ensure_ascii=False).encode("utf-8")
-    with path.open("wb") as file:
-        file.write(struct.pack("<i", len(text)))
-        file.write(text)
-        file.write(plan)
+    text = _encoded(header)
+    return struct.pack("<i", len(text)) + text + bytes(plan)
+
+
+def write_engine(path: Path, header: Mapping[str, Any], plan: bytes | memoryview) -> None:
+    """Writes `engine_bytes`."""
+    path.write_bytes(engine_bytes(header, plan))
+
+
+def _encoded(header: Mapping[str, Any]) -> bytes:
+    return json.dumps(header, ensure_ascii=False).encode("utf-8")

@@ -96,7 +96,8 @@ def heavy_of(layers: Sequence[Layer]) -> dict[str, Layer]:
             continue
         for part in layer.parts:
             # Where a second layer names the node, too, the one that multiplies is the one that counts.
-            if HEAVY.search(part) and (part not in found or not MULTIPLIES.search(found[part].kind)):
+            better = part not in found or (MULTIPLIES.search(layer.kind) and not MULTIPLIES.search(found[part].kind))
+            if HEAVY.search(part) and better:
                 found[part] = layer
     return found
 

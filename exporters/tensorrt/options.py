@@ -110,15 +110,16 @@ def parse_hardware_compatibility(value: Any) -> str:
 def parse_dla(value: Any) -> int:
     """Number of a DLA core (Jetson)."""
     text = str(value).strip()
-    if not text.isdecimal():
-        raise BadRequest(f"dla '{value}' is no core", "give its number, from 0")
+    if not re.fullmatch(r"\d{1,3}", text):
+        raise BadRequest(f"dla '{text:.20}' is no core", "give its number, from 0")
     return int(text)
 
 
 def parse_algorithm(value: Any) -> str:
-    """A calibrator of implicit quantization."""
+    """A calibrator of implicit quantization, by TensorRT's name or without its middle: ENTROPY_2, MINMAX."""
     text = str(value).strip().upper()
-    text = text if text.endswith(("_CALIBRATION", "_2")) else f"{text}_CALIBRATION"
+    if "_CALIBRATION" not in text:
+        text = f"{text[:-2]}_CALIBRATION_2" if text.endswith("_2") else f"{text}_CALIBRATION"
     if text not in ALGORITHMS:
         raise BadRequest(f"trt_quant_algo '{value}' is not known", "use " + ", ".join(ALGORITHMS))
     return text

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 from exporters.artifact import digest
 from exporters.errors import ArtifactError, BadRequest
-from exporters.tensorrt.header import Engine, check_header, read_engine, write_engine
+from exporters.tensorrt.header import Engine, check_header, engine_bytes, read_engine
 
 # TensorRT's names of types -> those of a Triton model configuration (its model_configuration.md, "Datatypes").
 TRITON = {
@@ -70,14 +71,7 @@ def wrap(plan: Path, manifest: Path, target: Path) -> Path:
             f"'{plan}' is not the plan that '{manifest}' describes (SHA-256 {here[:12]}, expected {told[:12]})",
             "name the manifest that was written with it",
         )
-    temporary = target.with_name(f".{target.name}.part")
-    try:
-        write_engine(temporary, cast("dict[str, Any]", header), plan.read_bytes())
-        temporary.replace(target)
-    except OSError as error:
-        raise _unwritable(target, error) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    _write(target, engine_bytes(cast("dict[str, Any]", header), plan.read_bytes()))
     return target
 
 
@@ -145,15 +139,20 @@ def described(path: Path) -> list[str]:
     lines = [f"{path}: plan of {len(plan)} bytes, SHA-256 {hashlib.sha256(plan).hexdigest()}"]
     if engine.header is None:
         return [*lines, "no header: a plain plan"]
-    lines += [f"{key}: {value}" for key, value in engine.header.items() if key != "plan"]
+    lines += [f"{key}: {_printable(value)}" for key, value in engine.header.items() if key != "plan"]
     for key, value in engine.facts.items():
         if key in ("inputs", "outputs"):
-            lines += [f"{key[:-1]} {t['name']}: {t['dtype']} {t['shape']}" for t in value]
+            lines += [f"{key[:-1]} {_printable(t['name'])}: {_printable(t['dtype'])} {t['shape']}" for t in value]
         elif key == "network":
             lines += [f"network: {len(value)} convolutions and matrix products"] if value else []
         else:
-            lines += [f"{key}: {value}"] if value else []
+            lines += [f"{key}: {_printable(value)}"] if value else []
     return lines
+
+
+def _printable(value: Any) -> str:
+    """A stranger's text, which may hold what a terminal obeys."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
 
 
 def _with_header(path: Path) -> Engine:
@@ -171,7 +170,8 @@ def _write(path: Path, data: bytes) -> None:
     except OSError as error:
         raise _unwritable(path, error) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what is no folder holds no file either
+            temporary.unlink()
 
 
 def _unwritable(path: Path, error: OSError) -> BadRequest:

@@ -30,13 +30,15 @@ def test_class_names_survive_the_round_trip(case: Bench) -> None:
 
 
 def test_metadata_describes_the_request(case: Bench) -> None:
-    """Stride, task, batch, image size, key points and the options under `args` are those that were asked for."""
+    """Stride, task, batch, image size, key points, options, and what else the file says are what was asked for."""
     found = _metadata(case)
     want = {"stride": case.model.stride, "task": case.model.task, "batch": case.spec.batch, "imgsz": case.spec.imgsz}
     want |= {"kpt_shape": case.model.kpt_shape} if case.model.kpt_shape else {}
     for key, value in want.items():
         got = getattr(found, key)
         assert got == value, f"metadata {key} is {got!r}, expected {value!r}"
+    wrong = formats.get(case.spec.format).contradiction(case.artifact().path, case.spec)
+    assert not wrong, wrong
     # Artifacts of older exporters lack args, and those of others have some of them only.
     asked = Metadata.of(case.spec).args
     told = {key: value for key, value in found.args.items() if key in asked}

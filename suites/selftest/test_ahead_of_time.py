@@ -254,8 +254,11 @@ def _manifest(artifact: Artifact) -> None:
         (["--compute-capability", "eight"], ("'eight'", "major.minor")),
         (["--compute-capability", "9.0"], ("9.0", "8.9")),
         (["--compute-capability", "8.6", "--precision", "fp8", "--data", "{images}"], ("fp8", "8.6", "8.9")),
+        (["--compute-capability", "8.9", "--batch", "100000000"], ("batch 100000000", "2147483647", "lower batch")),
+        (["--compute-capability", "7.5"], ("Turing", "FP32 GEMM is not supported")),
+        (["--dla", "9" * 5000], ("dla '99999999999999999999'",)),
         (["--int8"], ("INT8", "--data")),
-        (["--int8", "--data", "{images}", "--trt-quant-algo", "ENTROPY"], ("GPU",)),
+        (["--int8", "--data", "{images}", "--trt-quant-algo", "ENTROPY_2"], ("GPU",)),
         (["--trt-quant-algo", "ENTROPY_CALIBRATION_3", "--int8", "--data", "{images}"], ("'ENTROPY_CALIBRATION_3'",)),
         (["--workspace", "0"], ("workspace", "'0'")),
         (["--workspace", "much"], ("workspace", "'much'")),
@@ -289,3 +292,38 @@ def test_an_engine_that_cannot_be_is_refused_in_one_line(
     done = run(["export", str(trained), "--format", "engine", "--output", "out", "--imgsz", "320", *given], tmp_path)
     assert_refused(done, *words)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "asked", "words"),
+    [
+        (["--compute-capability", "8.6"], ["--compute-capability", "8.9"], ("built for compute capability 8.6", "8.9")),
+        (
+            ["--compute-capability", "8.6", "--dynamic", "--profiles", "1x64x64:1x96x96:1x128x128"],
+            ["--compute-capability", "8.6", "--dynamic", "--profiles", "1x32x32:1x96x96:1x128x128"],
+            ("built with the profiles", "[1, 3, 64, 64]", "[1, 3, 32, 32]"),
+        ),
+    ],
+)
+def test_an_engine_for_other_gpus_or_shapes_is_not_qualified(
+    trained: Path, given: list[str], asked: list[str], words: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Its own header says what it was built for."""
+    common = ["--format", "engine", "--imgsz", "96"]
+    done = run(["export", str(trained), *common, *given, "--output", "out"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    check = ["check", str(next((tmp_path / "out").glob("*.engine"))), "--model", str(trained), *common, "--trust"]
+    assert run([*check, *given], tmp_path).returncode == 0
+    done = run([*check, *asked], tmp_path)
+    assert done.returncode == 1
+    assert all(word in done.stdout for word in words), done.stdout
+
+
+def test_a_verbose_build_keeps_its_log(trained: Path, tmp_path: Path) -> None:
+    """Beside the artifact, or where it fails in the cache; a quiet one that was made before has none."""
+    export = ["export", str(trained), "--format", "engine", "--imgsz", "96", "--compute-capability"]
+    assert run([*export, "8.9", "--output", "quiet"], tmp_path).returncode == 0
+    done = run([*export, "8.9", "--output", "verbose", "--toolchain-log"], tmp_path)
+    assert done.returncode == 0
+    path = next(line.partition("log: ")[2] for line in done.stdout.splitlines() if "builder's log" in line)
+    assert "[V]" in Path(path).read_text(encoding="utf-8") or len(Path(path).read_text(encoding="utf-8")) > 10_000

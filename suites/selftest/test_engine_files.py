@@ -110,6 +110,24 @@ def test_an_operator_that_no_layer_names_is_an_exception() -> None:
     assert found.counts["operators unknown"] == 1
 
 
+def test_of_layers_that_name_a_node_the_one_that_multiplies_counts() -> None:
+    """And the first one, where none does: another may move what it made."""
+
+    def precision(*kinds: tuple[str, str]) -> str:
+        return achieved([Layer(k, k, p, None, ("/a/Conv",)) for k, p in kinds], {"operators": ["/a/Conv"]}).precision
+
+    assert precision(("shuffle", "fp32"), ("CaskConvolution", "fp16")) == "fp16"
+    assert precision(("CaskConvolution", "fp16"), ("shuffle", "fp32")) == "fp16"
+    assert precision(("kgen", "fp16"), ("shuffle", "fp32")) == "fp16"
+
+
+def test_show_prints_nothing_that_a_terminal_obeys(tmp_path: Path) -> None:
+    engine(tmp_path, {**HEADER, "author": "\x1b[2Jgone"})
+    done = run(["engine", "show", "best.engine"], tmp_path)
+    assert done.returncode == 0
+    assert "\x1b" not in done.stdout and "\\x1b[2Jgone" in done.stdout
+
+
 def _damaged(folder: Path) -> None:
     engine(folder)
     (folder / "plain.engine").write_bytes(PLAN)
@@ -131,6 +149,11 @@ def _damaged(folder: Path) -> None:
     (folder / "deep.engine").write_bytes(len(deep).to_bytes(4, "little") + deep + PLAN)
     write_engine(folder / "inputs.engine", {**HEADER, "plan": {**HEADER["plan"], "inputs": 5}}, PLAN)
     write_engine(folder / "tensor.engine", {**HEADER, "plan": {**HEADER["plan"], "outputs": [{"name": "o"}]}}, PLAN)
+    half = b'{"names": {"0": "\\ud800"}}'
+    (folder / "half.engine").write_bytes(len(half).to_bytes(4, "little") + half + PLAN)
+    facts = {**HEADER["plan"], "sha256": None}
+    text = json.dumps({**HEADER, "plan": facts}).encode()
+    (folder / "unsigned.engine").write_bytes(len(text).to_bytes(4, "little") + text + PLAN)
     write_engine(folder / "batch.engine", {**HEADER, "batch": "x"}, PLAN)
 
 
@@ -160,6 +183,11 @@ def _damaged(folder: Path) -> None:
         (["show", "deep.engine"], ("deep.engine", "not JSON")),
         (["show", "inputs.engine"], ("inputs.engine", "plan.inputs", "5")),
         (["strip", "tensor.engine"], ("tensor.engine", "plan.outputs")),
+        (["show", "half.engine"], ("half.engine", "ud800")),
+        (["show", "unsigned.engine"], ("unsigned.engine", "plan.sha256", "None")),
+        (["strip", "best.engine", "--output", "plain.engine/x"], ("plain.engine/x", "cannot be written")),
+        (["wrap", "best.plan", "--output", "plain.engine/x"], ("plain.engine/x", "cannot be written")),
+        (["wrap", "best.plan", "--output", "best.plan", "--overwrite"], ("best.plan", "what is wrapped")),
         (["strip", "batch.engine", "--triton", "m"], ("batch.engine", "batch", "'x'")),
         (["strip", "best.engine", "--triton", "m", "--name", "../outside"], ("'../outside'", "no name")),
         (["strip", "best.engine", "--output", "best.engine", "--overwrite"], ("best.engine", "the engine itself")),

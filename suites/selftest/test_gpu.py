@@ -16,7 +16,7 @@ import onnx
 import pytest
 
 from exporters.cuda.nvml import gpu_facts
-from exporters.errors import ArtifactError, BadRequest, ExportgateError, FeedError, UnsafeFile
+from exporters.errors import ArtifactError, BadRequest, ExportgateError, FeedError, MeasurementError, UnsafeFile
 from exporters.measure import MeasurementPlan, Samples
 from exporters.models.spec import InputSpec, ModelSpec, OutputSpec
 from exporters.pool import Pool, RemoteSession
@@ -207,7 +207,7 @@ def _noise_behind_the_magic(path: Path) -> None:
     [
         (_cut, ("is not the one that its metadata header describes",)),
         (_header_twice, ("holds no plan of TensorRT",)),
-        (_of_another_version, ("TensorRT 8.6.1", "A100", "H100")),
+        (_of_another_version, ("TensorRT 8.6.1", "A100", "THIS GPU")),
         (_noise, ("holds no plan of TensorRT",)),
         (_noise_behind_the_magic, ("cannot be loaded by TensorRT",)),
         (lambda p: p.write_bytes(b""), ("0 bytes",)),
@@ -222,7 +222,8 @@ def test_a_plan_that_cannot_be_loaded_is_one_line(
 
     verdict, because = workshop.judge("blobs engine fp16 cuda", claim, lambda path, _: [damage(path), None][1])
     assert verdict is Verdict.ERROR
-    assert all(w in because for w in words), because
+    here = str(gpu_facts()["name"])
+    assert all((here if w == "THIS GPU" else w) in because for w in words), because
     assert "\n" not in because
     again = opened(workshop, "blobs engine fp16 cuda")  # the GPU works on
     again.close()
@@ -408,6 +409,20 @@ def test_the_median_is_that_of_a_bare_loop(workshop: Workshop) -> None:
             ratios.append(ours / statistics.median(bare))
     print(f"ratios to the bare loop: {', '.join(f'{r:.4f}' for r in ratios)}")
     assert abs(statistics.median(ratios) - 1) <= 0.01
+
+
+def test_a_graph_that_computes_nothing_is_no_measurement(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an inference before it left in the outputs is not taken for its own."""
+    from exporters.cuda.graph import Graph
+    from exporters.measure import measure
+    from exporters.runtimes.tensorrt import TensorRtSession
+
+    name = "blobs engine fp16 cuda"
+    monkeypatch.setattr(Graph, "launch", lambda graph: None)
+    given = [feeds(workshop, name)]
+    session = TensorRtSession(workshop.good(name).path, workshop.case(name).spec, "cuda:0")
+    with session, pytest.raises(MeasurementError, match="changed by nan"):
+        measure(session, given, PLAN)
 
 
 def test_a_measurement_says_how_it_was_taken(workshop: Workshop) -> None:

@@ -412,6 +412,18 @@ def test_what_cannot_be_merged_stays(text: str, kept: list[str]) -> None:
     onnx.checker.check_model(model, full_check=True)
 
 
+def test_convolutions_in_groups_are_not_merged() -> None:
+    """Each group reads channels of its own: side by side in one convolution they would read others'."""
+    model = quantized(HEAD.replace("W2_64_32", "W2_64_16").replace("W3_32_32", "W3_32_16"), Precision.INT8)
+    for node in model.graph.node:
+        if node.name in ("/Conv_1", "/Conv_4"):
+            node.attribute.append(helper.make_attribute("group", 2))
+    onnx.checker.check_model(model, full_check=True)
+    before = convolutions(model)
+    merge(model)
+    assert convolutions(model) == before
+
+
 def test_what_is_quantized_with_two_scales_is_not_merged() -> None:
     """As in a file that our placement did not make."""
     model = quantized(HEAD, Precision.INT8)

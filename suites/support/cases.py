@@ -55,7 +55,7 @@ class Case:
     def sibling(self, precision: Precision) -> str:
         """Id of the case that differs from this one in its precision alone (and what calibrates it)."""
         plain = {f: getattr(ExportSpec, f) for f in CALIBRATION}
-        return replace(self, spec=self.spec.but(precision=precision, **plain)).id
+        return replace(self, spec=self.spec.but(precision=precision, **plain), budget=0.0).id
 
     @property
     def marks(self) -> tuple[str, ...]:
