@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from exporters.artifact import TensorInfo
 from exporters.errors import BadRequest, MeasurementError
+from exporters.measure import MeasurementPlan, measure
 from exporters.models.catalog import detect_outputs
 from exporters.models.spec import ChannelGroup, ModelSpec, OutputSpec
+from exporters.session import Feeds, OnDevice, Session
 from exporters.spec import Precision
+from suites.performance import test_latency
+from suites.selftest.conftest import Workshop, judged
+from suites.support.bench import Bench
 from suites.support.compare import DRAWS, compare
 from suites.support.detections import iou, match
 from suites.support.gate import judge, percentiles
@@ -64,6 +71,88 @@ def test_a_slow_down_that_cannot_be_detected_may_not_be_asked_for() -> None:
 def test_one_process_is_no_measurement() -> None:
     with pytest.raises(MeasurementError, match="at least two"):
         judge([[1.0, 1.0]], [[1.0], [1.0]], 0.02)
+
+
+@pytest.mark.parametrize(
+    ("fp16", "int8", "verdict"),
+    [
+        ([[1.0] * 9, [1.001] * 9, [0.999] * 9], [[0.9] * 9, [0.901] * 9, [0.899] * 9], Verdict.PASS),
+        ([[1.0] * 9, [1.001] * 9, [0.999] * 9], [[1.1] * 9, [1.101] * 9, [1.099] * 9], Verdict.FAIL),
+        ([[1.0] * 9, [1.05] * 9, [0.95] * 9], [[1.01] * 9, [1.06] * 9, [0.96] * 9], Verdict.INCONCLUSIVE),
+        ([[1.0] * 9], [[0.999] * 9], Verdict.PASS),
+        ([[1.0] * 9], [[1.001] * 9], Verdict.INCONCLUSIVE),
+        ([[1.0] * 9], [[1.2] * 9], Verdict.FAIL),
+    ],
+    ids=["faster", "slower", "within the spread", "one process, faster", "one process, near", "one process, slower"],
+)
+@pytest.mark.parametrize("budget", [0.0, 0.99])
+def test_a_lower_precision_that_is_slower_fails(
+    workshop: Workshop, fp16: list[list[float]], int8: list[list[float]], verdict: Verdict, budget: float
+) -> None:
+    """Somebody would pay accuracy for nothing. An INT8 that was searched for is held against the same FP16."""
+    cases = [replace(workshop.case("blobs engine int8 cuda"), budget=budget), workshop.case("blobs engine fp16 cuda")]
+    run = workshop.run
+    run.measured = {case.id: measured for case, measured in zip(cases, (int8, fp16), strict=True)}
+    try:
+        found, because = judged(test_latency.test_faster_than_the_next_precision, Bench(run, cases[0]))
+    finally:
+        run.measured = {}
+    assert found is verdict, because
+    assert verdict is Verdict.PASS or cases[1].id in because
+
+
+class _Idle(OnDevice):
+    """Feeds on a GPU that this machine lacks, whose CUDA graph computes nothing where `works` is false."""
+
+    def __init__(self, works: bool) -> None:
+        self.works, self.value = works, np.ones(3, np.float32)
+
+    def enqueue(self, graph: bool = False) -> None:
+        if self.works or not graph:
+            self.value = np.ones(3, np.float32)
+
+    def capture(self) -> bool:
+        return True
+
+    def compute_ms(self, graph: bool = False) -> float:
+        self.enqueue(graph)
+        return 1.0
+
+    def wait(self) -> None: ...
+
+    def forget(self) -> None:
+        self.value = np.full(3, np.nan, np.float32)
+
+    def outputs(self) -> dict[str, Any]:
+        return {"y": self.value}
+
+    def close(self) -> None: ...
+
+
+class _OnGpu(Session):
+    timed_on = "cuda:0"
+    inputs = (TensorInfo("x", (1,), "float32"),)
+
+    def __init__(self, works: bool) -> None:
+        self.works = works
+
+    def _run(self, feeds: Feeds) -> dict[str, Any]:
+        return {"y": np.ones(3, np.float32)}
+
+    def on_device(self, feeds: Feeds) -> OnDevice:
+        return _Idle(self.works)
+
+    def execution(self) -> Any: ...
+
+    def metadata(self) -> Any: ...
+
+
+def test_a_graph_that_computes_nothing_is_no_measurement() -> None:
+    """The loop of a GPU: outputs are destroyed before it looks at them. `test_gpu` does the same to a real engine."""
+    feeds, plan = [{"x": np.zeros(1, np.float32)}], MeasurementPlan(0.0, 0.01, 10)
+    assert measure(_OnGpu(works=True), feeds, plan).milliseconds
+    with pytest.raises(MeasurementError, match="output 'y' changed by nan"):
+        measure(_OnGpu(works=False), feeds, plan)
 
 
 def test_percentiles_are_nearest_rank_and_refused_below_their_count() -> None:
