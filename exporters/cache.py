@@ -137,7 +137,8 @@ def prune(days: float, kinds: Sequence[str]) -> list[Entry]:
     with writing():
         scratch().mkdir(parents=True, exist_ok=True)
         for entry in entries(kinds):
-            if time.time() - entry.used < days * DAY:
+            # What runs make now lies in the same folder as what killed ones left.
+            if time.time() - entry.used < (max(days * DAY, ABANDONED) if entry.kind == "tmp" else days * DAY):
                 continue
             aside = scratch() / uuid.uuid4().hex
             with suppress(FileNotFoundError):  # another process did it

@@ -81,6 +81,12 @@ def is_cache(data: bytes) -> bool:
     return len(lines) > 1
 
 
+def algorithm_of(data: bytes) -> str:
+    """The algorithm that a calibration cache's first line names ("TRT-100600-EntropyCalibration2"); "" where none."""
+    word = data.partition(b"\n")[0].decode("ascii", errors="replace").strip().rpartition("-")[2].lower()
+    return next((a for a in BASES if a.replace("_", "").lower() == word), "")
+
+
 def calibrator(found: Library, spec: ExportSpec, onnx: Path, gpu: Mapping[str, str], folder: Path) -> Calibration:
     """The calibrator of a request. Its cache is used only if it was made for exactly this request.
 
@@ -88,7 +94,7 @@ def calibrator(found: Library, spec: ExportSpec, onnx: Path, gpu: Mapping[str, s
         folder: gets a copy of the cache, beside the engine, for who wants to name it with `calibration_cache`.
 
     Raises:
-        BadRequest: the calibration cache that the request names is none.
+        BadRequest: the calibration cache that the request names is none, or one of another algorithm.
     """
     state = Calibration()
     # Who brings scales need not have images, which the path depends on.
@@ -100,14 +106,29 @@ def calibrator(found: Library, spec: ExportSpec, onnx: Path, gpu: Mapping[str, s
             raise BadRequest(
                 f"calibration_cache '{spec.calibration_cache}' is no calibration cache of TensorRT", "name another"
             )
+        if (other := algorithm_of(cached)) not in ("", spec.trt_quant_algo):
+            raise BadRequest(
+                f"calibration_cache '{spec.calibration_cache}' holds scales of {other}, and {spec.trt_quant_algo} is "
+                "asked for",
+                f"name another, or ask for --trt-quant-algo {other}",
+            )
         state.notes.append(f"scales of {spec.calibration_cache} reused: they were not calibrated for these weights")
     elif path.is_file():
         told, _, cached = path.read_bytes().partition(b"\n")
         if told.decode("ascii", errors="replace") != hashlib.sha256(cached).hexdigest():
             state.notes.append(f"the calibration cache {path} is damaged and was made anew")
             cached = b""
+        else:  # TensorRT reads it and writes none
+            state.notes.append(f"scales of {path}, calibrated for this very request, reused")
+            _leave(cached, folder, spec)
     state.object = _implementation(found, spec, size_of(spec), cached, path, folder, state)
     return state
+
+
+def _leave(data: bytes, folder: Path, spec: ExportSpec) -> None:
+    """Puts a cache beside the engine."""
+    with writing():
+        place(data, folder / f"{spec.trt_quant_algo.lower()}{SUFFIX}")
 
 
 def filled(feeds: Mapping[str, Array], size: int) -> dict[str, Array]:
@@ -161,7 +182,7 @@ def _implementation(
             data = bytes(cache)
             try:
                 with writing():
-                    place(data, folder / f"{spec.trt_quant_algo.lower()}{SUFFIX}")
+                    _leave(data, folder, spec)
                     if spec.calibration_cache:
                         return
                     # The digest in front tells a whole cache from one that was cut at the end of a line.

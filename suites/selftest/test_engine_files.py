@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from exporters.session import Layer
 from exporters.tensorrt import timing
+from exporters.tensorrt.calibrators import algorithm_of, is_cache
 from exporters.tensorrt.header import read_engine, write_engine
 from exporters.tensorrt.inspector import achieved
 from exporters.tensorrt.plans import strip, wrap
@@ -225,6 +226,22 @@ def test_timing_caches_travel_packed_beside_baselines(tmp_path: Path, monkeypatc
     stored[0].write_bytes(stored[0].read_bytes()[:-50])
     timing.seed(tmp_path / "baselines", gpu, told.append)
     assert not kept.exists() and len(told) == 1 and stored[0].name in told[0]
+
+
+@pytest.mark.parametrize(
+    ("data", "is_one", "algorithm"),
+    [
+        (b"TRT-100600-EntropyCalibration2\nimages: 3c010a14\n", True, "ENTROPY_CALIBRATION_2"),
+        (b"TRT-8601-MinMaxCalibration\nimages: 3c010a14\n/a/Conv: 3c010a14\n", True, "MINMAX_CALIBRATION"),
+        (b"TRT-100600-EntropyCalibration2\n", False, "ENTROPY_CALIBRATION_2"),
+        (b"TRT-100600-EntropyCalibration2\nimages: 3c01\n", False, "ENTROPY_CALIBRATION_2"),
+        (b"\x00\xff\xfe", False, ""),
+        (b"", False, ""),
+    ],
+)
+def test_a_calibration_cache_is_told_from_other_files(data: bytes, is_one: bool, algorithm: str) -> None:
+    assert is_cache(data) is is_one
+    assert algorithm_of(data) == algorithm
 
 
 def test_the_cache_is_shown_and_pruned(tmp_path: Path) -> None:

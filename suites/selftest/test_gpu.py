@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import statistics
@@ -16,12 +17,24 @@ import onnx
 import pytest
 
 from exporters.cuda.nvml import gpu_facts
-from exporters.errors import ArtifactError, BadRequest, ExportgateError, FeedError, MeasurementError, UnsafeFile
+from exporters.errors import (
+    ArtifactError,
+    BadRequest,
+    ExportgateError,
+    FeedError,
+    MeasurementError,
+    NotSupported,
+    UnsafeFile,
+)
 from exporters.measure import MeasurementPlan, Samples
 from exporters.models.spec import InputSpec, ModelSpec, OutputSpec
 from exporters.pool import Pool, RemoteSession
 from exporters.spec import request
+from exporters.tensorrt import timing
+from exporters.tensorrt.calibrators import algorithm_of
 from exporters.tensorrt.header import read_engine, write_engine
+from exporters.tensorrt.options import ALGORITHMS
+from exporters.toolchain import cache_root
 from suites.conformance import test_dynamic, test_metadata, test_outputs, test_precision, test_shapes
 from suites.selftest.conftest import Claim, Judge, Workshop
 from suites.support.bench import Bench
@@ -241,6 +254,51 @@ def test_somebody_elses_plan_needs_trust(workshop: Workshop, tmp_path: Path) -> 
     session = workshop.run.pool.open(brought, case.spec, "trt", "cuda:0")
     assert session.run(feeds(workshop, "blobs engine fp16 cuda"))
     session.close()
+
+
+# ---- implicit quantization -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_scales_are_calibrated_once_and_a_damaged_cache_is_named(workshop: Workshop, algorithm: str) -> None:
+    """Another engine of the same request finds the scales; a cache that was cut is made anew, and that is told."""
+    model, folder = workshop.models["blobs"], cache_root() / "calibration"
+    for old in folder.glob("blobs-*"):
+        old.unlink()
+    spec = request(model, "engine", device="0", int8=True, data=model.feeds, trt_quant_algo=algorithm, builder_level=0)
+    try:
+        made = workshop.run.pool.export(spec)
+    except NotSupported as error:
+        assert algorithm in str(error)
+        return
+    assert [n for n in made.notes if "calibrated on" in n and algorithm in n], made.notes
+    (kept,) = folder.glob("blobs-*")
+    again = workshop.run.pool.export(spec.but(builder_level=1))
+    assert [n for n in again.notes if "reused" in n] and not [n for n in again.notes if "calibrated on" in n]
+    left = {next(a.root.glob("*.calibration")).read_bytes() for a in (made, again)}
+    assert len(left) == 1 and algorithm_of(left.pop()) == algorithm
+    kept.write_bytes(kept.read_bytes()[:-30])
+    third = workshop.run.pool.export(spec.but(builder_level=2))
+    assert [n for n in third.notes if "is damaged and was made anew" in n], third.notes
+    assert [n for n in third.notes if "calibrated on" in n]
+
+
+def test_a_damaged_timing_cache_is_named_and_begun_anew(workshop: Workshop, tmp_path: Path) -> None:
+    facts = gpu_facts()
+    path = timing.kept_path("TensorRT", str(importlib.import_module("tensorrt").__version__), str(facts["name"]))
+    workshop.good("blobs engine fp16 cuda")  # so that there is one
+    before = path.read_bytes()
+    try:
+        path.write_bytes(b"noise" * 1000)
+        spec = workshop.case("blobs engine fp16 cuda").spec.but(builder_level=1)
+        made = workshop.run.pool.export(spec)
+        assert [n for n in made.notes if "is damaged and was begun anew" in n], made.notes
+        given = tmp_path / "given.cache"
+        given.write_bytes(b"noise" * 1000)
+        with pytest.raises(ExportgateError, match="is none of TensorRT"):
+            workshop.run.pool.export(spec.but(timing_cache=str(given)))
+    finally:
+        path.write_bytes(before)
 
 
 # ---- sessions -------------------------------------------------------------------------------------------------------
