@@ -23,6 +23,13 @@ Word = Literal["QUALIFIED", "NOT QUALIFIED", "NOTHING JUDGED", "INTERRUPTED"]
 
 # pytest's exit codes for a session that was stopped, and for one that broke: both leave claims unjudged.
 _STOPPED = {2: "was interrupted", 3: "broke with an internal error"}
+# Claims that compare what an artifact computes with what PyTorch does.
+VALUES = (
+    "test_outputs_match_reference",
+    "test_detections_match_reference",
+    "test_accuracy_against_labels",
+    "test_detections_agree_without_labels",
+)
 
 
 @dataclass(frozen=True)
@@ -323,8 +330,16 @@ def _headline(
         first.append(f"{len(unmet)} more on the must-pass list without PASS ({_listed(lacking)})")
     machines = len({run.machine for run in runs})
     cases = _count(len(rows), "case") + (f" on {machines} machines" if machines > 1 else "")
+    blind = sum(_is_blind(row) for row in rows)
+    cases += f", values of {blind} not compared" if blind else ""
     parts = [", ".join(first), *([_listed(others)] if others else []), cases, *unfit]
     return f"{verdict}{mode}: " + "; ".join(parts)
+
+
+def _is_blind(row: Row) -> bool:
+    """Whether no claim compared values with PyTorch's: those of an engine for another GPU, or of random weights."""
+    found = [row.claims[name].verdict for name in VALUES if name in row.claims]
+    return bool(found) and not any(verdict in GOOD or verdict in FAILING for verdict in found)
 
 
 def _listed(counts: Mapping[Any, int]) -> str:
