@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from exporters.errors import BadRequest
-from reports import as_json, html, junit, markdown
+from reports import as_json, html, junit, markdown, signature
 from reports.record import Row, Run, Summary, merge, read_record
 
 __all__ = ["Row", "Run", "Summary", "merge", "read_record", "write"]
@@ -20,15 +21,17 @@ _REPORTS = {
 }
 
 
-def write(runs: Sequence[Path], out: Path) -> dict[str, Path]:
+def write(runs: Sequence[Path], out: Path, signed: str | None = None) -> dict[str, Path]:
     """Writes report.html, .md, .xml and .json of these records (run folders or record files) into the folder `out`.
 
     Nothing is run again. Each file appears whole or not at all; the result's keys are html, markdown, junit and json.
+    `signed` says by whom and when; by default what a signature in `out` says.
 
     Raises:
         BadRequest: a record cannot be read, or `out` cannot be written.
     """
-    summary = merge([read_record(run) for run in runs])
+    signed = signature.signed_by(out) if signed is None else signed
+    summary = replace(merge([read_record(run) for run in runs]), signed=signed)
     texts = {kind: (out / name, render(summary)) for kind, (name, render) in _REPORTS.items()}
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ def render(summary: Summary) -> str:
         "remarks": summary.remarks,
         "counts": summary.counts,
         "release": summary.release,
+        "signed": summary.signed or None,
         "must_pass": {
             "entries": summary.must_pass,
             "unmet": [

@@ -31,6 +31,7 @@ def render(summary: Summary) -> str:
     for run in summary.runs[:10]:
         gpu = f", {text(str(run.start.machine['gpu']), 60)}" if run.start.machine.get("gpu") else ""
         parts.append(f"Run {code(run.start.run)} on {code(run.machine)}{gpu}, {text(moment(run.start.time), 40)}  ")
+    parts.append(f"Signed by {text(summary.signed)}" if summary.signed else "Not signed")
     parts += [f"- {text(remark)}" for remark in summary.remarks[:10]]
     parts += _failures(findings(summary))
     parts += _matrix(summary)

@@ -89,6 +89,7 @@ class Summary:
     remarks: tuple[str, ...]
     verdict: Word
     headline: str
+    signed: str = ""  # by whom and when
 
     @property
     def gist(self) -> str:

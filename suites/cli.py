@@ -54,7 +54,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    from suites.cli_files import add_cache, add_engine
+    from suites.cli_files import add_cache, add_engine, add_signature
     from suites.options import MATRIX, REQUEST, RUN
 
     parser = _Parser(
@@ -109,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     report.add_argument("--output", metavar="DIR", help="where to (default: the first run's folder)")
 
+    add_signature(commands)
     add_engine(commands)
     add_cache(commands)
     chain = add("toolchain", _toolchain, "List the toolchains, or make one's environment.")

@@ -1,4 +1,4 @@
-"""Commands on files that are there already: engines taken apart and wrapped, and the cache shown and pruned."""
+"""Commands on files that are there already: reports signed and verified, engines taken apart, the cache pruned."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from exporters.errors import ArtifactError, BadRequest
+from exporters.errors import ArtifactError, BadRequest, ExportgateError
 
 
 def add_engine(commands: Any) -> None:
@@ -32,6 +32,28 @@ def add_engine(commands: Any) -> None:
         part.add_argument("--overwrite", action="store_true", help="replace files that are there")
 
 
+def add_signature(commands: Any) -> None:
+    """`exportgate sign` and `exportgate verify`."""
+    text = "Sign a run's report with your SSH key: who, when, the verdict, and the digests of every file it speaks of."
+    sign = commands.add_parser("sign", help=text, description=text)
+    sign.set_defaults(command=_sign)
+    sign.add_argument("run", metavar="RUN", help="folder of the run")
+    sign.add_argument("--key", required=True, metavar="FILE", help="your private key, as for ssh-keygen -Y sign")
+    sign.add_argument("--who", metavar="NAME", help="as allowed signers name you (default: user@host)")
+    text = "Check a signed report later: the signature, and that nothing of what it speaks of was changed since."
+    verify = commands.add_parser("verify", help=text, description=text)
+    verify.set_defaults(command=_verify)
+    verify.add_argument("run", metavar="RUN", help="folder of the run")
+    verify.add_argument("--signers", metavar="FILE", help="OpenSSH's file of allowed signers: whose key counts")
+    verify.add_argument(
+        "--artifact",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="has to be among the files that were judged (repeatable)",
+    )
+
+
 def add_cache(commands: Any) -> None:
     """`exportgate cache show|prune`."""
     from exporters.cache import KINDS
@@ -48,6 +70,46 @@ def add_cache(commands: Any) -> None:
         "--kind", action="append", default=[], metavar="KIND", help=f"{', '.join(KINDS)} (default: all but toolchains)"
     )
     prune.set_defaults(kinds=kept)
+
+
+def _sign(options: argparse.Namespace, further: list[str]) -> int:
+    import getpass
+    import socket
+
+    import reports
+    from reports import signature
+    from reports.record import NAME
+
+    folder, key = Path(options.run), Path(options.key).expanduser()
+    if not folder.is_dir():
+        raise BadRequest(f"'{folder}' is no folder", "name the folder of a run")
+    if not key.is_file():
+        raise BadRequest(f"key '{key}' is no file", "name your private key, as ~/.ssh/id_ed25519")
+    who, when = options.who or f"{getpass.getuser()}@{socket.gethostname()}", signature.now()
+    summary = reports.merge([reports.read_record(folder)])
+    made = reports.write([folder], folder, f"{who}, {when}")
+    try:
+        told = signature.statement(summary, who, when, folder, [folder / NAME, *made.values()])
+        print(signature.sign(folder, told, key))
+    except ExportgateError:
+        reports.write([folder], folder, "")  # which says that nobody did
+        raise
+    print(f"signed by {who}: {summary.headline}")
+    return 0
+
+
+def _verify(options: argparse.Namespace, further: list[str]) -> int:
+    from reports import signature
+
+    signers = Path(options.signers).expanduser() if options.signers else None
+    if signers is not None and not signers.is_file():
+        raise BadRequest(f"signers '{signers}' is no file", "name one in the form of ssh-keygen's ALLOWED SIGNERS")
+    checks = signature.verify(Path(options.run), signers, [Path(a) for a in options.artifact])
+    for check in checks:
+        print(f"{'ok  ' if check.holds else 'FAIL'} {check.line}")
+    wrong = sum(not check.holds for check in checks)
+    print(f"{'NOT VERIFIED' if wrong else 'VERIFIED'}: {wrong} of {len(checks)} checks failed")
+    return 1 if wrong else 0
 
 
 def _engine(options: argparse.Namespace, further: list[str]) -> int:

@@ -1,0 +1,146 @@
+"""Signed reports, with real keys of ssh-keygen: what was changed since is found, whatever it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from suites.selftest.test_bad_input import assert_refused, run
+from suites.selftest.test_report import case_event, claim_event, end_event, hop, run_event
+
+pytestmark = pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="there is no ssh-keygen here")
+CASE = "best-onnx-fp32-ort-cpu"
+WAIVER = {
+    "reason": "rounds twice",
+    "issue": "https://example.com/12",
+    "owner": "jane",
+    "expires": "2027-01-31",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run with one artifact, two keys, and a file of allowed signers that names the first key jane's."""
+    artifact = tmp_path / "cache" / "best.onnx"
+    artifact.parent.mkdir()
+    artifact.write_bytes(b"a graph and its weights")
+    digest = hashlib.sha256(artifact.read_bytes()).hexdigest()
+    last = hop("onnx fp32") | {"files": [{"path": artifact.name, "bytes": 23, "sha256": digest}]}
+    events = [
+        run_event(),
+        case_event(CASE, hops=[hop("pytorch fp32"), last], artifact=str(artifact.parent)),
+        claim_event(CASE, "test_outputs_match_reference", "PASS"),
+        claim_event(CASE, "test_detections_match_reference", "WAIVED", "lost one", waiver=WAIVER),
+        end_event(0),
+    ]
+    made = tmp_path / "run"
+    made.mkdir()
+    (made / "record.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events), encoding="utf-8")
+    for name in ("jane", "joe"):
+        words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", str(tmp_path / name)]
+        subprocess.run(words, check=True)
+    public = (tmp_path / "jane.pub").read_text(encoding="ascii")
+    (tmp_path / "signers").write_text(f"jane {public}", encoding="ascii")
+    return tmp_path
+
+
+def signed(folder: Path, key: str = "jane") -> None:
+    done = run(["sign", "run", "--key", key, "--who", "jane"], folder)
+    assert done.returncode == 0, done.stderr
+    assert "signed by jane: QUALIFIED: 0 of 2 claims failed" in done.stdout
+
+
+def test_a_signed_report_says_who_and_when_and_is_verified(folder: Path) -> None:
+    assert run(["report", "run"], folder).returncode == 0
+    page, text = folder / "run" / "report.html", folder / "run" / "report.md"
+    assert "Not signed" in page.read_text(encoding="utf-8") and "Not signed" in text.read_text(encoding="utf-8")
+    signed(folder)
+    told = json.loads((folder / "run" / "statement.json").read_text(encoding="utf-8"))
+    assert told["verdict"] == "QUALIFIED" and told["waivers"][0]["owner"] == "jane"
+    assert f"Signed by <b>jane, {told['when']}" in page.read_text(encoding="utf-8")
+    assert "Signed by jane" in text.read_text(encoding="utf-8")
+    assert run(["report", "run"], folder).returncode == 0  # written again they are the same
+    for more in ([], ["--signers", "signers"]):
+        done = run(["verify", "run", *more], folder)
+        assert done.returncode == 0 and "VERIFIED: 0 of 7 checks failed" in done.stdout, done.stdout
+        assert ("name the allowed signers" in done.stdout) is (not more)
+
+
+def _one_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _another_verdict(path: Path) -> None:
+    path.write_text(path.read_text(encoding="utf-8").replace("QUALIFIED", "UNQUALIFIED", 1), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("run/record.jsonl", _one_byte, "FAIL record.jsonl of the report was changed"),
+        ("run/report.html", _one_byte, "FAIL report.html of the report was changed"),
+        ("run/report.xml", Path.unlink, "FAIL report.xml of the report is not there any more"),
+        ("cache/best.onnx", _one_byte, f"FAIL best.onnx of case {CASE} was changed"),
+        ("cache/best.onnx", Path.unlink, f"FAIL best.onnx of case {CASE} is not there any more"),
+        ("run/statement.json", _another_verdict, "FAIL the signature does not hold for jane"),
+    ],
+)
+@pytest.mark.parametrize("signers", [[], ["--signers", "signers"]])
+def test_what_was_changed_since_is_found(
+    folder: Path, name: str, change: Callable[[Path], object], words: str, signers: list[str]
+) -> None:
+    signed(folder)
+    change(folder / name)
+    done = run(["verify", "run", *signers], folder)
+    assert done.returncode == 1
+    assert words in done.stdout and "NOT VERIFIED: 1 of 7 checks failed" in done.stdout
+
+
+def test_somebody_elses_key_does_not_count(folder: Path) -> None:
+    signed(folder, "joe")
+    done = run(["verify", "run", "--signers", "signers"], folder)
+    assert done.returncode == 1 and "the signature does not hold for jane" in done.stdout
+
+
+def test_a_file_is_among_those_that_were_judged_wherever_it_lies(folder: Path) -> None:
+    signed(folder)
+    shutil.move(folder / "cache" / "best.onnx", folder / "deployed.onnx")
+    assert run(["verify", "run", "--artifact", "deployed.onnx"], folder).returncode == 0
+    _one_byte(folder / "deployed.onnx")
+    done = run(["verify", "run", "--artifact", "deployed.onnx"], folder)
+    assert done.returncode == 1 and "'deployed.onnx' is none of the files that were judged" in done.stdout
+
+
+def test_what_is_no_longer_what_was_judged_is_not_signed(folder: Path) -> None:
+    _one_byte(folder / "cache" / "best.onnx")
+    done = run(["sign", "run", "--key", "jane", "--who", "jane"], folder)
+    assert_refused(done, "best.onnx", CASE, "no longer the file that was judged")
+    assert not (folder / "run" / "statement.json").exists()
+    assert "Not signed" in (folder / "run" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["sign", "nowhere", "--key", "jane"], ("'nowhere'", "no folder")),
+        (["sign", "run", "--key", "nokey"], ("'nokey'", "no file")),
+        (["sign", "run", "--key", "signers"], ("'signers'", "signed nothing", "--key")),
+        (["sign", "cache", "--key", "jane"], ("record.jsonl",)),
+        (["verify", "run"], ("'run'", "not signed", "exportgate sign")),
+        (["verify", "broken"], ("statement.json", "no statement")),
+        (["verify", "run", "--signers", "gone"], ("'gone'", "no file")),
+    ],
+)
+def test_bad_requests_are_one_line(folder: Path, words: list[str], said: tuple[str, ...]) -> None:
+    (folder / "broken").mkdir()
+    (folder / "broken" / "statement.json").write_text("[1]")
+    (folder / "broken" / "statement.json.sig").write_text("none")
+    assert_refused(run(words, folder), *said)
