@@ -196,20 +196,32 @@ def labelled(model):
 '''
 
 
-@pytest.fixture(scope="session")
-def trained() -> Path:
+def trained_checkpoint() -> Path | None:
     """The real trained checkpoint; it is installed by tox and never part of the repository."""
     found = importlib.util.find_spec("railway_obstacle_detector")
     if found is None or not found.submodule_search_locations:
-        pytest.skip("the package smartrail-obstacle-detector, which holds the trained checkpoint, is not installed")
+        return None
     return Path(next(iter(found.submodule_search_locations))) / "best.pt"
 
 
 @pytest.fixture(scope="session")
+def trained() -> Path:
+    """See trained_checkpoint."""
+    found = trained_checkpoint()
+    if found is None:
+        pytest.skip("the package smartrail-obstacle-detector, which holds the trained checkpoint, is not installed")
+    return found
+
+
+@pytest.fixture(scope="session")
 def small_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSpec]:
+    """See small_ones."""
+    return small_ones(tmp_path_factory.mktemp("small"))
+
+
+def small_ones(folder: Path) -> dict[str, ModelSpec]:
     """Small models: `blobs` (a detector that stands INT8), `blind` (the same without pictures to judge accuracy on),
     `spiky` (a detector that does not stand it), `twins`, `mixed`."""
-    folder = tmp_path_factory.mktemp("small")
     (folder / "small_models.py").write_text(SMALL, encoding="utf-8")
     blobs = ModelSpec(
         "blobs",
