@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from exporters.errors import BadRequest
-from reports import as_json, html, junit, markdown, signature
+from reports import as_json, comparison, html, junit, markdown, signature
 from reports.record import Row, Run, Summary, merge, read_record
 
-__all__ = ["Row", "Run", "Summary", "merge", "read_record", "write"]
+__all__ = ["Row", "Run", "Summary", "merge", "read_record", "write", "write_comparison"]
 
 _REPORTS = {
     "html": ("report.html", html.render),
@@ -42,6 +42,24 @@ def write(runs: Sequence[Path], out: Path, signed: str | None = None) -> dict[st
             f"cannot write the report into {out}: {error.strerror}", "name a folder that is yours"
         ) from None
     return {kind: path for kind, (path, _) in texts.items()}
+
+
+def write_comparison(before: Path, after: Path, out: Path) -> comparison.Comparison:
+    """Writes comparison.html and comparison.md of two records into the folder `out`; returns what is different.
+
+    Raises:
+        BadRequest: a record cannot be read, or `out` cannot be written.
+    """
+    found = comparison.compare(*(merge([read_record(run)]) for run in (before, after)))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _replace(out / "comparison.html", html.render_comparison(found))
+        _replace(out / "comparison.md", comparison.render(found))
+    except OSError as error:
+        raise BadRequest(
+            f"cannot write the comparison into {out}: {error.strerror}", "name a folder that is yours"
+        ) from None
+    return found
 
 
 def _replace(path: Path, text: str) -> None:

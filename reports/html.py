@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from reports import accuracy, findings, latency, picture, wording
+from reports import accuracy, comparison, findings, latency, picture, wording
 from reports.events import GOOD, NEUTRAL, Claim, Comparison, Layer
 from reports.record import Row, Summary, Unmet
 
@@ -68,6 +68,12 @@ def render(summary: Summary) -> str:
         missing=wording.MISSING,
         overall={"QUALIFIED": "good", "NOT QUALIFIED": "bad"}.get(summary.verdict, "warn"),
     )
+
+
+def render_comparison(found: comparison.Comparison) -> str:
+    """Two runs beside each other as one HTML document."""
+    template = _environment().get_template("comparison.html.j2")
+    return template.render(found=found, sections=comparison.sections(found), missing=wording.MISSING)
 
 
 def tone(verdict: str) -> str:

@@ -108,6 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", _report, "Write the reports of run records again, or merge several into one.")
     report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     report.add_argument("--output", metavar="DIR", help="where to (default: the first run's folder)")
+    report.add_argument(
+        "--compare", action="store_true", help="of two runs what got worse, better, appeared and vanished"
+    )
 
     add_signature(commands)
     add_engine(commands)
@@ -371,6 +374,13 @@ def _report(options: argparse.Namespace, further: list[str]) -> int:
     import reports
 
     runs = [Path(r) for r in options.runs]
+    if options.compare:
+        if len(runs) != 2:
+            raise BadRequest(f"--compare takes two runs, and {len(runs)} given", "give the one before, then the other")
+        out = Path(options.output) if options.output else (runs[1] if runs[1].is_dir() else runs[1].parent)
+        found = reports.write_comparison(runs[0], runs[1], out)
+        print(out / "comparison.html", out / "comparison.md", found.headline, sep="\n")
+        return 1 if found.is_worse else 0
     out = Path(options.output) if options.output else (runs[0] if runs[0].is_dir() else runs[0].parent)
     for path in reports.write(runs, out).values():
         print(path)
