@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from exporters import formats
 from exporters.artifact import Artifact, commit, list_files
@@ -194,6 +195,9 @@ def labelled(model):
     (root / "data.yaml").write_text("path: .\nval: images/val\nnames: [red, green, blue]\n")
     return root / "data.yaml"
 '''
+
+
+settings.register_profile("long", max_examples=600)
 
 
 def trained_checkpoint() -> Path | None:
