@@ -102,6 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     accept.add_argument("--reason", required=True, help="why; it is written into the file")
     accept.add_argument("--case", action="append", default=[], metavar="ID", help="only this case (repeatable)")
     accept.add_argument("--project", metavar="DIR")
+    diff = actions.add_parser("diff", help="a run's measurements beside the baselines, before they are accepted")
+    diff.add_argument("run", metavar="RUN", help="folder of the run")
+    diff.add_argument("--project", metavar="DIR")
     show = actions.add_parser("show", help="list the baselines")
     show.add_argument("--project", metavar="DIR")
 
@@ -311,6 +314,8 @@ def _baseline(options: argparse.Namespace, further: list[str]) -> int:
     project = find_project(options.project, Path.cwd())
     if options.action == "show":
         return _show_baselines(project.baselines)
+    if options.action == "diff":
+        return _diff_baselines(project.baselines, Path(options.run))
     import reports
     from exporters.tensorrt import timing
     from reports.events import FAILING
@@ -347,6 +352,34 @@ def _baseline(options: argparse.Namespace, further: list[str]) -> int:
     for folder, gpu in gpus.items():
         for path in timing.store(folder, gpu) if gpu else ():
             print(f"{path}: the timing cache that engines are built with")
+    return 0
+
+
+def _diff_baselines(folder: Path, run: Path) -> int:
+    """Each measured case beside its baseline: what accepting the run would change."""
+    import numpy as np
+
+    import reports
+    from suites.support.baseline import baseline_path, read_baseline
+    from suites.support.gate import ratio_of
+
+    record = reports.read_record(run)
+    measured = {c.case: c.measurement for c in record.claims if c.measurement}
+    if not measured:
+        raise BadRequest(f"run {run} measured nothing", "give a run whose latency claims were judged")
+    for case, measurement in measured.items():
+        now = float(np.median([np.median(p) for p in measurement.processes]))
+        found = read_baseline(baseline_path(folder, _folder(measurement, record.machine), case))
+        if found is None:
+            print(f"{case}: p50 {now:.3f} ms, no baseline")
+            continue
+        ratio = ratio_of(found.processes, measurement.processes)
+        print(
+            f"{case}: p50 {now:.3f} ms, baseline {found.p50:.3f} ms of {found.date} ({ratio.ratio - 1:+.1%}, "
+            f"{ratio.low - 1:+.1%} to {ratio.high - 1:+.1%})"
+        )
+        for line in found.differs(measurement.conditions["comparable"]):
+            print(f"  {line}")
     return 0
 
 

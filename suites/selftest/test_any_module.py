@@ -277,7 +277,10 @@ def test_a_tolerance_that_nothing_has_is_refused_whatever_is_selected(tmp_path: 
 
 
 def test_baselines_are_accepted_all_or_none(
-    judged: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    judged: tuple[Path, subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One that is there already cannot be read: none of the others is written; nor is one whose outputs failed."""
     from suites import cli
@@ -310,3 +313,16 @@ def test_baselines_are_accepted_all_or_none(
     record.write_text("".join(json.dumps(e) + "\n" for e in lines), encoding="utf-8")
     assert cli.main(["baseline", "accept", str(run), "--reason", "first"]) == 0
     assert len(list(last.parent.iterdir())) == len(measured)
+    measured[0]["measurement"]["processes"] = [[1.25] * 20, [1.2501] * 20]
+    measured[0]["measurement"]["conditions"]["comparable"]["cores"] = 96
+    record.write_text("".join(json.dumps(e) + "\n" for e in lines), encoding="utf-8")
+    capsys.readouterr()
+    assert cli.main(["baseline", "diff", str(run)]) == 0
+    told = capsys.readouterr().out.splitlines()
+    first = next(n for n, line in enumerate(told) if line.startswith(f"{measured[0]['case']}: "))
+    assert "p50 1.250 ms, baseline 1.000 ms" in told[first] and "(+24.9%, " in told[first]
+    assert "cores" in told[first + 1] and "96 here" in told[first + 1]
+    assert sum("(+0.0%, " in line for line in told) == len(measured) - 1
+    (last.parent / f"{measured[0]['case']}.json").unlink()
+    assert cli.main(["baseline", "diff", str(run)]) == 0
+    assert f"{measured[0]['case']}: p50 1.250 ms, no baseline" in capsys.readouterr().out
