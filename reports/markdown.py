@@ -164,7 +164,11 @@ def _latency(found: Sequence[Board]) -> list[str]:
         for timing in board.timings:
             gate = timing.claim.gate
             low_high = timing.measurement.p50
-            span = f"{milliseconds(low_high.low)} to {milliseconds(low_high.high)}" if low_high else MISSING
+            span = (
+                f"{milliseconds(low_high.low)} to {milliseconds(low_high.high)}"
+                if low_high and low_high.low is not None
+                else MISSING
+            )
             faster = f"{number(timing.speed_up, 3)} ×" if timing.speed_up is not None else MISSING
             moved = change(gate.ratio) if gate and gate.ratio is not None else MISSING
             note = f" ({timing.note})" if timing.note else ""

@@ -131,17 +131,23 @@ def _cv(values: Any) -> float:
     return float(np.std(values, ddof=1) / values.mean())
 
 
-def percentiles(processes: Sequence[Sequence[float]]) -> tuple[dict[str, dict[str, float] | None], list[str]]:
-    """Nearest-rank percentiles of all samples with 95 % intervals over resampled processes; None below their count."""
+def percentiles(processes: Sequence[Sequence[float]]) -> tuple[dict[str, dict[str, float | None] | None], list[str]]:
+    """Nearest-rank percentiles of all samples with 95 % intervals over resampled processes; None below their count.
+
+    Of one process there is no interval: how much processes differ is not known.
+    """
     values = np.sort(np.concatenate([np.asarray(p, float) for p in processes]))
     generator = np.random.default_rng(0)
-    found: dict[str, dict[str, float] | None] = {}
+    found: dict[str, dict[str, float | None] | None] = {}
     notes: list[str] = []
     chosen = generator.integers(0, len(processes), (200, len(processes)))
     for percent, needed in NEEDED.items():
         if len(values) < needed:
             found[f"p{percent}"] = None
             notes.append(f"p{percent} needs {needed} inferences, got {len(values)}")
+            continue
+        if len(processes) < 2:
+            found[f"p{percent}"] = {"value": _rank(values, percent), "low": None, "high": None}
             continue
         spread = [_rank(np.sort(np.concatenate([processes[i] for i in row])), percent) for row in chosen]
         low, high = (float(x) for x in np.percentile(spread, [2.5, 97.5]))
