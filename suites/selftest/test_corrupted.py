@@ -1,7 +1,7 @@
 """Corrupted artifacts: bits flipped, ends cut, pieces swapped, another model's file. None is called right that is not.
 
 With a manifest every one is refused. Brought by somebody, without one, it ends in one line, a failure, or a pass, and a
-pass only where what it computes is within the tolerance all the same. `tox -e sabotage` tries 600 of each format.
+pass only where what it computes is within the tolerance all the same. `tox -e sabotage` tries over 500 of each format.
 """
 
 from __future__ import annotations
