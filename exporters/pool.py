@@ -127,9 +127,9 @@ class RemoteSession:
         """Modules of the network whose outputs can be seen inside, in their order, with the node that makes each."""
         return self._call("inside")["modules"]
 
-    def run_inside(self, feeds: Feeds, modules: Sequence[str]) -> dict[str, Array]:
-        """The outputs of some of `modules`, by module."""
-        return self._arrays("inside", feeds, modules=list(modules))
+    def run_inside(self, feeds: Feeds, modules: Sequence[str], row: int) -> dict[str, Array]:
+        """The outputs of some of `modules`, by module, of one row of a batch."""
+        return self._arrays("inside", feeds, modules=list(modules), row=row)
 
     def excite(self, feeds: Feeds, steps: int, floor: float) -> dict[str, Array]:
         """Feeds changed until the model responds to them (sessions of the pytorch format only)."""

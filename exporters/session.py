@@ -127,8 +127,8 @@ class Session(ABC):
         """Modules of the network whose outputs can be seen inside, in their order, with the node that makes each."""
         return {}
 
-    def run_inside(self, feeds: Feeds, modules: Sequence[str]) -> dict[str, Array]:
-        """The outputs of some of `modules`, by module."""
+    def run_inside(self, feeds: Feeds, modules: Sequence[str], row: int) -> dict[str, Array]:
+        """The outputs of some of `modules`, by module: of one row of a batch, since all are many times the outputs."""
         raise NotImplementedError(f"{type(self).__name__} shows nothing inside")
 
     def close(self) -> None:

@@ -193,7 +193,7 @@ class Server:
         session = self.sessions[call["session"]]
         if "modules" not in call:
             return {"modules": session.modules()}
-        return save(session.run_inside(load(call["feeds"]), call["modules"]), Path(call["folder"]))
+        return save(session.run_inside(load(call["feeds"]), call["modules"], call["row"]), Path(call["folder"]))
 
     def excite(self, call: Json) -> Json:
         from exporters.models.reference import Reference

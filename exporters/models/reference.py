@@ -93,14 +93,14 @@ class Reference(Session):
         parts = cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
         return {path: path for path, part in parts if path and not list(part.children())}
 
-    def run_inside(self, feeds: Feeds, modules: Sequence[str]) -> dict[str, Array]:
+    def run_inside(self, feeds: Feeds, modules: Sequence[str], row: int) -> dict[str, Array]:
         """Outputs of modules that give one tensor and are called once an inference."""
         module = for_export(copy.deepcopy(self.module), dynamic=False)
         seen: dict[str, list[Any]] = {path: [] for path in modules}
 
         def keep(path: str, output: Any) -> None:
             # A copy: what comes next may change it in place.
-            seen[path].append(output.clone() if isinstance(output, Tensor) else output)
+            seen[path].append(output[row : row + 1].clone() if isinstance(output, Tensor) else output)
 
         for path in modules:
             module.get_submodule(path).register_forward_hook(

@@ -182,13 +182,14 @@ class OnnxRuntimeSession(Session):
     def modules(self) -> dict[str, str]:
         return {module: node for module, (_, node) in inside.modules(self.path).items()}
 
-    def run_inside(self, feeds: Feeds, modules: Sequence[str]) -> dict[str, Array]:
+    def run_inside(self, feeds: Feeds, modules: Sequence[str], row: int) -> dict[str, Array]:
         tensors = {module: tensor for module, (tensor, _) in inside.modules(self.path).items() if module in modules}
         names = list(dict.fromkeys(tensors.values()))
         # On a CPU, whatever the provider: what is asked is what the graph says.
         graph = inside.with_outputs(self.path, names)
         session = cast("Any", ort.InferenceSession(graph, self._options(), providers=["CPUExecutionProvider"]))
-        values: dict[str, Array] = dict(zip(names, session.run(names, dict(feeds)), strict=True))
+        made = zip(names, session.run(names, dict(feeds)), strict=True)
+        values: dict[str, Array] = {name: value[row : row + 1] for name, value in made}
         return {module: values[tensor] for module, tensor in tensors.items()}
 
     def metadata(self) -> Metadata:

@@ -157,7 +157,12 @@ def _inside(case: Bench, culprit: Comparison) -> str:
         session = case.hop_session(name, spec, artifact)
         found = case.guard(
             lambda: first_beyond(
-                case.run.reference(case.model), session, feeds.arrays, cast(session, feeds.arrays), spec.precision
+                case.run.reference(case.model),
+                session,
+                feeds.arrays,
+                cast(session, feeds.arrays),
+                spec.precision,
+                culprit.worst_index[0] if case.model.has_batch else 0,
             )
         )
     except ExportgateError as error:

@@ -864,12 +864,13 @@ CONTROLS = tuple(dict.fromkeys((b.case, b.claim) for b in BROKEN))
     [
         ("onnx fp32", noise_on_a_layer("model.12.cv1.conv.weight", 0.01), "Conv /model.12/cv1/conv/Conv: "),
         ("onnx fp16", noise_on_a_layer("model.12.cv1.conv.weight", 0.1), "Conv /model.12/cv1/conv/Conv: "),
+        ("onnx fp32 pair", noise_on_a_layer("model.12.cv1.conv.weight", 0.01), "Conv /model.12/cv1/conv/Conv: "),
         ("onnx fp32", preprocessed_twice(), "Conv /model.0/conv/Conv: "),
         ("onnx fp32", nan_in_a_weight(), "cv3.1/cv3.1.2/Conv: nan of its range"),
         ("onnx fp32", multiplied(channels([1, 1, 1, 1], 1.01)), "so that it happens behind them"),
         ("twins onnx fp32", outputs_exchanged(), "so that it happens behind them"),
     ],
-    ids=["noise", "noise, FP16", "first layer", "NaN", "behind all modules", "names of outputs"],
+    ids=["noise", "noise, FP16", "noise, batch", "first layer", "NaN", "behind all modules", "names of outputs"],
 )
 def test_a_failure_names_where_it_begins(workshop: Workshop, cell: str, damage: Damage, words: str) -> None:
     """The first node inside the graph whose output leaves its tolerance stands in the failure's line."""

@@ -11,7 +11,7 @@ from exporters.pool import RemoteSession
 from exporters.session import Array, Feeds
 from exporters.spec import CALIBRATED, Precision
 
-AT_ONCE = 16  # modules whose outputs are held at a time
+AT_ONCE = 16  # modules whose outputs are held at a time, of a few images; of a large batch a quarter
 # Largest difference of a module's output, as a share of its range. FP32: sums of some 10^3 terms differ by 6e-5. FP16
 # and TF32 round to 2^-11 of an element, some sixty times on the way, with peaks of five deviations; BF16 eight times as
 # coarsely. In 8 bits a calibrator may cut the largest values off, so that the noise is what counts, as a share of the
@@ -52,7 +52,7 @@ class Found:
 
 
 def first_beyond(
-    reference: RemoteSession, session: RemoteSession, feeds: Feeds, cast: Feeds, precision: Precision
+    reference: RemoteSession, session: RemoteSession, feeds: Feeds, cast: Feeds, precision: Precision, row: int = 0
 ) -> Found:
     """Compares the output of each module that an artifact's graph and the reference both name, in the graph's order.
 
@@ -61,14 +61,16 @@ def first_beyond(
     Args:
         feeds: for the reference.
         cast: the same in the types of the artifact's inputs.
+        row: of a batch, that is compared.
     """
     theirs, ours = session.modules(), reference.modules()
     shared = [m for m in theirs if m in ours]
     allowed, looked_at = ALLOWED[precision], 0
     share, of = (_noise, "spread") if precision in CALIBRATED else (_largest, "range")
-    for start in range(0, len(shared), AT_ONCE):
-        some = shared[start : start + AT_ONCE]
-        expected, observed = reference.run_inside(feeds, some), session.run_inside(cast, some)
+    at_once = AT_ONCE if len(next(iter(feeds.values()))) <= 4 else AT_ONCE // 4
+    for start in range(0, len(shared), at_once):
+        some = shared[start : start + at_once]
+        expected, observed = reference.run_inside(feeds, some, row), session.run_inside(cast, some, row)
         for module in some:
             if module not in expected or module not in observed or expected[module].shape != observed[module].shape:
                 continue  # joined with another, or filled up
