@@ -46,8 +46,8 @@ class Found:
                 f"{self.allowed:g} of their {self.of}, so that it happens behind them"
             )
         return (
-            f"the first of {self.looked_at} modules to leave its tolerance is {self.node}: {self.observed:.2g} of "
-            f"its {self.of} against {self.allowed:g}"
+            f"inside, {self.looked_at - 1} modules in front are within their tolerance, and the first beyond is "
+            f"{self.node}: {self.observed:.2g} of its {self.of} against {self.allowed:g}"
         )
 
 
