@@ -34,6 +34,7 @@ def export_key(
     if not spec.verbose:  # one that is asks for a log that another lacks
         described.pop("verbose")
     described["model"].pop("evaluate")  # the artifact is the same, whatever it is judged on
+    described["model"].pop("search")  # digests of what is found there are below
     parts = {
         "weights": weights_digest(spec.model),
         "factory": factory_digest(spec.model),

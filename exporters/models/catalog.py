@@ -279,8 +279,9 @@ def from_table(name: str, table: Mapping[str, Any], folder: Path) -> ModelSpec:
                 )
             spec = from_checkpoint(weights, name, str(table.get("task", "")))
         else:
-            spec = _module(name, table, weights, folder, where)
-        return _overridden(spec, table, folder, where)
+            spec = _module(name, table, weights, where)
+        # Not of a factory alone: calibration data may be made by a module of the project, too.
+        return replace(_overridden(spec, table, folder, where), search=(folder.resolve(),))
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise BadRequest(
             f"{where} cannot be read ({type(error).__name__}: {error})", "see CONTRIBUTING.md, 'Adding a model'"
@@ -294,7 +295,7 @@ def _only(table: Mapping[str, Any], keys: frozenset[str], where: str) -> None:
         raise BadRequest(f"{where}: key '{unknown}' is not known{hint}", "keys: " + ", ".join(sorted(keys)))
 
 
-def _module(name: str, table: Mapping[str, Any], weights: Path | None, folder: Path, where: str) -> ModelSpec:
+def _module(name: str, table: Mapping[str, Any], weights: Path | None, where: str) -> ModelSpec:
     """A model of the user's own: any `torch.nn.Module` that a factory returns."""
     factory = str(table["factory"])
     if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", factory):
@@ -310,7 +311,6 @@ def _module(name: str, table: Mapping[str, Any], weights: Path | None, folder: P
         factory=factory,
         arguments=arguments,
         weights=weights,
-        search=(folder.resolve(),),
         seed=int(table.get("seed", 0)),
         task=str(table.get("task", "")),
         inputs=_inputs(table, where),
@@ -405,10 +405,8 @@ def _overridden(spec: ModelSpec, table: Mapping[str, Any], folder: Path, where: 
                 f"{where}: feeds '{feeds}' is no folder in {folder}", "give a folder of images, or module:factory"
             )
         changes["feeds"] = feeds if ":" in feeds else str((folder / feeds).resolve())
-        changes["search"] = (folder.resolve(),)
     if "evaluate" in table:
         changes["evaluate"] = parse_evaluate(str(table["evaluate"]), folder, f"{where}: evaluate")
-        changes["search"] = (folder.resolve(),)
     if "fp32" in table:
         changes["fp32"] = tuple((str(k), str(v)) for k, v in table["fp32"].items())
     owner = {k: str(table[k]) for k in ("author", "license", "description") if k in table}

@@ -22,7 +22,8 @@ def import_function(text: str, search: Sequence[Path], role: str) -> Callable[..
     """
     module, _, name = text.partition(":")
     try:
-        with _first(search):
+        # Our own need nothing from there, and a folder of the user's may have an `onnx.py`.
+        with _first(() if module.startswith("exporters.") else search):
             return getattr(importlib.import_module(module), name)
     except (Exception, SystemExit) as error:
         # Importing runs the user's module, which may raise anything.

@@ -27,7 +27,7 @@ from exporters.artifact import MANIFEST, Artifact, read_manifest
 from exporters.client import Limits, Worker
 from exporters.errors import ArtifactError, ExportError, UnsafeFile
 from exporters.keys import factory_digest
-from exporters.models.catalog import from_checkpoint
+from exporters.models.catalog import from_checkpoint, from_table
 from exporters.models.spec import ModelSpec, OutputSpec
 from exporters.pool import Pool
 from exporters.spec import request
@@ -547,6 +547,20 @@ def test_what_a_factory_reads_is_in_the_key(tmp_path: Path) -> None:
         with Pool() as pool:
             keys.append(pool.export(request(model, "onnx", int8=True, data="reads:feeds")).key)
     assert keys[0] == keys[1] and len(set(keys)) == 3
+
+
+def test_calibration_data_may_come_from_a_module_of_the_project(tmp_path: Path) -> None:
+    """Of a checkpoint, too, which needs no module to be built."""
+    name = "calibration_of_a_project"
+    (tmp_path / f"{name}.py").write_text(
+        "import numpy as np\n\n\n"
+        "def feeds(spec):\n    for _ in range(8):\n"
+        "        yield {'images': np.random.default_rng(0).random((1, 3, *spec.imgsz), np.float32)}\n"
+    )
+    model = from_table("mine", {"weights": str(ROOT / "suites/reference/classify.safetensors")}, tmp_path)
+    with Pool() as pool:
+        made = pool.export(request(model, "onnx", int8=True, imgsz=64, data=f"{name}:feeds"))
+    assert made.path.is_file()
 
 
 def test_weights_that_change_while_they_are_exported_are_not_kept(

@@ -177,7 +177,8 @@ def matrix(project: Project, selection: Selection) -> list[Case]:
 
 def find_model(project: Project, selection: Selection) -> ModelSpec:
     """The model that `--model` names: one of the project's, or a checkpoint's path."""
-    return _evaluated(_named(project, selection), selection)
+    model = _evaluated(_named(project, selection), selection)
+    return model if model.search else replace(model, search=(project.folder,))
 
 
 def _evaluated(model: ModelSpec, selection: Selection) -> ModelSpec:
