@@ -187,7 +187,8 @@ class Server:
 
         session = self.sessions[call["session"]]
         assert isinstance(session, Reference)
-        return save(session.run_rounded(load(call["feeds"]), call["bits"], call["seed"]), Path(call["folder"]))
+        made = session.run_rounded(load(call["feeds"]), call["bits"], call["seed"], call["sums"])
+        return save(made, Path(call["folder"]))
 
     def inside(self, call: Json) -> Json:
         session = self.sessions[call["session"]]

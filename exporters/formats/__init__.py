@@ -26,7 +26,8 @@ class Runtime:
     `executes` names the precisions whose arithmetic it really does; for another one of the format's precisions the
     claim about executed precision is NOT_SUPPORTED, with `because`. Where it `runs` nothing at all, artifacts are made
     for elsewhere, and every claim that needs a session is NOT_SUPPORTED with `because`. One that `builds` an engine
-    when it opens a file takes minutes over it the first time.
+    when it opens a file takes minutes over it the first time. Where it `sums_in_fp16`, FP16 kernels may also round what
+    they have summed up so far.
     """
 
     id: str
@@ -36,6 +37,7 @@ class Runtime:
     imports: tuple[str, ...] = ()
     runs: bool = True
     builds: bool = False
+    sums_in_fp16: bool = False
 
 
 @dataclass(frozen=True)

@@ -298,7 +298,9 @@ FORMAT = Format(
     toolchain="tensorrt",
     toolchains={"cpu": "rtx"},
     runtimes=(
-        Runtime("trt", "cuda", tuple(Precision)),
+        # Its kernels have an accumulator of their own type (`..._xmma_..._f16f16_f16f16_f16_...` against `..._f16f32_f32_...`;
+        # github.com/NVIDIA/TensorRT/issues/1237 and 2942), and the faster one is taken.
+        Runtime("trt", "cuda", tuple(Precision), sums_in_fp16=True),
         Runtime(
             "rtx",
             "cpu",

@@ -215,6 +215,7 @@ FORMAT = Format(
             "ONNX Runtime tells which provider runs a subgraph, not in which precision TensorRT runs it",
             imports=("torch", "onnxruntime"),
             builds=True,
+            sums_in_fp16=True,
         ),
     ),
     steps=steps,

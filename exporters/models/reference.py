@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -126,7 +127,7 @@ class Reference(Session):
             with torch.no_grad():
                 weight.copy_(kept)
 
-    def run_rounded(self, feeds: Feeds, bits: int, seed: int) -> dict[str, Array]:
+    def run_rounded(self, feeds: Feeds, bits: int, seed: int, sums: bool) -> dict[str, Array]:
         """Outputs of Monte Carlo arithmetic: weights and every operator's result rounded at random.
 
         The module is folded as exporters fold it, and what the request keeps in FP32 is not rounded. Rounding up or
@@ -135,8 +136,9 @@ class Reference(Session):
 
         Args:
             bits: of the stored fraction: 10 for FP16 and TF32, 7 for BF16.
+            sums: whether convolutions and matrix products also round what they have summed up so far.
         """
-        rounding = _Rounding(bits, seed, self.device)
+        rounding = _Rounding(bits, seed, self.device, sums)
         module = for_export(copy.deepcopy(self.module), dynamic=False)
         kept = tuple(path for path, _ in self.spec.model.fp32)
         for path in kept:
@@ -199,12 +201,31 @@ class Reference(Session):
         del self.module
 
 
-class _Rounding(TorchDispatchMode):
-    """Rounds the FP32 result of every operator at random; what is representable already (views, copies) stays."""
+SUMS = (
+    torch.ops.aten.convolution.default,
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.baddbmm.default,
+)
+TERMS = 16  # that a tensor core's instruction sums up before it rounds (m16n8k16, since Ampere)
+# E[unit^2 f (1 - f)] / x^2, unit of the last bit of x over 2^-bits: 0.541 with log-uniform fractions, and 1/6.
+ROUNDED = 0.541 / 6
 
-    def __init__(self, bits: int, seed: int, device: str) -> None:
+
+class _Rounding(TorchDispatchMode):
+    """Rounds the FP32 result of every operator at random; what is representable already (views, copies) stays.
+
+    With `sums` a convolution and a matrix product get the error of rounding what they have summed after every TERMS
+    terms, too: of n partial sums of K terms t in random order the k-th has the mean square (k/n)^2 S^2 +
+    (k/n)(1 - k/n) sum(t^2), so that all have n (S^2/3 + sum(t^2)/6) together, and rounding one at random adds ROUNDED of
+    its square in units of the last bit.
+    """
+
+    def __init__(self, bits: int, seed: int, device: str, sums: bool) -> None:
         super().__init__()
         self.dropped = 23 - bits  # of the 23 bits of FP32's fraction
+        self.unit = 2.0**-bits if sums else 0.0
         self.generator = torch.Generator(device).manual_seed(seed)
         self.paused = 0
 
@@ -224,10 +245,33 @@ class _Rounding(TorchDispatchMode):
         return ((bits + noise) & -(1 << self.dropped)).view(torch.float32)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # An operator that others make up (in inference mode `conv2d` arrives, not `convolution`): those are rounded.
+        with self:
+            made = func.decompose(*args, **(kwargs or {}))
+        if made is not NotImplemented:
+            return made
         result = func(*args, **(kwargs or {}))
         if self.paused or not isinstance(result, Tensor) or result.dtype != torch.float32 or func.is_view:
             return result
+        if self.unit and func in SUMS:
+            result = result + self._of_sums(func, args, result)
         return self.rounded(result)
+
+    def _of_sums(self, func: Any, args: Any, result: Tensor) -> Tensor:
+        """The error of rounded partial sums, normal since it is a sum of many; the last one's is the result's."""
+        at = 1 if func in (torch.ops.aten.addmm.default, torch.ops.aten.baddbmm.default) else 0
+        a, b = args[at], args[at + 1]
+        if func is torch.ops.aten.convolution.default:
+            bias, squares = args[2], func(a * a, b * b, None, *args[3:])
+            total = result if bias is None else result - bias.view(-1, *[1] * (result.ndim - 2))
+            # Of a transposed convolution (rows are its inputs) a stride's share of the kernel meets a place.
+            terms = b[0].numel() if not args[6] else b.shape[0] // args[8] * b[0, 0].numel() // math.prod(args[3])
+        else:
+            total, squares, terms = a @ b, (a * a) @ (b * b), a.shape[-1]
+        partial = -(-terms // TERMS) - 1
+        mean_square = partial * (total * total / 3 + squares / 6)
+        noise = torch.empty_like(result).normal_(generator=self.generator)
+        return noise * (ROUNDED * mean_square).sqrt() * self.unit
 
 
 def exact_fp32(device: str) -> None:

@@ -38,7 +38,8 @@ def test_outputs_match_reference(case: Bench) -> None:
             same = spec.precision is converted  # the graph of the hop before, in another runtime
             # What it was made from, and the same graph in another runtime, are judged here all the same.
             if same or not (elsewhere and spec.precision in CALIBRATED):
-                rows += _rows(case, before[1], outputs, f"{before[0]} -> {name}", spec.precision, feeds, same)
+                own = spec is hops[-1][1]
+                rows += _rows(case, before[1], outputs, f"{before[0]} -> {name}", spec.precision, feeds, same, own)
             before, converted = (name, outputs), spec.precision
         if len(hops) > 1 and not elsewhere:
             rows += _rows(case, reference, before[1], f"pytorch fp32 -> {before[0]}", case.spec.precision, feeds)
@@ -134,6 +135,7 @@ def _rows(
     precision: Precision,
     feeds: FeedSet,
     same_graph: bool = False,
+    own: bool = True,
 ) -> list[Comparison]:
     return compare(
         expected,
@@ -144,7 +146,7 @@ def _rows(
         feeds=feeds.name,
         imgsz=case.spec.imgsz,
         overrides=case.run.project.tolerances,
-        rounding=case.rounding(feeds, precision),
+        rounding=case.rounding(feeds, precision, own),
         same_graph=same_graph,
     )
 

@@ -22,7 +22,7 @@ from exporters.graph.siblings import merge
 from exporters.graph.simplify import fold_constants, simplify
 from exporters.models.catalog import from_checkpoint
 from exporters.models.checkpoint import read_checkpoint
-from exporters.models.spec import belongs, module_path
+from exporters.models.spec import InputSpec, ModelSpec, OutputSpec, belongs, module_path
 from exporters.pool import Pool
 from exporters.spec import OPSETS, ExportSpec, Precision
 
@@ -132,7 +132,7 @@ def test_monte_carlo_arithmetic_rounds_as_the_precision_does(trained: Path, pool
     bits = 23 if precision is Precision.FP32 else 10
     session = pool.open(pool.export(spec), spec, "eager", "cpu")
     plain = np.array(session.run(feeds)["output0"])
-    first, again, other = (np.array(session.run_rounded(feeds, bits, seed)["output0"]) for seed in (0, 0, 1))
+    first, again, other = (np.array(session.run_rounded(feeds, bits, seed, False)["output0"]) for seed in (0, 0, 1))
     after = np.array(session.run(feeds)["output0"])
     np.testing.assert_array_equal(plain, after)
     np.testing.assert_array_equal(first, again)
@@ -143,6 +143,49 @@ def test_monte_carlo_arithmetic_rounds_as_the_precision_does(trained: Path, pool
         assert not np.array_equal(first, other)
         # Below 2^-11 no rounding would have happened; a hundred operators deep it is far below 1.
         assert 2**-11 < np.median(scores) < 0.2
+
+
+@pytest.mark.parametrize("kind", ["convolution", "transposed", "product"])
+def test_sums_in_fp16_scatter_as_sums_that_are_rounded_on_the_way(kind: str) -> None:
+    """Against the thing itself: terms in random order, the sum rounded at random to FP16 after every 16 of them."""
+    import torch
+
+    from exporters.models.reference import Reference
+
+    torch.manual_seed(0)
+    x = torch.rand(1, 128, 4, 4).half().float()
+    if kind == "convolution":  # without padding: each of 2 x 2 places has all 1152 terms
+        layer, columns = torch.nn.Conv2d(128, 24, 3), torch.nn.functional.unfold(x, 3)[0].T
+    elif kind == "transposed":  # whose stride is its size: each place has 128 terms
+        layer, columns = torch.nn.ConvTranspose2d(128, 24, 2, 2), x[0].flatten(1).T
+    else:
+        layer, x = torch.nn.Linear(640, 24), torch.rand(8, 640).half().float()
+        columns = x
+    weight = layer.weight.detach().half().float()
+    layer.weight.data.copy_(weight)
+    layer.bias.data.zero_()  # it is added behind the sum
+    rows = weight.flatten(2).permute(1, 2, 0).reshape(-1, 128) if kind == "transposed" else weight.flatten(1)
+    terms = (columns[:, None, :] * rows[None]).double()  # places x channels x terms
+    exact, draws = terms.sum(2), 60
+    generator, squares = torch.Generator().manual_seed(1), 0.0
+    for _ in range(draws):
+        order = torch.randperm(terms.shape[2], generator=generator)
+        total = torch.zeros_like(exact)
+        for block in order.split(16):
+            total += terms[:, :, block].sum(2)
+            unit = 2.0 ** (total.abs().clamp_min(2.0**-14).log2().floor() - 10)
+            total = (total / unit + torch.rand(total.shape, generator=generator, dtype=total.dtype)).floor() * unit
+        squares += float(((total - exact) ** 2).mean())
+
+    name = "images"
+    spec = ModelSpec("sums", "none:none", inputs=(InputSpec(name, tuple(x.shape)),), outputs=(OutputSpec("y"),))
+    reference = Reference(layer, ExportSpec(spec, "pytorch"), "cpu")
+    plain = reference.run({name: x.numpy()})["y"].astype(np.float64)
+    drawn = [reference.run_rounded({name: x.numpy()}, 10, seed, True)["y"].astype(np.float64) for seed in range(draws)]
+    once = [reference.run_rounded({name: x.numpy()}, 10, seed, False)["y"].astype(np.float64) for seed in range(draws)]
+    ours, results = (np.mean([(d - plain) ** 2 for d in of]) for of in (drawn, once))
+    assert ours == pytest.approx(squares / draws, rel=0.2)  # of the variance
+    assert ours > 2 * results  # rounding results alone tells far less
 
 
 # ---- channels filled up to the vectors of 8-bit kernels -------------------------------------------------------------
