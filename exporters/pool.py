@@ -71,6 +71,7 @@ class RemoteSession:
         self.inputs = tuple(TensorInfo(i["name"], tuple(i["shape"]), i["dtype"]) for i in opened["inputs"])
         self.outputs = tuple(TensorInfo(o["name"], tuple(o["shape"]), o["dtype"]) for o in opened["outputs"])
         self.stride: int = opened["stride"]
+        self.load_ms: float = 1e3 * opened["seconds"]  # from the files to a session, the runtime being imported
         self.calls = count(1)
 
     def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:

@@ -163,7 +163,8 @@ class Matching:
 class Accuracy:
     """A task's metric of the artifact and of the reference on the same images; `change` is a share where `share` is.
 
-    `artifact` and `reference` have the gated metric first, by its name, then what else was computed.
+    `artifact` and `reference` have the gated metric first, by its name, then what else was computed; `pictures` is a
+    digest of the images and their labels.
     """
 
     metric: str
@@ -175,6 +176,7 @@ class Accuracy:
     allowed: float
     share: bool
     images: int
+    pictures: str = ""
 
 
 @dataclass(frozen=True)

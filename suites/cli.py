@@ -319,7 +319,7 @@ def _baseline(options: argparse.Namespace, further: list[str]) -> int:
     import reports
     from exporters.tensorrt import timing
     from reports.events import FAILING
-    from suites.support.baseline import accept, baseline_path, check, read_baseline
+    from suites.support.baseline import Accuracy, accept, baseline_path, check, read_baseline
 
     run = reports.read_record(Path(options.run))
     claims = [
@@ -340,10 +340,15 @@ def _baseline(options: argparse.Namespace, further: list[str]) -> int:
                 f"case {case} failed {wrong[case].claim} in this run: how fast it is says nothing",
                 "accept the other cases with --case, or mend this one",
             )
+    metrics = {
+        c.case: Accuracy(a.metric, a.artifact[a.metric], a.reference[a.metric], a.pictures)
+        for c in run.claims
+        if c.claim == "test_accuracy_against_labels" and (a := c.accuracy)
+    }
     gpus: dict[Path, str] = {}
     for case, measurement in claims:
         machine = _folder(measurement, run.machine)
-        path, before, after = accept(project.baselines, machine, case, measurement, options.reason)
+        path, before, after = accept(project.baselines, machine, case, measurement, options.reason, metrics.get(case))
         print(
             f"{path}: p50 {after:.3f} ms"
             + (f", before {before:.3f} ms ({after / before - 1:+.1%})" if before else ", new")
@@ -380,6 +385,9 @@ def _diff_baselines(folder: Path, run: Path) -> int:
         )
         for line in found.differs(measurement.conditions["comparable"]):
             print(f"  {line}")
+        for name, before in found.figures.items():
+            if before != (after := measurement.conditions.get(name, before)):
+                print(f"  {name}: {before:g} in the baseline, {after:g} here")
     return 0
 
 

@@ -298,7 +298,7 @@ FORMAT = Format(
     toolchain="tensorrt",
     toolchains={"cpu": "rtx"},
     runtimes=(
-        # Its kernels have an accumulator of their own type (`..._xmma_..._f16f16_f16f16_f16_...` against `..._f16f32_f32_...`;
+        # Its kernels have an accumulator of their own type (`xmma_..._f16f16_f16f16_f16` or `..._f16f16_f16f32_f32`;
         # github.com/NVIDIA/TensorRT/issues/1237 and 2942), and the faster one is taken.
         Runtime("trt", "cuda", tuple(Precision), sums_in_fp16=True),
         Runtime(

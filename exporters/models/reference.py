@@ -217,9 +217,9 @@ class _Rounding(TorchDispatchMode):
     """Rounds the FP32 result of every operator at random; what is representable already (views, copies) stays.
 
     With `sums` a convolution and a matrix product get the error of rounding what they have summed after every TERMS
-    terms, too: of n partial sums of K terms t in random order the k-th has the mean square (k/n)^2 S^2 +
-    (k/n)(1 - k/n) sum(t^2), so that all have n (S^2/3 + sum(t^2)/6) together, and rounding one at random adds ROUNDED of
-    its square in units of the last bit.
+    terms, too: of n partial sums S of terms t in random order the k-th has the mean square (k/n)^2 S^2 +
+    (k/n)(1 - k/n) sum(t^2), so that all have n (S^2/3 + sum(t^2)/6) together, and rounding one at random adds ROUNDED
+    of its square in units of the last bit.
     """
 
     def __init__(self, bits: int, seed: int, device: str, sums: bool) -> None:

@@ -181,7 +181,6 @@ class TensorRtSession(Session):
     def _figures(self) -> dict[str, float]:
         size = getattr(self.engine, "device_memory_size_v2", None) or getattr(self.engine, "device_memory_size", 0)
         return {
-            "engine MiB": round(self.path.stat().st_size / 2**20, 3),
             "activation memory MiB": round(float(size) / 2**20, 3),
         }
 

@@ -10,7 +10,9 @@ from suites.accuracy.budget import Budget
 from suites.accuracy.gate import Outcome
 from suites.accuracy.judge import against_labels, agreement, drift
 from suites.accuracy.pictures import artifact_of, shown_to
+from suites.support.baseline import baseline_path, read_baseline
 from suites.support.bench import Bench
+from suites.support.machine import baseline_folder
 from suites.support.verdict import Judged, Verdict
 
 pytestmark = [pytest.mark.values, pytest.mark.accuracy]
@@ -21,6 +23,34 @@ def test_accuracy_against_labels(case: Bench) -> None:
     if not shown_to(case).labelled:
         raise NotSupported("the pictures have no labels; agreement with PyTorch is judged on them")
     _conclude(case, against_labels(case, artifact_of(case), _budget(case)))
+
+
+def test_accuracy_within_baseline(case: Bench) -> None:
+    """The artifact's metric has not fallen from what was accepted, on the same pictures, by more than the budget.
+
+    PyTorch's may have fallen, too: then the checkpoint is another.
+    """
+    if not shown_to(case).labelled:
+        raise NotSupported("the pictures have no labels")
+    found = artifact_of(case)
+    path = baseline_path(case.run.project.baselines, baseline_folder(case.case.device), case.case.id)
+    baseline = read_baseline(path)
+    before = baseline.accuracy if baseline is not None else None
+    if baseline is None or before is None:
+        raise Judged(
+            Verdict.NO_BASELINE,
+            f"no baseline {path.parent.name}/{path.name} with a metric: accept this run with "
+            "'exportgate baseline accept RUN --reason ...'",
+        )
+    if before.pictures != shown_to(case).digest:
+        raise Judged(Verdict.NOT_COMPARABLE, f"the metric of {baseline.date} was taken on other pictures")
+    outcome = against_labels(case, found, _budget(case))
+    budget, now, theirs = outcome.budget, outcome.artifact.metric, outcome.reference.metric
+    least = before.value * budget.allowed if budget.is_share else before.value - budget.allowed
+    assert now >= least, (
+        f"{before.metric} {now:.4f}, baseline {before.value:.4f} of {baseline.date}, allowed {least:.4f} "
+        f"(PyTorch: {theirs:.4f}, then {before.reference:.4f})"
+    )
 
 
 def test_detections_agree_without_labels(case: Bench) -> None:
@@ -61,7 +91,7 @@ def _budget(case: Bench) -> Budget:
 
 
 def _conclude(case: Bench, outcome: Outcome) -> None:
-    case.evidence["accuracy"] = outcome.to_dict()
+    case.evidence["accuracy"] = outcome.to_dict() | {"pictures": shown_to(case).digest}
     assert outcome.verdict is not Verdict.FAIL, outcome.line()
     if outcome.verdict is not Verdict.PASS:
         raise Judged(outcome.verdict, outcome.line())

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from exporters.artifact import Artifact
 from exporters.errors import ExportgateError, MeasurementError, NotSupported
 from exporters.measure import MeasurementPlan, Samples
 from exporters.session import Execution
 from exporters.spec import Precision
-from suites.support.baseline import baseline_path, read_baseline
+from suites.support.baseline import GATED, Baseline, baseline_path, read_baseline
 from suites.support.bench import Bench, cast
 from suites.support.config import Latency
 from suites.support.gate import NEEDED, Gate, percentiles, ratio_of, settle
@@ -33,12 +35,11 @@ HIGHER = {
 def test_p50_within_baseline(case: Bench, benchmark: Any) -> None:
     """The median of per-process medians has not slowed down by more than delta, and the gate could have seen it."""
     settings = case.run.project.latency_on(case.case.device)
-    processes = _processes(case, 0)
+    processes, loads = list[Samples](), list[float]()
+    _measure(case, processes, loads)
     execution = case.describe().execution
     here = comparable(case.case.device, _versions(case, execution))
-    folder = baseline_folder(case.case.device)
-    path = baseline_path(case.run.project.baselines, folder, case.case.id)
-    baseline = read_baseline(path)
+    path, baseline = _baseline(case)
     differences = baseline.differs(here) if baseline is not None else []
     gate: Gate | None = None
     if baseline is not None and not differences:
@@ -47,13 +48,22 @@ def test_p50_within_baseline(case: Bench, benchmark: Any) -> None:
         def more() -> list[Sequence[float]]:
             nonlocal rounds
             if rounds:  # the first is measured whether there is a baseline or not
-                processes.extend(_processes(case, len(processes)))
+                _measure(case, processes, loads)
             rounds += 1
             return [p.milliseconds for p in processes]
 
         gate = settle(baseline.processes, more, settings.delta, settings.must_detect)
     milliseconds = [list(p.milliseconds) for p in processes]
     case.run.measured[case.case.id] = milliseconds
+    figures = {
+        "first call ms": round(float(np.median([p.first_call for p in processes])), 3),
+        "load ms": round(float(np.median(loads)), 3),
+        "artifact MiB": round(sum(f.stat().st_size for f in _files(case.artifact())) / 2**20, 3),
+        "peak memory MiB": round(max(p.peak_rss for p in processes) / 2**20, 1),
+        **_medians([p.figures for p in processes]),
+        **execution.figures,
+    }
+    case.run.figures[case.case.id] = figures
     _replay(benchmark, milliseconds)
     found, notes = percentiles(milliseconds)
     notes += [f"process {i}: warm-up did not settle" for i, p in enumerate(processes) if not p.settled]
@@ -70,13 +80,10 @@ def test_p50_within_baseline(case: Bench, benchmark: Any) -> None:
         "throttled": bool(throttled) if all(p.throttled is not None for p in processes) else None,
         "notes": notes,
         "conditions": {
-            "first call ms": round(float(np.median([p.first_call for p in processes])), 3),
-            "peak RSS MiB": round(max(p.peak_rss for p in processes) / 2**20),
-            **_medians([p.figures for p in processes]),
-            **execution.figures,
+            **figures,
             **{f"GPU before, process {i}": dict(p.before) for i, p in enumerate(processes) if p.before},
             **{f"GPU after, process {i}": dict(p.after) for i, p in enumerate(processes) if p.after},
-            "machine": folder,
+            "machine": path.parent.name,
             "comparable": here,
         },
     }
@@ -104,6 +111,23 @@ def test_p50_within_baseline(case: Bench, benchmark: Any) -> None:
     assert gate.verdict is not Verdict.FAIL, f"slower than the baseline: {gate.line()}"
     if gate.verdict is Verdict.INCONCLUSIVE:
         raise Judged(Verdict.INCONCLUSIVE, f"{gate.line()}, after {len(processes)} processes")
+
+
+def test_size_load_and_memory_within_baseline(case: Bench) -> None:
+    """The artifact has not grown, nor takes it longer to load or more memory than what was accepted."""
+    found = case.run.figures.get(case.case.id)
+    if found is None:
+        raise NotSupported("this case was not measured in this run")
+    path, baseline = _baseline(case)
+    held = {k: v for k, v in baseline.figures.items() if k in found} if baseline is not None else {}
+    if not held:
+        raise Judged(
+            Verdict.NO_BASELINE,
+            f"no baseline {path.parent.name}/{path.name} with a size: accept this run with "
+            "'exportgate baseline accept RUN --reason ...'",
+        )
+    lines = [line for name, before in held.items() if (line := GATED[name].grown(name, before, found[name]))]
+    assert not lines, "; ".join(lines)
 
 
 def test_faster_than_the_next_precision(case: Bench) -> None:
@@ -144,14 +168,28 @@ def _medians(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {k: round(float(np.median([f[k] for f in figures if k in f])), 4) for k in dict.fromkeys(figures[0])}
 
 
-def _processes(case: Bench, done: int) -> list[Samples]:
-    """As many replicates as the project asks for, numbered after those that are done."""
+def _baseline(case: Bench) -> tuple[Path, Baseline | None]:
+    """Where the case's baseline of this machine is, and what it says."""
+    path = baseline_path(case.run.project.baselines, baseline_folder(case.case.device), case.case.id)
+    return path, read_baseline(path)
+
+
+def _files(artifact: Artifact) -> list[Path]:
+    """Those of the manifest, or the one file that was brought."""
+    return [artifact.root / f.path for f in artifact.files] or [artifact.path]
+
+
+def _measure(case: Bench, processes: list[Samples], loads: list[float]) -> None:
+    """As many replicates more as the project asks for, numbered after those that are done."""
     settings = case.run.project.latency_on(case.case.device)
-    return [_process(case, n, settings) for n in range(done + 1, done + settings.processes + 1)]
+    for number in range(len(processes) + 1, len(processes) + settings.processes + 1):
+        samples, load = _process(case, number, settings)
+        processes.append(samples)
+        loads.append(load)
 
 
-def _process(case: Bench, number: int, settings: Latency) -> Samples:
-    """One replicate: a fresh process that opens the artifact and measures."""
+def _process(case: Bench, number: int, settings: Latency) -> tuple[Samples, float]:
+    """One replicate: a fresh process that opens the artifact (how long that took, in milliseconds) and measures."""
     pool, runtime, device = case.run.pool, case.case.runtime.id, case.case.device
     if not case.case.runtime.runs:
         raise NotSupported(case.case.runtime.because)
@@ -159,12 +197,13 @@ def _process(case: Bench, number: int, settings: Latency) -> Samples:
     try:
         session = case.guard(lambda: pool.open(artifact, case.spec, runtime, device, number))
         try:
-            return case.guard(
+            samples = case.guard(
                 lambda: session.measure(
                     [cast(session, f.arrays) for f in feeds],
                     MeasurementPlan(seconds=settings.seconds, inferences=-(-NEEDED[50] // settings.processes)),
                 )
             )
+            return samples, session.load_ms
         finally:
             session.close()
     finally:

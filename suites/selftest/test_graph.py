@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -163,7 +163,7 @@ def test_sums_in_fp16_scatter_as_sums_that_are_rounded_on_the_way(kind: str) -> 
         columns = x
     weight = layer.weight.detach().half().float()
     layer.weight.data.copy_(weight)
-    layer.bias.data.zero_()  # it is added behind the sum
+    torch.nn.init.zeros_(cast(torch.Tensor, layer.bias))  # it is added behind the sum
     rows = weight.flatten(2).permute(1, 2, 0).reshape(-1, 128) if kind == "transposed" else weight.flatten(1)
     terms = (columns[:, None, :] * rows[None]).double()  # places x channels x terms
     exact, draws = terms.sum(2), 60

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,45 @@ from reports.events import Measurement
 
 
 @dataclass(frozen=True)
+class Limit:
+    """How much a figure may grow: to so many times the baseline's, and by at least `least`, to be called grown."""
+
+    times: float
+    least: float
+
+    def grown(self, name: str, before: float, now: float) -> str:
+        """A line where it has grown by more, else ""."""
+        allowed = max(before * self.times, before + self.least)
+        return f"{name} {now:g}, baseline {before:g}, allowed {allowed:.4g}" if now > allowed else ""
+
+
+# What a baseline holds beside latency. A tenth of an FP16 file's weights left in FP32 are 10 % more of it, where other
+# kernels and metadata are a percent or two. Memory is taken in whole arenas. Loading is read from a disk that others
+# use; what compiles or builds something then takes many times as long.
+GATED: Mapping[str, Limit] = {
+    "artifact MiB": Limit(1.05, 0.01),
+    "load ms": Limit(2.0, 50.0),
+    "peak memory MiB": Limit(1.1, 16.0),
+    "activation memory MiB": Limit(1.1, 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A metric that was accepted, PyTorch's then, and the digest of the pictures that it is of."""
+
+    metric: str
+    value: float
+    reference: float
+    pictures: str
+
+
+@dataclass(frozen=True)
 class Baseline:
-    """An accepted measurement: raw samples in milliseconds by process, and what must be equal to compare with it."""
+    """An accepted measurement: raw samples in milliseconds by process, and what must be equal to compare with it.
+
+    `figures` are those of GATED that it holds, `accuracy` the metric where one was judged.
+    """
 
     case: str
     path: Path
@@ -25,6 +62,8 @@ class Baseline:
     reason: str
     comparable: Mapping[str, Any]
     processes: Sequence[Sequence[float]]
+    figures: Mapping[str, float]
+    accuracy: Accuracy | None
 
     @property
     def p50(self) -> float:
@@ -62,6 +101,8 @@ def read_baseline(path: Path) -> Baseline | None:
             str(data["reason"]),
             dict(data["comparable"]),
             [[float(x) for x in p] for p in data["milliseconds"]],
+            {k: float(v) for k, v in data["conditions"].items() if k in GATED},
+            Accuracy(**data["accuracy"]) if data.get("accuracy") else None,
         )
     except (ValueError, KeyError, TypeError) as error:
         raise BadRequest(
@@ -95,9 +136,11 @@ def check(case: str, measurement: Measurement, reason: str) -> None:
 
 
 def accept(
-    folder: Path, machine: str, case: str, measurement: Measurement, reason: str
+    folder: Path, machine: str, case: str, measurement: Measurement, reason: str, accuracy: Accuracy | None = None
 ) -> tuple[Path, float | None, float]:
     """Writes a measurement of a run record as the baseline of its case; returns (path, p50 before, p50 now).
+
+    Accuracy that this run did not judge is kept from before.
 
     Raises:
         BadRequest: see `check`; or a folder that cannot be written.
@@ -106,6 +149,7 @@ def accept(
     medians = [float(np.median(p)) for p in measurement.processes]
     path = baseline_path(folder, machine, case)
     before = read_baseline(path)
+    accuracy = accuracy or (before.accuracy if before else None)
     data = {
         "case": case,
         "machine": machine,
@@ -113,6 +157,7 @@ def accept(
         "reason": reason.strip(),
         "p50_before": before.p50 if before else None,
         "p50": float(np.median(medians)),
+        "accuracy": asdict(accuracy) if accuracy else None,
         "comparable": measurement.conditions["comparable"],
         "conditions": {
             "timer": measurement.timer,

@@ -46,6 +46,7 @@ class Run:
         self.project, self.pool, self.damage = project, pool, damage
         self.outputs: OrderedDict[Any, Outputs] = OrderedDict()
         self.measured: dict[str, list[list[float]]] = {}  # case -> milliseconds of single inferences by process
+        self.figures: dict[str, dict[str, Any]] = {}  # case -> what else its measurement says
         self.feed_sets: OrderedDict[Any, list[FeedSet]] = OrderedDict()
         self.layer_names: dict[str, list[str]] = {}
         self.open_reference: tuple[Any, RemoteSession] | None = None
