@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from suites.performance.test_latency import test_p50_within_baseline as latency
 from suites.performance.test_latency import test_size_load_and_memory_within_baseline as size_claim
 from suites.selftest.conftest import Workshop, judged
 from suites.selftest.test_broken_accuracy import SWAPPED
-from suites.support.baseline import GATED, Accuracy, accept, baseline_path, read_baseline
+from suites.support.baseline import GATED, Accuracy, accept, read_baseline
 from suites.support.bench import Bench
-from suites.support.config import Latency
+from suites.support.config import Latency, Project
 from suites.support.machine import baseline_folder
 from suites.support.verdict import Verdict
 
@@ -40,18 +41,40 @@ class Replay:
         """Nothing is printed."""
 
 
-@pytest.fixture(scope="module")
-def accepted(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
-    """A workshop whose project has a folder of baselines of its own, and measures fast."""
+def measuring(workshop: Workshop, folder: Path) -> Project:
+    """Gives the workshop's project a folder of baselines of its own, and fast measurements; returns the one before."""
     own = workshop.run.project
     quick = Latency(delta=0.5, processes=2, seconds=0.1)
-    workshop.run.project = replace(own, baselines=tmp_path_factory.mktemp("baselines"), latency={"cpu": quick})
-    yield workshop
-    workshop.run.project = own
+    workshop.run.project = replace(own, baselines=folder, latency={"cpu": quick})
+    return own
 
 
-def _measured(workshop: Workshop, damage: Damage | None = None) -> tuple[Verdict, str]:
-    """What the claim on sizes says right after a measurement of the case, damaged or good."""
+def accept_good(workshop: Workshop) -> Path:
+    """Accepts the good artifact's measurement and metric, as `exportgate baseline accept` does; the baseline's path."""
+    bench = workshop.bench(CASE)
+    try:
+        judged(lambda one: latency(one, Replay()), bench)
+        measurement = bench.evidence["measurement"]
+        medians = [float(np.median(p)) for p in measurement["processes"]]
+        # As of a quiet machine: two processes that agree.
+        processes = tuple((x, x) for x in (float(np.median(medians)), 1.01 * float(np.median(medians))))
+        made = events.Measurement(processes, None, conditions=measurement["conditions"])
+        judged(against_labels, bench)
+        found = bench.evidence["accuracy"]
+        name = found["metric"]
+        metric = Accuracy(name, found["artifact"][name], found["reference"][name], found["pictures"])
+        return accept(workshop.run.project.baselines, baseline_folder("cpu"), bench.case.id, made, "first", metric)[0]
+    finally:
+        bench.close()
+
+
+def speed(workshop: Workshop, damage: Damage | None = None) -> tuple[Verdict, str]:
+    """What the claim on latency says of the case, damaged or good."""
+    return workshop.judge(CASE, lambda case: latency(case, Replay()), damage)
+
+
+def sizes(workshop: Workshop, damage: Damage | None = None) -> tuple[Verdict, str]:
+    """What the claim on size, load time and memory says right after a measurement of the case, damaged or good."""
 
     def claim(case: Bench) -> None:
         case.run.figures.pop(case.case.id, None)
@@ -61,35 +84,13 @@ def _measured(workshop: Workshop, damage: Damage | None = None) -> tuple[Verdict
     return workshop.judge(CASE, claim, damage)
 
 
-@pytest.fixture
-def baseline(accepted: Workshop) -> Workshop:
-    """The good artifact's figures and metric, accepted as `exportgate baseline accept` does."""
-    bench = accepted.bench(CASE)
-    path = baseline_path(accepted.run.project.baselines, baseline_folder("cpu"), bench.case.id)
-    try:
-        if not path.is_file():
-            judged(lambda one: latency(one, Replay()), bench)
-            conditions = bench.evidence["measurement"]["conditions"]
-            quiet = events.Measurement(((1.0, 1.0), (1.01, 1.01)), None, conditions=conditions)
-            judged(against_labels, bench)
-            metric = bench.evidence["accuracy"]
-            held = Accuracy(
-                metric["metric"],
-                metric["artifact"][metric["metric"]],
-                metric["reference"][metric["metric"]],
-                metric["pictures"],
-            )
-            accept(
-                accepted.run.project.baselines,
-                baseline_folder("cpu"),
-                bench.case.id,
-                quiet,
-                "first",
-                held,
-            )
-    finally:
-        bench.close()
-    return accepted
+@pytest.fixture(scope="module")
+def baseline(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
+    """A workshop in which the good artifact's baseline was accepted."""
+    own = measuring(workshop, tmp_path_factory.mktemp("baselines"))
+    accept_good(workshop)
+    yield workshop
+    workshop.run.project = own
 
 
 def larger(path: Path, workshop: Workshop) -> None:
@@ -128,47 +129,70 @@ def test_what_was_accepted_is_within_its_baseline(baseline: Workshop) -> None:
     stored = read_baseline(path)
     assert stored is not None and stored.accuracy is not None
     assert set(stored.figures) == {"artifact MiB", "load ms", "peak memory MiB"}
-    assert _measured(baseline) == (Verdict.PASS, "")
+    assert sizes(baseline) == (Verdict.PASS, "")
     assert baseline.judge(CASE, metric_claim)[0] is Verdict.PASS
+
+
+def test_what_has_become_slower_is_caught(baseline: Workshop) -> None:
+    verdict, because = speed(baseline, hungry)
+    assert verdict is Verdict.FAIL and "slower than the baseline" in because, because
 
 
 @pytest.mark.parametrize(("damage", "word"), [(larger, "artifact MiB"), (hungry, "peak memory MiB")])
 def test_what_has_grown_is_caught(baseline: Workshop, damage: Damage, word: str) -> None:
-    verdict, because = _measured(baseline, damage)
+    verdict, because = sizes(baseline, damage)
     assert verdict is Verdict.FAIL and word in because, because
 
 
-SLOW = """
-# Put on a worker's path by a test: a session takes 0.3 s more to make.
+# What a worker finds on its path: a runtime whose sessions take 0.3 s more to make, or compute nothing after a while.
+RUNTIME = """
 import sys
 import threading
 import time
 
 
-def _slow():
+def _change():
     while not hasattr(sys.modules.get("onnxruntime"), "InferenceSession"):
         time.sleep(0.001)
     module = sys.modules["onnxruntime"]
-    own = module.InferenceSession
 
-    def made(*args, **kwargs):
-        time.sleep(0.3)
-        return own(*args, **kwargs)
+    class Session(module.InferenceSession):
+{body}
 
-    module.InferenceSession = made
+    module.InferenceSession = Session
 
 
-threading.Thread(target=_slow, daemon=True).start()
+threading.Thread(target=_change, daemon=True).start()
 """
+SLOW = """        def __init__(self, *args, **kwargs):
+            time.sleep(0.3)
+            super().__init__(*args, **kwargs)"""
+LAZY = """        def run(self, *args, **kwargs):
+            self.calls = getattr(self, "calls", 0) + 1
+            found = super().run(*args, **kwargs) if self.calls < 20 else self.kept
+            self.kept = found if self.calls < 20 else [f * 0 for f in found]
+            return found"""
 
 
-def test_what_takes_longer_to_load_is_caught(
-    baseline: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "sitecustomize.py").write_text(SLOW)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    verdict, because = _measured(baseline)
+@contextmanager
+def in_workers(folder: Path, body: str) -> Generator[None]:
+    """Within it, workers that start have such a runtime."""
+    (folder / "sitecustomize.py").write_text(RUNTIME.format(body=body))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+        yield
+
+
+def test_what_takes_longer_to_load_is_caught(baseline: Workshop, tmp_path: Path) -> None:
+    with in_workers(tmp_path, SLOW):
+        verdict, because = sizes(baseline)
     assert verdict is Verdict.FAIL and "load ms" in because, because
+
+
+def test_what_no_longer_computes_is_not_fast(baseline: Workshop, tmp_path: Path) -> None:
+    with in_workers(tmp_path, LAZY):
+        verdict, because = speed(baseline)
+    assert verdict is Verdict.ERROR and "changed" in because, because
 
 
 def test_a_metric_that_fell_is_caught_and_other_pictures_are_not_compared(baseline: Workshop) -> None:
@@ -185,14 +209,14 @@ def test_a_metric_that_fell_is_caught_and_other_pictures_are_not_compared(baseli
     assert verdict is Verdict.NOT_COMPARABLE and because.endswith("was taken on other pictures"), because
 
 
-def test_without_a_baseline_nothing_is_said(accepted: Workshop) -> None:
-    own = accepted.run.project
-    accepted.run.project = replace(own, baselines=own.baselines / "none")
+def test_without_a_baseline_nothing_is_said(baseline: Workshop) -> None:
+    own = baseline.run.project
+    baseline.run.project = replace(own, baselines=own.baselines / "none")
     try:
-        assert _measured(accepted)[0] is Verdict.NO_BASELINE
-        assert accepted.judge(CASE, metric_claim)[0] is Verdict.NO_BASELINE
+        assert sizes(baseline)[0] is Verdict.NO_BASELINE
+        assert baseline.judge(CASE, metric_claim)[0] is Verdict.NO_BASELINE
     finally:
-        accepted.run.project = own
+        baseline.run.project = own
 
 
 @pytest.mark.parametrize(("name", "now", "grown"), [("load ms", 60.0, False), ("load ms", 200.0, True)])
