@@ -1,7 +1,8 @@
 """`tox -e sabotage`: every named injury of a good export, the claim that must catch it, and what peers make of it.
 
 Beside ours stand a check that the file is there and runs, which is what peers' own tests do, and Polygraphy's
-comparison with the undamaged FP32 file in ONNX Runtime, with its default tolerances. Ends with the line `caught N of N,
+comparison with the undamaged FP32 file in ONNX Runtime, with its default tolerances; beside injuries of latency
+pytest-benchmark's comparison of medians. Ends with the line `caught N of N,
 false alarms A of M`: a false alarm is a claim that does not hold of a good artifact.
 """
 
@@ -31,6 +32,7 @@ from suites.conformance import (
     test_robustness,
     test_shapes,
 )
+from suites.selftest import sabotage_runs
 from suites.selftest.conftest import Claim, Workshop, judged, small_ones, trained_checkpoint
 from suites.selftest.test_broken_accuracy import AGREEMENT, ELEMENTS, LABELS, LOW_SHUFFLED, MATCHING, MOVED, SWAPPED
 from suites.selftest.test_broken_exporters import BROKEN, Broken
@@ -97,6 +99,8 @@ def main() -> int:
         workshop = Workshop(trained, small_ones(place / "small"), place)
         try:
             rows = [_row(workshop, broken, place / "looked-at") for broken in CATALOGUE]
+            others = [_other(found) for found in sabotage_runs.of_latency(workshop, _made(place / "latency"))]
+            tampered = [_other(found) for found in sabotage_runs.of_the_suite(_made(place / "suite"))]
             alarms, clean = _false_alarms(workshop)
             peers = [_polygraphy(workshop, cell, workshop.good(cell).path) for cell in _onnx_cells()]
         finally:
@@ -107,10 +111,29 @@ def main() -> int:
         f"Polygraphy caught {sum(seen)} of {len(seen)}, false alarms {sum(map(bool, peers))} of {len(peers)} good files"
     )
     print(f"'it is there and runs' caught {sum(ran)} of {len(ran)}")
+    compared = [found.benchmark for found in others if found.benchmark is not None]
+    print(f"pytest-benchmark's comparison caught {sum(compared)} of {len(compared)}")
+    good, *tampered = tampered
+    alarms += [] if good.ours else [f"false alarm: a release of a good project: {good.because}"]
     print(*alarms, sep="\n", end="\n" if alarms else "")
-    caught = sum(row.ours for row in rows)
-    print(f"caught {caught} of {len(rows)}, false alarms {len(alarms)} of {clean}")
-    return 0 if caught == len(rows) and not alarms else 1
+    made = [*(row.ours for row in rows), *(found.ours for found in (*others, *tampered))]
+    print(f"caught {sum(made)} of {len(made)}, false alarms {len(alarms)} of {clean + 1}")
+    return 0 if all(made) and not alarms else 1
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _other(found: sabotage_runs.Found) -> sabotage_runs.Found:
+    words = {True: "caught", False: "passed", None: "-"}
+    print(
+        f"{found.name:48.48} {found.of:26.26} {words[found.ours]} by {found.by:44.44} "
+        f"pytest-benchmark: {words[found.benchmark]}" + ("" if found.ours else f"  <- {found.because}"),
+        flush=True,
+    )
+    return found
 
 
 def _row(workshop: Workshop, broken: Broken, kept: Path) -> Row:
@@ -193,8 +216,9 @@ def _false_alarms(workshop: Workshop) -> tuple[list[str], int]:
     clean = 0
     for cell in dict.fromkeys(b.case for b in CATALOGUE):
         for claim, verdict, because in _all_claims(workshop, cell):
-            clean += verdict is not Verdict.NOT_SUPPORTED
-            if verdict not in (Verdict.PASS, Verdict.NOT_SUPPORTED):
+            said = verdict not in (Verdict.NOT_SUPPORTED, Verdict.NO_BASELINE)
+            clean += said
+            if said and verdict is not Verdict.PASS:
                 found.append(f"false alarm: {cell} {claim.__name__} {verdict}: {because}")
     return found, clean
 
