@@ -152,6 +152,7 @@ class Pool:
         in_process: answer calls here, for a debugger.
         progress: told what the pool waits for, one line each.
         variables: of the workers' environment, beside those of this process.
+        environment: folder of an environment that every toolchain but PyTorch's, the reference's, is taken from.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -159,6 +160,7 @@ class Pool:
     in_process: bool = False
     progress: Callable[[str], None] = lambda line: None
     variables: Mapping[str, str] = field(default_factory=dict[str, str])
+    environment: Path | None = None
     workers: dict[tuple[str, str, str], Caller] = field(default_factory=dict[tuple[str, str, str], Caller])
     fresh: list[str] = field(default_factory=list[str])  # keys of artifacts that this pool made, not found
     sources: dict[tuple[str, str, str], str] = field(default_factory=dict[tuple[str, str, str], str])
@@ -190,9 +192,15 @@ class Pool:
     def _start(self, chain: str, name: str, imports: Sequence[str]) -> Caller:
         if self.in_process:
             return InProcess()
-        environment = toolchain.resolve(chain)
+        environment = self.chain(chain)
         log = self.folder / f"{name}.log"
         return Worker(name, environment.python, imports, log, self.limits, self.variables)
+
+    def chain(self, name: str) -> toolchain.Environment:
+        """Where a toolchain's workers run."""
+        if self.environment is None or name == "pytorch":
+            return toolchain.resolve(name)
+        return toolchain.resolve_in(name, self.environment)
 
     def start_early(self, format_id: str) -> None:
         """Starts the worker of a format's first FP32 step before the request is known, so that it imports meanwhile.
@@ -226,7 +234,7 @@ class Pool:
         before = _stamp(spec.model)
         if spec.model.weights is not None and str(spec.model.weights) not in self.weights:
             self.weights[str(spec.model.weights)] = weights_digest(spec.model) or ""
-        environment = toolchain.resolve(entry.chain(spec.device))
+        environment = self.chain(entry.chain(spec.device))
         key = export_key(spec, [p.key for p in parents], environment.packages, entry.depends(spec), self._state(spec))
         final = (
             toolchain.cache_root()

@@ -111,9 +111,33 @@ def resolve(name: str) -> Environment:
     )
 
 
+@cache
+def resolve_in(name: str, folder: Path) -> Environment:
+    """The environment in this folder, which somebody made, for a toolchain.
+
+    Raises:
+        ToolchainMissing: it has no interpreter, or lacks a package.
+    """
+    toolchain, python = known(name), python_of(folder)
+    if not python.is_file():
+        raise ToolchainMissing(f"'{folder}' is no environment: it has no {python.name}", "make one with uv venv")
+    installed = _versions_of(python, [*toolchain.packages, *(n for names in EITHER.values() for n in names)])
+    missing = _missing(toolchain, installed.get)
+    if missing:
+        raise ToolchainMissing(
+            f"environment '{folder}' lacks {missing[0]}, which toolchain {name} needs",
+            f"install what {toolchain.lock.name} names into it",
+        )
+    return Environment(toolchain, python, _versions(toolchain, installed.get))
+
+
 def environment_python(name: str) -> Path:
     """Interpreter of the environment that `sync` makes."""
-    folder = cache_root() / "toolchains" / name
+    return python_of(cache_root() / "toolchains" / name)
+
+
+def python_of(folder: Path) -> Path:
+    """The interpreter of an environment."""
     return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 

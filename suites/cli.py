@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command: Callable[[argparse.Namespace, list[str]], int] = options.command
         refuse_empty(vars(options))
-        if further and command not in (_qualify, _check):
+        if further and command not in (_qualify, _check, _compare):
             raise BadRequest(f"'-- {' '.join(further)}' is for pytest, which this command does not run", "leave it out")
         return command(options, further)
     except ExportgateError as error:
@@ -55,7 +55,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     from suites.cli_files import add_cache, add_engine, add_signature
-    from suites.options import MATRIX, REQUEST, RUN
+    from suites.options import MATRIX, REQUEST, RUN, UPGRADE
 
     parser = _Parser(
         prog="exportgate",
@@ -82,6 +82,12 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--trust", action="store_true", help="load it although loading it runs code that is in it")
     for name, settings in (*MATRIX, *REQUEST, *RUN):
         check.add_argument(*_names(name), **settings)
+
+    compare = add("compare", _compare, "Judge an upgrade of a toolchain: NEW's exports, measured in turns with OLD's.")
+    compare.add_argument("model", nargs="?", metavar="MODEL", help="a checkpoint, or a model of exportgate.toml")
+    compare.add_argument(UPGRADE[0], required=True, **UPGRADE[1])
+    for name, settings in (*MATRIX, *REQUEST, *RUN):
+        compare.add_argument(*_names(name), **settings)
 
     export = add(
         "export", _export, "Export a model; the files go beside it or into --output, under the names that users know."
@@ -133,6 +139,11 @@ def _names(name: str) -> tuple[str, ...]:
 
 def _qualify(options: argparse.Namespace, further: list[str]) -> int:
     return _pytest(options, ["--model", options.model] if options.model else [], further)
+
+
+def _compare(options: argparse.Namespace, further: list[str]) -> int:
+    words = ["--toolchain", *options.toolchain] + (["--model", options.model] if options.model else [])
+    return _pytest(options, words, further)
 
 
 def _check(options: argparse.Namespace, further: list[str]) -> int:

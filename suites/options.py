@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exporters import formats
+from exporters import formats, toolchain
 from exporters.errors import BadRequest
 from exporters.spec import ExportSpec, user_path
-from suites.support.cases import Selection, parse_budget
+from suites.support.cases import Case, Selection, parse_budget
 from suites.support.config import Project
 
 if TYPE_CHECKING:  # the command line reads the tables below without waiting for pytest
@@ -139,6 +139,38 @@ RUN: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
+# Of `exportgate compare`.
+UPGRADE: tuple[str, dict[str, Any]] = (
+    "--toolchain",
+    {
+        "nargs": 2,
+        "metavar": ("OLD", "NEW"),
+        "help": "folders of two environments: NEW's exports are judged, and held against OLD's, measured in turns",
+    },
+)
+
+
+def environments_of(config: pytest.Config, cases: Sequence[Case]) -> tuple[Path | None, Path | None]:
+    """The environments of an upgrade, old and new; None where none is judged.
+
+    Raises:
+        BadRequest: it is a release, a file was brought, or both are one.
+        ToolchainMissing: one is no environment, or lacks a package that a case needs.
+    """
+    if not (given := config.getoption("toolchain")):
+        return None, None
+    old, new = (Path(p).expanduser().absolute() for p in given)
+    other = next((o for o in ("release", "artifact", "in_process") if config.getoption(o)), None)
+    if other:
+        raise BadRequest(f"--toolchain with --{other.replace('_', '-')}", "leave one of them out")
+    if old == new:
+        raise BadRequest(f"--toolchain names '{old}' twice", "name the environment before and the one after")
+    for folder in (old, new):
+        for name in sorted({formats.get(c.spec.format).chain(c.spec.device) for c in cases} - {"pytorch"}):
+            toolchain.resolve_in(name, folder)
+    return old, new
+
+
 def request_words(spec: ExportSpec) -> list[str]:
     """The options of a request as a user types them, but for format, precision and device."""
     words: list[str] = []
@@ -185,7 +217,7 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption(
         "--trust", action="store_true", help="load a brought artifact although loading it runs code that is in it"
     )
-    for name, arguments in (*MATRIX, *REQUEST, *RUN):
+    for name, arguments in (*MATRIX, *REQUEST, *RUN, UPGRADE):
         group.addoption(name, **arguments)
 
 

@@ -20,7 +20,15 @@ from exporters.errors import BadRequest, ExportgateError, NotSupported
 from exporters.pool import Pool
 from exporters.spec import ExportSpec
 from exporters.tensorrt import timing
-from suites.options import add_options, brought_path, count_of, selection_of, stop_when_terminated, with_replicates
+from suites.options import (
+    add_options,
+    brought_path,
+    count_of,
+    environments_of,
+    selection_of,
+    stop_when_terminated,
+    with_replicates,
+)
 from suites.support import record as records
 from suites.support.ahead import export_ahead, exports_at_once
 from suites.support.bench import Bench, Run
@@ -58,6 +66,7 @@ class State:
         # Made now, so that a mistake in the request is one line and exit 4 before anything is collected.
         self.cases: list[Case] = matrix(self.project, self.selection)
         self.brought = _brought(config, self.cases)
+        self.environments = environments_of(config, self.cases)
         self.identity = records.run_id()
         given = config.getoption("report")
         self.folder = (
@@ -186,14 +195,17 @@ def exportgate_run(request: pytest.FixtureRequest) -> Iterator[Run]:
     def start(line: str) -> None:
         config.hook.pytest_exportgate_export_start(description=line)
 
-    pool = Pool(state.project.limits, in_process=bool(config.getoption("in_process")), progress=start)
-    run = state.run = Run(state.project, pool, damage)
+    old, new = state.environments
+    pool = Pool(state.project.limits, in_process=bool(config.getoption("in_process")), progress=start, environment=new)
+    run = state.run = Run(
+        state.project, pool, damage, Pool(state.project.limits, progress=start, environment=old) if old else None
+    )
     judged = list({c.id: c for item in request.session.items if (c := _case_of(item))}.values())
     if any(c.spec.device != "cpu" for c in judged):
         timing.seed(state.project.baselines, str(gpu_facts().get("name", "")), start)
     count = exports_at_once(state.exports, judged)
     try:
-        if count > 1 and len(judged) > 1 and state.brought is None and not pool.in_process:
+        if count > 1 and len(judged) > 1 and state.brought is None and not pool.in_process and old is None:
             run.failed = export_ahead(pool, judged, count)
         yield run
     finally:
@@ -286,6 +298,7 @@ def _reproduce(item: pytest.Item, case: Case) -> str:
         state.brought.path if state.brought else None,
         state.project.folder if item.config.getoption("project") else None,
         state.selection.evaluate,
+        [e for e in state.environments if e is not None],
     )
 
 

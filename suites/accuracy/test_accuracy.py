@@ -10,9 +10,8 @@ from suites.accuracy.budget import Budget
 from suites.accuracy.gate import Outcome
 from suites.accuracy.judge import against_labels, agreement, drift
 from suites.accuracy.pictures import artifact_of, shown_to
-from suites.support.baseline import baseline_path, read_baseline
+from suites.performance.measuring import held, metric_of_old
 from suites.support.bench import Bench
-from suites.support.machine import baseline_folder
 from suites.support.verdict import Judged, Verdict
 
 pytestmark = [pytest.mark.values, pytest.mark.accuracy]
@@ -33,22 +32,23 @@ def test_accuracy_within_baseline(case: Bench) -> None:
     if not shown_to(case).labelled:
         raise NotSupported("the pictures have no labels")
     found = artifact_of(case)
-    path = baseline_path(case.run.project.baselines, baseline_folder(case.case.device), case.case.id)
-    baseline = read_baseline(path)
-    before = baseline.accuracy if baseline is not None else None
-    if baseline is None or before is None:
+    path, baseline = held(case)
+    before, day = (baseline.accuracy, baseline.date) if baseline is not None else (None, "")
+    if case.run.old is not None:
+        before, day = metric_of_old(case, case.run.old), "the old toolchain"
+    if before is None:
         raise Judged(
             Verdict.NO_BASELINE,
             f"no baseline {path.parent.name}/{path.name} with a metric: accept this run with "
             "'exportgate baseline accept RUN --reason ...'",
         )
     if before.pictures != shown_to(case).digest:
-        raise Judged(Verdict.NOT_COMPARABLE, f"the metric of {baseline.date} was taken on other pictures")
+        raise Judged(Verdict.NOT_COMPARABLE, f"the metric of {day} was taken on other pictures")
     outcome = against_labels(case, found, _budget(case))
     budget, now, theirs = outcome.budget, outcome.artifact.metric, outcome.reference.metric
     least = before.value * budget.allowed if budget.is_share else before.value - budget.allowed
     assert now >= least, (
-        f"{before.metric} {now:.4f}, baseline {before.value:.4f} of {baseline.date}, allowed {least:.4f} "
+        f"{before.metric} {now:.4f}, baseline {before.value:.4f} of {day}, allowed {least:.4f} "
         f"(PyTorch: {theirs:.4f}, then {before.reference:.4f})"
     )
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 
-from exporters.artifact import Artifact
 from exporters.errors import ExportgateError, MeasurementError, NotSupported
-from exporters.measure import MeasurementPlan, Samples
 from exporters.session import Execution
 from exporters.spec import Precision
-from suites.support.baseline import GATED, Baseline, baseline_path, read_baseline
-from suites.support.bench import Bench, cast
-from suites.support.config import Latency
-from suites.support.gate import NEEDED, Gate, percentiles, ratio_of, settle
-from suites.support.machine import baseline_folder, comparable, fingerprint
+from suites.performance.measuring import figures_of, held, in_turns, keep, new_side, of_old, old_side
+from suites.support.baseline import GATED
+from suites.support.bench import Bench
+from suites.support.gate import Gate, percentiles, ratio_of, settle
+from suites.support.machine import comparable, fingerprint
 from suites.support.verdict import Judged, Verdict
 
 pytestmark = pytest.mark.latency
@@ -35,12 +31,13 @@ HIGHER = {
 def test_p50_within_baseline(case: Bench, benchmark: Any) -> None:
     """The median of per-process medians has not slowed down by more than delta, and the gate could have seen it."""
     settings = case.run.project.latency_on(case.case.device)
-    processes, loads = list[Samples](), list[float]()
-    _measure(case, processes, loads)
+    new, old = new_side(case), old_side(case)
+    in_turns(new, old, settings.processes)
     execution = case.describe().execution
     here = comparable(case.case.device, _versions(case, execution))
-    path, baseline = _baseline(case)
-    differences = baseline.differs(here) if baseline is not None else []
+    path, baseline = held(case)
+    baseline = baseline if old is None else of_old(case, old)
+    differences = baseline.differs(here) if baseline is not None and old is None else []
     gate: Gate | None = None
     if baseline is not None and not differences:
         rounds = 0
@@ -48,22 +45,14 @@ def test_p50_within_baseline(case: Bench, benchmark: Any) -> None:
         def more() -> list[Sequence[float]]:
             nonlocal rounds
             if rounds:  # the first is measured whether there is a baseline or not
-                _measure(case, processes, loads)
+                in_turns(new, old, settings.processes)
             rounds += 1
-            return [p.milliseconds for p in processes]
+            return new.milliseconds
 
         gate = settle(baseline.processes, more, settings.delta, settings.must_detect)
-    milliseconds = [list(p.milliseconds) for p in processes]
+    processes, milliseconds = new.processes, [list(p) for p in new.milliseconds]
     case.run.measured[case.case.id] = milliseconds
-    figures = {
-        "first call ms": round(float(np.median([p.first_call for p in processes])), 3),
-        "load ms": round(float(np.median(loads)), 3),
-        "artifact MiB": round(sum(f.stat().st_size for f in _files(case.artifact())) / 2**20, 3),
-        "peak memory MiB": round(max(p.peak_rss for p in processes) / 2**20, 1),
-        **_medians([p.figures for p in processes]),
-        **execution.figures,
-    }
-    case.run.figures[case.case.id] = figures
+    figures = keep(case, new, old)
     _replay(benchmark, milliseconds)
     found, notes = percentiles(milliseconds)
     notes += [f"process {i}: warm-up did not settle" for i, p in enumerate(processes) if not p.settled]
@@ -99,7 +88,7 @@ def test_p50_within_baseline(case: Bench, benchmark: Any) -> None:
             "'exportgate baseline accept RUN --reason ...'",
         )
     case.evidence["baseline"] = {
-        "path": f"{path.parent.name}/{path.name}",
+        "path": f"{path.parent.name}/{path.name}" if old is None else str(baseline.path),
         "date": baseline.date,
         "processes": baseline.processes,
         "p50": baseline.p50,
@@ -115,18 +104,17 @@ def test_p50_within_baseline(case: Bench, benchmark: Any) -> None:
 
 def test_size_load_and_memory_within_baseline(case: Bench) -> None:
     """The artifact has not grown, nor takes it longer to load or more memory than what was accepted."""
-    found = case.run.figures.get(case.case.id)
-    if found is None:
-        raise NotSupported("this case was not measured in this run")
-    path, baseline = _baseline(case)
-    held = {k: v for k, v in baseline.figures.items() if k in found} if baseline is not None else {}
-    if not held:
+    found = figures_of(case)
+    path, stored = held(case)
+    baseline = case.run.before.get(case.case.id, stored)
+    known = {k: v for k, v in baseline.figures.items() if k in found} if baseline is not None else {}
+    if not known:
         raise Judged(
             Verdict.NO_BASELINE,
             f"no baseline {path.parent.name}/{path.name} with a size: accept this run with "
             "'exportgate baseline accept RUN --reason ...'",
         )
-    lines = [line for name, before in held.items() if (line := GATED[name].grown(name, before, found[name]))]
+    lines = [line for name, before in known.items() if (line := GATED[name].grown(name, before, found[name]))]
     assert not lines, "; ".join(lines)
 
 
@@ -161,53 +149,6 @@ def _versions(case: Bench, execution: Execution) -> dict[str, str]:
     if case.case.device != "cpu":
         return own
     return {k: str(v) for k, v in case.artifact().toolchain.get("packages", {}).items()} | own
-
-
-def _medians(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Each figure's median over the processes."""
-    return {k: round(float(np.median([f[k] for f in figures if k in f])), 4) for k in dict.fromkeys(figures[0])}
-
-
-def _baseline(case: Bench) -> tuple[Path, Baseline | None]:
-    """Where the case's baseline of this machine is, and what it says."""
-    path = baseline_path(case.run.project.baselines, baseline_folder(case.case.device), case.case.id)
-    return path, read_baseline(path)
-
-
-def _files(artifact: Artifact) -> list[Path]:
-    """Those of the manifest, or the one file that was brought."""
-    return [artifact.root / f.path for f in artifact.files] or [artifact.path]
-
-
-def _measure(case: Bench, processes: list[Samples], loads: list[float]) -> None:
-    """As many replicates more as the project asks for, numbered after those that are done."""
-    settings = case.run.project.latency_on(case.case.device)
-    for number in range(len(processes) + 1, len(processes) + settings.processes + 1):
-        samples, load = _process(case, number, settings)
-        processes.append(samples)
-        loads.append(load)
-
-
-def _process(case: Bench, number: int, settings: Latency) -> tuple[Samples, float]:
-    """One replicate: a fresh process that opens the artifact (how long that took, in milliseconds) and measures."""
-    pool, runtime, device = case.run.pool, case.case.runtime.id, case.case.device
-    if not case.case.runtime.runs:
-        raise NotSupported(case.case.runtime.because)
-    artifact, feeds = case.artifact(), case.feeds_of(case.spec)[:2]
-    try:
-        session = case.guard(lambda: pool.open(artifact, case.spec, runtime, device, number))
-        try:
-            samples = case.guard(
-                lambda: session.measure(
-                    [cast(session, f.arrays) for f in feeds],
-                    MeasurementPlan(seconds=settings.seconds, inferences=-(-NEEDED[50] // settings.processes)),
-                )
-            )
-            return samples, session.load_ms
-        finally:
-            session.close()
-    finally:
-        pool.retire(case.spec, runtime, device, number)
 
 
 def _replay(benchmark: Any, milliseconds: list[list[float]]) -> None:

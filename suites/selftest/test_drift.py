@@ -74,11 +74,10 @@ def speed(workshop: Workshop, damage: Damage | None = None) -> tuple[Verdict, st
 
 
 def sizes(workshop: Workshop, damage: Damage | None = None) -> tuple[Verdict, str]:
-    """What the claim on size, load time and memory says right after a measurement of the case, damaged or good."""
+    """What the claim on size, load time and memory says of the case, damaged or good."""
 
     def claim(case: Bench) -> None:
-        case.run.figures.pop(case.case.id, None)
-        judged(lambda one: latency(one, Replay()), case)
+        case.run.figures.pop(case.case.id, None)  # those of another file
         size_claim(case)
 
     return workshop.judge(CASE, claim, damage)

@@ -24,6 +24,7 @@ from suites.support.suppression import as_anchors, matched, suppressed
 
 if TYPE_CHECKING:
     from suites.accuracy.search import Found
+    from suites.support.baseline import Baseline
 
 T = TypeVar("T")
 Outputs = dict[str, Array]
@@ -34,7 +35,8 @@ KEPT, KEPT_BYTES = 512, 1 << 30
 class Run:
     """A run's workers, references, feeds and outputs, shared by its cases.
 
-    `damage(artifact, spec)` may change a finished artifact before it is judged: the hook that selftests use.
+    `damage(artifact, spec)` may change a finished artifact before it is judged: the hook that selftests use. `old` has
+    the workers of the toolchain that is to be replaced, where an upgrade is judged.
     """
 
     def __init__(
@@ -42,11 +44,13 @@ class Run:
         project: Project,
         pool: Pool,
         damage: Callable[[Artifact, ExportSpec], Artifact | None] = lambda artifact, spec: None,
+        old: Pool | None = None,
     ) -> None:
-        self.project, self.pool, self.damage = project, pool, damage
+        self.project, self.pool, self.damage, self.old = project, pool, damage, old
         self.outputs: OrderedDict[Any, Outputs] = OrderedDict()
         self.measured: dict[str, list[list[float]]] = {}  # case -> milliseconds of single inferences by process
         self.figures: dict[str, dict[str, Any]] = {}  # case -> what else its measurement says
+        self.before: dict[str, Baseline] = {}  # case -> what the old toolchain's artifact was measured at
         self.feed_sets: OrderedDict[Any, list[FeedSet]] = OrderedDict()
         self.layer_names: dict[str, list[str]] = {}
         self.open_reference: tuple[Any, RemoteSession] | None = None
@@ -141,6 +145,8 @@ class Run:
         if self.open_reference is not None:
             self.open_reference[1].close()
         self.pool.close()
+        if self.old is not None:
+            self.old.close()
 
 
 def _key(feeds: FeedSet) -> Any:

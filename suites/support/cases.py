@@ -68,16 +68,24 @@ class Case:
         return self.spec.device if self.runtime.device == "cuda" else "cpu"
 
     def command(
-        self, claim: str, model: str, artifact: Path | None = None, project: Path | None = None, evaluate: str = ""
+        self,
+        claim: str,
+        model: str,
+        artifact: Path | None = None,
+        project: Path | None = None,
+        evaluate: str = "",
+        environments: Sequence[Path] = (),
     ) -> str:
         """The command that judges one claim of this case alone; `model` is a name of the project's, or a checkpoint.
 
-        Of an artifact that was brought, in a project that was named and on data that were, it says so.
+        Of an artifact that was brought, in a project that was named, on data and with environments that were, it says
+        so.
         """
         from suites.options import request_words  # which imports this module
 
         spec = self.spec
         start = ["check", _quoted(str(artifact)), "--model"] if artifact is not None else ["qualify"]
+        start = ["compare", "--toolchain", *(_quoted(str(e)) for e in environments)] if environments else start
         words = ["exportgate", *start, _quoted(model), "--format", spec.format, "--precision", spec.precision.value]
         words += ["--trust"] if artifact is not None and formats.get(spec.format).is_code else []
         words += ["--project", _quoted(str(project))] if project is not None else []
