@@ -829,3 +829,15 @@ def test_writing_again_replaces_the_files_and_leaves_nothing_else(tmp_path: Path
 )
 def test_names_of_claims_read_as_sentences(name: str, reads: str) -> None:
     assert wording.sentence(name) == reads
+
+
+@pytest.mark.parametrize(
+    ("told", "reads"),
+    [
+        ("2026-11-22T19:05:01+02:00", "2026-11-22 17:05 UTC"),
+        ("yesterday", "yesterday"),
+        ("0001-01-01T00:00:00+10:00", "0001-01-01T00:00:00+10:00"),
+    ],
+)
+def test_a_time_that_cannot_be_read_stays_as_it_is(told: str, reads: str) -> None:
+    assert wording.moment(told) == reads
