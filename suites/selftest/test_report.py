@@ -717,6 +717,14 @@ def test_the_html_shows_what_was_observed_and_allowed(tmp_path: Path) -> None:
         assert piece in text
 
 
+def test_the_html_stands_what_a_record_need_not_have(tmp_path: Path) -> None:
+    score = {"metric": "F1", "artifact": {}, "reference": {}, "change": None, "low": None, "high": None}
+    score |= {"allowed": 0.1, "share": False, "images": 0}
+    case = "best-onnx-fp32-ort-cpu"
+    lines = [run_event(machine={"id": "m"}), case_event(case), claim_event(case, "test_x", "FAIL", accuracy=score)]
+    assert "F1" in html.render(summarize(tmp_path, lines))
+
+
 def test_the_html_shows_the_layers_of_an_engine(tmp_path: Path) -> None:
     page = html.render(summarize(tmp_path, every_verdict()))
     assert "3 layers · int8 1 (0.0210 ms) · fp16 1 (0.0110 ms) · reformat 1 (0.0040 ms)" in page
