@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from exporters.errors import BadRequest
-from reports import as_json, comparison, html, junit, markdown, signature
+from reports import as_json, comparison, history, html, junit, markdown, signature
 from reports.record import Row, Run, Summary, merge, read_record
 
-__all__ = ["Row", "Run", "Summary", "merge", "read_record", "write", "write_comparison"]
+__all__ = ["Row", "Run", "Summary", "merge", "read_record", "write", "write_comparison", "write_history"]
 
 _REPORTS = {
     "html": ("report.html", html.render),
@@ -58,6 +58,24 @@ def write_comparison(before: Path, after: Path, out: Path) -> comparison.Compari
     except OSError as error:
         raise BadRequest(
             f"cannot write the comparison into {out}: {error.strerror}", "name a folder that is yours"
+        ) from None
+    return found
+
+
+def write_history(runs: Sequence[Path], out: Path) -> history.History:
+    """Writes history.html and history.md of two or more records into the folder `out`; returns how things went.
+
+    Raises:
+        BadRequest: a record cannot be read, is given twice, has no time or is the only one, or `out` cannot be written.
+    """
+    found = history.history([read_record(run) for run in runs])
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _replace(out / "history.html", html.render_history(found))
+        _replace(out / "history.md", history.render(found))
+    except OSError as error:
+        raise BadRequest(
+            f"cannot write the history into {out}: {error.strerror}", "name a folder that is yours"
         ) from None
     return found
 

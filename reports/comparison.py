@@ -120,7 +120,7 @@ def _figures(before: Summary, after: Summary, apart: str) -> Iterator[Figure]:
         case = row.case.case
         if not apart:
             yield from _figure(case, "p50 ms", _p50(other), _p50(row), milliseconds)
-        yield from _figure(case, "size", _bytes(other), _bytes(row), lambda v: size(int(v or 0)))
+        yield from _figure(case, "size", artifact_bytes(other), artifact_bytes(row), lambda v: size(int(v or 0)))
     for score in scores(after):
         old, new = metrics.get((score.row.case.case, score.claim.claim)), score.accuracy
         if old and old.metric == new.metric:
@@ -143,7 +143,8 @@ def _p50(row: Row) -> float | None:
     return point.value if point else None
 
 
-def _bytes(row: Row) -> float | None:
+def artifact_bytes(row: Row) -> float | None:
+    """Size of a case's artifact with all its files; None where the record has none."""
     return float(sum(file.bytes for file in row.case.hops[-1].files)) if row.case.hops else None
 
 

@@ -103,6 +103,25 @@ def excess(entry: Comparison) -> str:
     return f"{with_unit(allowed - observed, _unit(entry))} below the allowed"
 
 
+def share(entry: Comparison) -> float | None:
+    """The error as a share of what is allowed, above 1 where it is too large; None of a measure that is no error.
+
+    Of a cosine it is the distance from 1 that counts, of a signal-to-noise ratio the noise's amplitude: the plain ratio
+    of observed and allowed would be 0.999 of every good cosine.
+    """
+    found, limit = entry.observed, entry.allowed
+    if found is None or limit is None or math.isnan(found) or not math.isfinite(limit):
+        return math.inf
+    if entry.measure == "cosine":
+        found, limit = max(1 - found, 0.0), 1 - limit
+    elif entry.measure == "snr_db":
+        # Beyond 6000 dB a power of ten is no float any more, and no such ratio is a measured one.
+        found, limit = 10 ** (min(max(limit - found, -6000.0), 6000.0) / 20), 1.0
+    elif bound(entry) == "≥":
+        return None
+    return found / limit if limit > 0 else 0.0 if found <= limit else math.inf
+
+
 def subject(entry: Comparison) -> str:
     """What was compared: max abs of boxes (output0)."""
     place = f"{entry.group} ({entry.output})" if entry.group else entry.output

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from reports import accuracy, comparison, findings, latency, picture, wording
+from reports import accuracy, comparison, findings, history, latency, picture, trend, wording
 from reports.events import GOOD, NEUTRAL, Claim, Comparison, Layer
 from reports.record import Row, Summary, Unmet
 
@@ -66,7 +66,7 @@ def render(summary: Summary) -> str:
         figures=FIGURES,
         meaning=wording.MEANING,
         missing=wording.MISSING,
-        overall={"QUALIFIED": "good", "NOT QUALIFIED": "bad"}.get(summary.verdict, "warn"),
+        overall=overall(summary),
     )
 
 
@@ -74,6 +74,16 @@ def render_comparison(found: comparison.Comparison) -> str:
     """Two runs beside each other as one HTML document."""
     template = _environment().get_template("comparison.html.j2")
     return template.render(found=found, sections=comparison.sections(found), missing=wording.MISSING)
+
+
+def render_history(found: history.History) -> str:
+    """Many runs as one HTML document."""
+    return _environment().get_template("history.html.j2").render(found=found, missing=wording.MISSING)
+
+
+def overall(summary: Summary) -> str:
+    """The colour class of a run's own verdict."""
+    return {"QUALIFIED": "good", "NOT QUALIFIED": "bad"}.get(summary.verdict, "warn")
 
 
 def tone(verdict: str) -> str:
@@ -111,6 +121,7 @@ def _environment() -> Environment:
         "digest": wording.digest,
         "shell": shlex.join,
         "tally": tally,
+        "overall": overall,
     }
     environment.filters.update(filters)  # pyright: ignore[reportUnknownMemberType]
     named: dict[str, Callable[..., Any]] = {
@@ -124,6 +135,7 @@ def _environment() -> Environment:
         "distribution": picture.latency,
         "ratio_picture": picture.ratio,
         "tradeoff_picture": picture.tradeoff,
+        "trend_picture": trend.picture,
     }
     environment.globals.update(named)  # pyright: ignore[reportUnknownMemberType]
     return environment

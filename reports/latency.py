@@ -45,11 +45,11 @@ def boards(summary: Summary) -> tuple[Board, ...]:
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in summary.rows:
         if measured(row):
-            groups.setdefault((row.where or _machine(row), row.case.device), []).append(row)
+            groups.setdefault((row.where or machine(row), row.case.device), []).append(row)
     return tuple(Board(machine, device, tuple(_timings(rows))) for (machine, device), rows in groups.items())
 
 
-def _machine(row: Row) -> str:
+def machine(row: Row) -> str:
     """What the baselines' folder is named after: of a GPU, the GPU; the host says nothing of how fast that is."""
     claim = measured(row)
     found = claim.measurement.conditions.get("machine") if claim and claim.measurement else None
@@ -79,14 +79,15 @@ def _timings(rows: Sequence[Row]) -> Iterator[Timing]:
         yield Timing(row, claim, claim.measurement, speed_up, _slower_for_less(row, siblings[_kind(row)]), share)
 
 
-def _point(row: Row) -> Percentile | None:
+def point(row: Row) -> Percentile | None:
+    """The median latency of a row with its interval, if it was measured."""
     claim = measured(row)
     return claim.measurement.p50 if claim and claim.measurement else None
 
 
 def _p50(row: Row) -> float | None:
-    point = _point(row)
-    return point.value if point and point.value is not None and math.isfinite(point.value) else None
+    found = point(row)
+    return found.value if found and found.value is not None and math.isfinite(found.value) else None
 
 
 def _input(row: Row) -> tuple[str, ...]:
@@ -102,11 +103,11 @@ def _kind(row: Row) -> tuple[str, ...]:
 
 def _slower_for_less(row: Row, siblings: Mapping[str, Row]) -> str:
     """Says when a lower precision is slower than a higher one, beyond both confidence intervals."""
-    own, precision = _point(row), row.case.precision
+    own, precision = point(row), row.case.precision
     if precision not in _PRECISIONS or own is None or own.low is None:
         return ""
     for higher in reversed(_PRECISIONS[: _PRECISIONS.index(precision)]):
-        theirs = _point(siblings[higher]) if higher in siblings else None
+        theirs = point(siblings[higher]) if higher in siblings else None
         if theirs and theirs.high is not None and own.low > theirs.high:
             return f"slower than {higher}: accuracy paid for nothing"
     return ""

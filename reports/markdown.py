@@ -68,7 +68,7 @@ def _block(command: str) -> str:
     return f"  {fence}sh\n  {flat}\n  {fence}"
 
 
-def _within(budget: int, lines: Iterable[str], rest: str) -> list[str]:
+def within(budget: int, lines: Iterable[str], rest: str) -> list[str]:
     """As many lines as fit into the budget; the last line counts those left out."""
     kept: list[str] = []
     waiting = list(lines)
@@ -83,7 +83,7 @@ def _within(budget: int, lines: Iterable[str], rest: str) -> list[str]:
 def _failures(found: Sequence[Finding]) -> list[str]:
     if not found:
         return []
-    return ["", "### What failed, and what to do", "", *_within(FINDINGS, map(_failure, found), "findings")]
+    return ["", "### What failed, and what to do", "", *within(FINDINGS, map(_failure, found), "findings")]
 
 
 def _failure(entry: Finding) -> str:
@@ -116,7 +116,7 @@ def _matrix(summary: Summary) -> list[str]:
         lines.insert(2, f"\n{len(summary.columns) - len(columns)} more claims are in the HTML report.")
     # Rows with failures come first, so that none of them is among those left out.
     rows = sorted(summary.rows, key=lambda row: not _fails(summary, row))
-    return lines + _within(MATRIX, (_row(summary, row, columns) for row in rows), "cases")
+    return lines + within(MATRIX, (_row(summary, row, columns) for row in rows), "cases")
 
 
 def _fails(summary: Summary, row: Row) -> bool:
@@ -154,7 +154,7 @@ def _accuracy(found: Sequence[Score]) -> list[str]:
         "| case | claim | metric | artifact | PyTorch | change | confidence | allowed | verdict |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
-    return head + _within(ACCURACY, lines, "lines")
+    return head + within(ACCURACY, lines, "lines")
 
 
 def _latency(found: Sequence[Board]) -> list[str]:
@@ -185,4 +185,4 @@ def _latency(found: Sequence[Board]) -> list[str]:
         "| case | p50 ms | confidence | speed against PyTorch | against baseline | verdict |",
         "| --- | ---: | ---: | ---: | ---: | --- |",
     ]
-    return head + _within(LATENCY, lines, "lines")
+    return head + within(LATENCY, lines, "lines")

@@ -59,14 +59,14 @@ def latency(claim: Claim) -> Markup:
     if measurement is None or not samples:
         return Markup("")
     p50 = measurement.p50
-    span = (p50.low, p50.high) if p50 and _drawable(p50.low) and _drawable(p50.high) else None
-    value = p50.value if p50 and _drawable(p50.value) else None
+    span = (p50.low, p50.high) if p50 and drawable(p50.low) and drawable(p50.high) else None
+    value = p50.value if p50 and drawable(p50.value) else None
     lanes = [_Lane("this run", "now", samples, _medians(measurement.processes), value, span, 119, 86, -1)]
     baseline = claim.baseline
     if baseline:
         name = f"baseline {baseline.date[:10]}".strip()
         below = thinned(baseline.processes)
-        then = baseline.p50 if _drawable(baseline.p50) else None
+        then = baseline.p50 if drawable(baseline.p50) else None
         lanes.append(_Lane(name, "then", below, _medians(baseline.processes), then, None, 121, 64, 1))
     axis = _axis(lanes)
     height = 237 if baseline else 161
@@ -78,7 +78,7 @@ def latency(claim: Claim) -> Markup:
     beyond = [sample for process in measurement.processes for sample in process if sample > axis.high]
     caption = f"; beyond the axis: {len(beyond):,}, the slowest {milliseconds(max(beyond))} ms" if beyond else ""
     return Markup('<figure class="picture">{}<figcaption>{}{}</figcaption></figure>').format(
-        _svg(height, f"Distribution of latency, {lanes[0].name}{' and ' + lanes[1].name if baseline else ''}", parts),
+        svg(height, f"Distribution of latency, {lanes[0].name}{' and ' + lanes[1].name if baseline else ''}", parts),
         "Share of inferences by latency; each dot is the median of one process, the band the confidence of p50",
         caption,
     )
@@ -86,10 +86,10 @@ def latency(claim: Claim) -> Markup:
 
 def ratio(gate: Gate) -> Markup:
     """The gate: the ratio to the baseline with its interval, against the slow-down that is let pass."""
-    if not _drawable(gate.ratio) or not _drawable(gate.delta):
+    if not drawable(gate.ratio) or not drawable(gate.delta):
         return Markup("")
-    low = gate.low if _drawable(gate.low) else gate.ratio
-    high = gate.high if _drawable(gate.high) else gate.ratio
+    low = gate.low if drawable(gate.low) else gate.ratio
+    high = gate.high if drawable(gate.high) else gate.ratio
     limit = 1 + gate.delta
     reach = max(abs(edge - 1) for edge in (low, high, limit, gate.ratio)) * 1.25 or 0.05
     axis = _Axis(1 - reach, 1 + reach)
@@ -111,12 +111,12 @@ def ratio(gate: Gate) -> Markup:
     label = (
         f"Ratio to the baseline {number(gate.ratio)}, interval {number(low)} to {number(high)}, allowed {number(limit)}"
     )
-    return Markup('<figure class="picture">{}</figure>').format(_svg(66, label, parts))
+    return Markup('<figure class="picture">{}</figure>').format(svg(66, label, parts))
 
 
 def tradeoff(search: Search) -> Markup:
     """Accuracy against latency: each try a dot, the chosen one named, the budget a line; empty without latencies."""
-    shown = [s for s in search.steps if _drawable(s.milliseconds) and _drawable(s.change)]
+    shown = [s for s in search.steps if drawable(s.milliseconds) and drawable(s.change)]
     chosen = search.steps[search.chosen] if search.chosen < len(search.steps) else None
     if len(shown) < 2:
         return Markup("")
@@ -146,7 +146,7 @@ def tradeoff(search: Search) -> Markup:
             parts.append(_beside(x, x, text, here + 4, 250))
     label = f"Accuracy against latency of {len(shown)} tries; chosen: {chosen.name if chosen else 'none'}"
     return Markup('<figure class="picture">{}<figcaption>{}</figcaption></figure>').format(
-        _svg(height, label, parts),
+        svg(height, label, parts),
         "Share of PyTorch's metric against the median latency of each try; where red, its interval reaches below what "
         "is asked for",
     )
@@ -172,10 +172,10 @@ def thinned(processes: Sequence[Sequence[float]]) -> list[float]:
     total = sum(len(process) for process in processes)
     step = max(1, math.ceil(total / ENOUGH))
     flat = (sample for process in processes for sample in process[::step])
-    return [sample for sample in flat if _drawable(sample)]
+    return [sample for sample in flat if drawable(sample)]
 
 
-def _drawable(value: float | None) -> TypeGuard[float]:
+def drawable(value: float | None) -> TypeGuard[float]:
     return value is not None and abs(value) < ABSURD  # false for a NaN too
 
 
@@ -196,7 +196,7 @@ def _axis(lanes: Sequence[_Lane]) -> _Axis:
     return _Axis(low - pad, high + pad)
 
 
-def _svg(height: int, label: str, parts: Sequence[Markup]) -> Markup:
+def svg(height: int, label: str, parts: Sequence[Markup]) -> Markup:
     return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         WIDTH, height, label, Markup("").join(parts)
     )
@@ -266,7 +266,7 @@ def _bars(lane: _Lane, axis: _Axis) -> Markup:
 
 
 def _limit(axis: _Axis, baseline: Baseline | None, gate: Gate | None, height: int) -> Markup:
-    if not baseline or not gate or not _drawable(baseline.p50) or not _drawable(gate.delta):
+    if not baseline or not gate or not drawable(baseline.p50) or not drawable(gate.delta):
         return Markup("")
     limit = baseline.p50 * (1 + gate.delta)
     return _mark(axis.x(limit), (14, height - 26), "limit", "allowed", 11) if axis.holds(limit) else Markup("")

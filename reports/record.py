@@ -136,9 +136,7 @@ def merge(runs: Sequence[Run]) -> Summary:
     """
     if not runs:
         raise BadRequest("no run record is given", "name at least one run's folder")
-    for run_id, times in Counter(run.start.run for run in runs).items():
-        if times > 1:
-            raise BadRequest(f"run {run_id} is given {times} times", "give each record once")
+    refuse_twice(runs)
     rows = tuple(row for run in runs for row in _rows(run, _where(run, runs)))
     counts: Counter[Verdict] = Counter(claim.verdict for row in rows for claim in row.claims.values())
     wanted, unmet = _must_pass(rows, runs)
@@ -155,6 +153,18 @@ def merge(runs: Sequence[Run]) -> Summary:
         verdict=verdict,
         headline=_headline(verdict, runs, rows, counts=counts, unmet=unmet, unfit=unfit),
     )
+
+
+def refuse_twice(runs: Sequence[Run]) -> None:
+    """Each run counts once, whatever the names of the folders that it was copied to.
+
+    Raises:
+        BadRequest: a run is given twice; names it and where it lies.
+    """
+    for run_id, times in Counter(run.start.run for run in runs).items():
+        if times > 1:
+            places = " and ".join(f"'{run.path}'" for run in runs if run.start.run == run_id)
+            raise BadRequest(f"run {run_id} is given {times} times: {places}", "give each record once")
 
 
 @dataclass

@@ -125,9 +125,10 @@ def moment(text: str) -> str:
     """An ISO 8601 time as 2026-11-22 17:05 UTC; text that is none stays as it is."""
     try:
         parsed = datetime.fromisoformat(text)
-    except ValueError:
+        told = parsed.astimezone(UTC) if parsed.tzinfo else parsed
+    except (ValueError, OverflowError):  # the latter: a time zone in front of year 1
         return text
-    return f"{parsed.astimezone(UTC) if parsed.tzinfo else parsed:%Y-%m-%d %H:%M} UTC"
+    return f"{told:%Y-%m-%d %H:%M} UTC"
 
 
 def with_unit(value: float | None, unit: str, digits: int = 4) -> str:

@@ -116,10 +116,16 @@ def _parser() -> argparse.ArgumentParser:
 
     report = add("report", _report, "Write the reports of run records again, or merge several into one.")
     report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
-    report.add_argument("--output", metavar="DIR", help="where to (default: the first run's folder)")
     report.add_argument(
+        "--output",
+        metavar="DIR",
+        help="where to (default: the first run's folder, of pages over several the last one's)",
+    )
+    over = report.add_mutually_exclusive_group()
+    over.add_argument(
         "--compare", action="store_true", help="of two runs what got worse, better, appeared and vanished"
     )
+    over.add_argument("--history", action="store_true", help="of many runs how latency, error, metric and size went")
 
     add_signature(commands)
     add_engine(commands)
@@ -433,6 +439,11 @@ def _report(options: argparse.Namespace, further: list[str]) -> int:
         found = reports.write_comparison(runs[0], runs[1], out)
         print(out / "comparison.html", out / "comparison.md", found.headline, sep="\n")
         return 1 if found.is_worse else 0
+    if options.history:
+        out = Path(options.output) if options.output else (runs[-1] if runs[-1].is_dir() else runs[-1].parent)
+        told = reports.write_history(runs, out)
+        print(out / "history.html", out / "history.md", told.headline, sep="\n")
+        return 0
     out = Path(options.output) if options.output else (runs[0] if runs[0].is_dir() else runs[0].parent)
     for path in reports.write(runs, out).values():
         print(path)

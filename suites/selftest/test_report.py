@@ -717,6 +717,14 @@ def test_the_html_shows_what_was_observed_and_allowed(tmp_path: Path) -> None:
         assert piece in text
 
 
+def test_the_html_stands_what_a_record_need_not_have(tmp_path: Path) -> None:
+    score = {"metric": "F1", "artifact": {}, "reference": {}, "change": None, "low": None, "high": None}
+    score |= {"allowed": 0.1, "share": False, "images": 0}
+    case = "best-onnx-fp32-ort-cpu"
+    lines = [run_event(machine={"id": "m"}), case_event(case), claim_event(case, "test_x", "FAIL", accuracy=score)]
+    assert "F1" in html.render(summarize(tmp_path, lines))
+
+
 def test_the_html_shows_the_layers_of_an_engine(tmp_path: Path) -> None:
     page = html.render(summarize(tmp_path, every_verdict()))
     assert "3 layers · int8 1 (0.0210 ms) · fp16 1 (0.0110 ms) · reformat 1 (0.0040 ms)" in page
@@ -829,3 +837,15 @@ def test_writing_again_replaces_the_files_and_leaves_nothing_else(tmp_path: Path
 )
 def test_names_of_claims_read_as_sentences(name: str, reads: str) -> None:
     assert wording.sentence(name) == reads
+
+
+@pytest.mark.parametrize(
+    ("told", "reads"),
+    [
+        ("2026-11-22T19:05:01+02:00", "2026-11-22 17:05 UTC"),
+        ("yesterday", "yesterday"),
+        ("0001-01-01T00:00:00+10:00", "0001-01-01T00:00:00+10:00"),
+    ],
+)
+def test_a_time_that_cannot_be_read_stays_as_it_is(told: str, reads: str) -> None:
+    assert wording.moment(told) == reads
