@@ -6,6 +6,7 @@ says of the same samples, with the same limit.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,6 +21,7 @@ from suites.support.gate import settle
 from suites.support.verdict import Verdict
 
 DELTA, PROCESSES, INFERENCES = 0.02, 10, 40
+OCCASION = Path(__file__).with_name("h100_second_occasion.json")
 RECORDED = Path(__file__).parents[2] / "baselines" / "nvidia-h100-80gb-hbm3-700w"
 Made = Callable[[np.random.Generator], list[float]]  # one process of an artifact that takes 1 ms
 
@@ -174,6 +176,32 @@ def test_recorded_processes_of_an_h100_are_judged_rightly(slower: float) -> None
     print(rate.line(f"recorded on an H100, {slower:.0%} slower"))
     if slower:
         assert rate.ours >= 0.99 * rate.runs
+    else:
+        assert upper(rate.ours, rate.runs) <= 0.01
+
+
+@pytest.mark.parametrize("slower", [0.0, 0.05])
+def test_processes_of_another_occasion_are_judged_rightly(slower: float) -> None:
+    """Another day, another H100 of the model, engines built again: held against what was stored before."""
+    cells = json.loads(OCCASION.read_text(encoding="utf-8"))["cells"]
+    generator, rate = np.random.default_rng(5), Rate()
+    for name, processes in cells.items():
+        stored = read_baseline(RECORDED / f"{name}.json")
+        assert stored is not None
+        before = [p[:INFERENCES] for p in stored.processes]
+
+        def drawn(own: Sequence[Sequence[float]], factor: float) -> Iterator[list[float]]:
+            while True:
+                yield [x * factor for x in own[int(generator.integers(len(own)))]]
+
+        for _ in range(2000 // len(cells) + 1):
+            _tried(drawn(before, 1.0), drawn(processes, 1 + slower), rate)
+    print(rate.line(f"of another occasion on an H100, {slower:.0%} slower"))
+    if slower:
+        # Built again, an engine may be half a percent faster than the stored one: what is left of 5 % above 2 % is not
+        # always beyond doubt with processes that differ by 2 %. But none of them passes.
+        assert rate.ours >= 0.9 * rate.runs
+        assert rate.ours + rate.undecided == rate.runs
     else:
         assert upper(rate.ours, rate.runs) <= 0.01
 
