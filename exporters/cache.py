@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import time
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,13 +54,70 @@ def writing() -> Generator[None]:
 
 
 @contextmanager
-def alone(name: str) -> Generator[None]:
-    """Within it no other process of this cache is within it by the same name."""
-    from filelock import FileLock  # 60 ms, where most commands lock nothing
+def alone(name: str, waiting: Callable[[], None] = lambda: None) -> Generator[float]:
+    """Within it no other process of this cache is within it by the same name; a process that is killed is out.
 
-    scratch().mkdir(parents=True, exist_ok=True)
-    with FileLock(scratch() / f"{name}.lock"):
-        yield
+    Gives the seconds that it waited; `waiting` is called once those are more than one.
+    """
+    from filelock import FileLock, Timeout  # 60 ms, where most commands lock nothing
+
+    folder = cache_root() / "locks"  # none of KINDS: a lock that is pruned while it is held locks nothing
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, begin = FileLock(folder / f"{name}.lock"), time.monotonic()
+    try:
+        lock.acquire(timeout=1.0)
+    except Timeout:
+        waiting()
+        lock.acquire()
+    try:
+        yield time.monotonic() - begin
+    finally:
+        lock.release()
+
+
+def hold(folder: Path, *, shared: bool = False) -> int | None:
+    """Marks a folder as in use until the descriptor is closed, by the system where this process is killed.
+
+    None where that cannot be told: Windows, some file systems of a network.
+    """
+    with suppress(ImportError, OSError):
+        return _locked(folder, shared=shared, wait=True)
+    return None
+
+
+def is_held(folder: Path) -> bool | None:
+    """Whether a process of this machine holds a folder; None where that cannot be told."""
+    try:
+        os.close(_locked(folder, shared=False, wait=False))
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):
+        return None
+    return False
+
+
+def _locked(folder: Path, *, shared: bool, wait: bool) -> int:
+    import fcntl  # not on Windows
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def held_folder(make: Callable[[], Path]) -> tuple[Path, int | None]:
+    """A new folder that is held; made again where another process took it for abandoned before it was."""
+    while True:
+        folder = make()
+        held = hold(folder)
+        if folder.is_dir():
+            return folder, held
+        if held is not None:
+            os.close(held)
 
 
 def scratch() -> Path:
@@ -74,26 +132,45 @@ def temporary_folder() -> Generator[Path]:
     Raises:
         BadRequest: it cannot be made.
     """
-    folder = scratch() / uuid.uuid4().hex
+    own = f"{platform.node()[:40]}-"
+
+    def make() -> Path:
+        made = scratch() / f"{own}{uuid.uuid4().hex}"
+        made.mkdir()
+        return made
+
     with writing():
         scratch().mkdir(parents=True, exist_ok=True)
-        for stale in scratch().iterdir():  # of runs that were killed; process ids say nothing between containers
-            with suppress(FileNotFoundError):
-                if time.time() - stale.stat().st_mtime > ABANDONED:
-                    shutil.rmtree(stale, ignore_errors=True)
-        folder.mkdir()
+        for stale in scratch().iterdir():  # of runs that were killed
+            held = is_held(stale)
+            # What another machine holds cannot always be told here, nor what a container with a kernel of its own does.
+            if (held is False and stale.name.startswith(own)) or (not held and _age(stale) > ABANDONED):
+                shutil.rmtree(stale, ignore_errors=True)
+        folder, held = held_folder(make)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def _age(path: Path) -> float:
+    """Seconds since a file or folder was changed; 0 if it is gone."""
+    with suppress(FileNotFoundError):
+        return time.time() - path.stat().st_mtime
+    return 0.0
 
 
 def place(data: bytes, target: Path) -> None:
     """Writes a file in whole, or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{uuid.uuid4().hex}")
-    temporary.write_bytes(data)
-    temporary.replace(target)
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def touch(path: Path) -> None:
@@ -139,6 +216,8 @@ def prune(days: float, kinds: Sequence[str]) -> list[Entry]:
         for entry in entries(kinds):
             # What runs make now lies in the same folder as what killed ones left.
             if time.time() - entry.used < (max(days * DAY, ABANDONED) if entry.kind == "tmp" else days * DAY):
+                continue
+            if is_held(entry.path):  # whatever the clock says
                 continue
             aside = scratch() / uuid.uuid4().hex
             with suppress(FileNotFoundError):  # another process did it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -156,19 +157,21 @@ def _process(case: Bench, number: int, settings: Latency) -> Samples:
     if not case.case.runtime.runs:
         raise NotSupported(case.case.runtime.because)
     artifact, feeds = case.artifact(), case.feeds_of(case.spec)[:2]
-    try:
-        session = case.guard(lambda: pool.open(artifact, case.spec, runtime, device, number))
+    with pool.measuring(device) as notes:  # from the opening on, which would disturb who measures
         try:
-            return case.guard(
-                lambda: session.measure(
-                    [cast(session, f.arrays) for f in feeds],
-                    MeasurementPlan(seconds=settings.seconds, inferences=-(-NEEDED[50] // settings.processes)),
+            session = case.guard(lambda: pool.open(artifact, case.spec, runtime, device, number))
+            try:
+                found = case.guard(
+                    lambda: session.measure(
+                        [cast(session, f.arrays) for f in feeds],
+                        MeasurementPlan(seconds=settings.seconds, inferences=-(-NEEDED[50] // settings.processes)),
+                    )
                 )
-            )
+                return replace(found, notes=(*found.notes, *notes))
+            finally:
+                session.close()
         finally:
-            session.close()
-    finally:
-        pool.retire(case.spec, runtime, device, number)
+            pool.retire(case.spec, runtime, device, number)
 
 
 def _replay(benchmark: Any, milliseconds: list[list[float]]) -> None:
