@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import shutil
@@ -12,11 +13,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporters.errors import BadRequest
+from exporters.errors import BadRequest, ExportgateError
 from exporters.toolchain import cache_root
 
 ABANDONED = 86400.0  # seconds: longer than any limit on an export
 DAY = 86400.0
+LEAST = 1 << 20  # bytes: a disk with less is full
+NO_ROOM = os.strerror(errno.ENOSPC)
+FIX = "make room, or set EXPORTGATE_CACHE to a folder of yours"
 # What the cache holds, by folder. `placed` remembers which of the user's files are ours, so that it is never pruned.
 KINDS = {
     "artifacts": "exported files",
@@ -47,10 +51,7 @@ def writing() -> Generator[None]:
     try:
         yield
     except OSError as error:
-        raise BadRequest(
-            f"the cache {cache_root()} cannot be written ({error.strerror or error})",
-            "make room, or set EXPORTGATE_CACHE to a folder of yours",
-        ) from None
+        raise BadRequest(f"the cache {cache_root()} cannot be written ({error.strerror or error})", FIX) from None
 
 
 @contextmanager
@@ -149,10 +150,23 @@ def temporary_folder() -> Generator[Path]:
         folder, held = held_folder(make)
     try:
         yield folder
+    except BadRequest:
+        raise
+    except ExportgateError as error:  # C++ that writes to a full disk aborts, or says so in words of its own
+        if _free(folder) < LEAST:
+            raise BadRequest(f"the cache {cache_root()} cannot be written ({NO_ROOM}: {error.what})", FIX) from error
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if held is not None:
             os.close(held)
+
+
+def _free(folder: Path) -> int:
+    """Bytes that can still be written."""
+    with suppress(OSError):
+        return shutil.disk_usage(folder).free
+    return LEAST
 
 
 def _age(path: Path) -> float:
@@ -191,7 +205,7 @@ def entries(kinds: Sequence[str] = ()) -> list[Entry]:
             folder = cache_root() / kind
             here = [_entry(kind, path) for path in (folder.iterdir() if folder.is_dir() else ())]
             found += sorted(here, key=lambda e: -e.used)
-    except PermissionError as error:
+    except OSError as error:
         raise BadRequest(
             f"the cache {cache_root()} cannot be read ({error.strerror})", "set EXPORTGATE_CACHE to a folder of yours"
         ) from None
