@@ -86,15 +86,22 @@ def hold(folder: Path, *, shared: bool = False) -> int | None:
     return None
 
 
-def is_held(folder: Path) -> bool | None:
-    """Whether a process of this machine holds a folder; None where that cannot be told."""
+@contextmanager
+def unheld(folder: Path) -> Generator[bool | None]:
+    """Whether no process of this machine holds a folder, and within it none begins to; None where nobody can tell."""
+    free, descriptor = None, None
     try:
-        os.close(_locked(folder, shared=False, wait=False))
+        descriptor = _locked(folder, shared=False, wait=False)
+        free = True
     except BlockingIOError:
-        return True
+        free = False
     except (ImportError, OSError):
-        return None
-    return False
+        pass
+    try:
+        yield free
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _locked(folder: Path, *, shared: bool, wait: bool) -> int:
@@ -143,10 +150,10 @@ def temporary_folder() -> Generator[Path]:
     with writing():
         scratch().mkdir(parents=True, exist_ok=True)
         for stale in scratch().iterdir():  # of runs that were killed
-            held = is_held(stale)
-            # What another machine holds cannot always be told here, nor what a container with a kernel of its own does.
-            if (held is False and stale.name.startswith(own)) or (not held and _age(stale) > ABANDONED):
-                shutil.rmtree(stale, ignore_errors=True)
+            with unheld(stale) as free:
+                # What another machine holds is not always told here, nor what a container with its own kernel does.
+                if (free and stale.name.startswith(own)) or (free is not False and _age(stale) > ABANDONED):
+                    shutil.rmtree(stale, ignore_errors=True)
         folder, held = held_folder(make)
     try:
         yield folder
@@ -231,10 +238,10 @@ def prune(days: float, kinds: Sequence[str]) -> list[Entry]:
             # What runs make now lies in the same folder as what killed ones left.
             if time.time() - entry.used < (max(days * DAY, ABANDONED) if entry.kind == "tmp" else days * DAY):
                 continue
-            if is_held(entry.path):  # whatever the clock says
-                continue
             aside = scratch() / uuid.uuid4().hex
-            with suppress(FileNotFoundError):  # another process did it
+            with unheld(entry.path) as free, suppress(FileNotFoundError):  # another process did it
+                if free is False:  # whatever the clock says
+                    continue
                 entry.path.replace(aside)
                 shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
                 gone.append(entry)

@@ -488,8 +488,10 @@ def _temporary() -> tuple[Path, int | None]:
     """
     try:
         for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-            if re.fullmatch(r"[a-z0-9_]{8}", left.name.removeprefix(PREFIX)) and cache.is_held(left) is False:
-                _tidy(left)
+            if re.fullmatch(r"[a-z0-9_]{8}", left.name.removeprefix(PREFIX)):
+                with cache.unheld(left) as free:
+                    if free:
+                        _tidy(left)
         return cache.held_folder(lambda: Path(tempfile.mkdtemp(prefix=PREFIX)))
     except OSError as error:
         raise BadRequest(

@@ -252,6 +252,22 @@ def test_who_waits_for_a_measurement_is_told_and_a_killed_one_lets_go(house: Hou
     second.communicate()
 
 
+MAKES = """
+from exporters import cache
+for _ in range(200):
+    with cache.temporary_folder() as folder:
+        (folder / "part").touch()
+        assert (folder / "part").exists()
+"""
+
+
+def test_no_process_clears_away_what_another_has_just_begun(house: House) -> None:
+    made = [house.process(sys.executable, "-c", MAKES) for _ in range(3)]
+    said = [process.communicate(timeout=60)[0] for process in made]
+    assert not any(said), said
+    assert not list((house.cache / "tmp").iterdir())
+
+
 # ---- disks ---------------------------------------------------------------------------------------------------------
 
 
