@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +32,11 @@ def save(arrays: Feeds, folder: Path) -> dict[str, str]:
             np.save(path, array, allow_pickle=False)
             paths[name] = str(path)
     except OSError as error:
+        # The folder of the run and not of the call, so that a full disk is told in the same words by every claim.
+        place = next((p for p in folder.parents if p.name == "arrays"), folder)
+        why = error.strerror or os.strerror(errno.ENOSPC)  # numpy tells how much was written
         raise BadRequest(
-            f"arrays cannot be written to {folder} ({error.strerror or error})",
+            f"arrays cannot be written to {place} ({why})",
             "make room there, or set TMPDIR to another folder",
         ) from None
     return paths

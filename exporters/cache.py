@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import platform
 import shutil
 import time
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporters.errors import BadRequest
+from exporters.errors import BadRequest, ExportgateError
 from exporters.toolchain import cache_root
 
 ABANDONED = 86400.0  # seconds: longer than any limit on an export
 DAY = 86400.0
+LEAST = 1 << 20  # bytes: a disk with less is full
+NO_ROOM = os.strerror(errno.ENOSPC)
+FIX = "make room, or set EXPORTGATE_CACHE to a folder of yours"
 # What the cache holds, by folder. `placed` remembers which of the user's files are ours, so that it is never pruned.
 KINDS = {
     "artifacts": "exported files",
@@ -46,20 +51,81 @@ def writing() -> Generator[None]:
     try:
         yield
     except OSError as error:
-        raise BadRequest(
-            f"the cache {cache_root()} cannot be written ({error.strerror or error})",
-            "make room, or set EXPORTGATE_CACHE to a folder of yours",
-        ) from None
+        raise BadRequest(f"the cache {cache_root()} cannot be written ({error.strerror or error})", FIX) from None
 
 
 @contextmanager
-def alone(name: str) -> Generator[None]:
-    """Within it no other process of this cache is within it by the same name."""
-    from filelock import FileLock  # 60 ms, where most commands lock nothing
+def alone(name: str, waiting: Callable[[], None] = lambda: None) -> Generator[float]:
+    """Within it no other process of this cache is within it by the same name; a process that is killed is out.
 
-    scratch().mkdir(parents=True, exist_ok=True)
-    with FileLock(scratch() / f"{name}.lock"):
-        yield
+    Gives the seconds that it waited; `waiting` is called once those are more than one.
+    """
+    from filelock import FileLock, Timeout  # 60 ms, where most commands lock nothing
+
+    folder = cache_root() / "locks"  # none of KINDS: a lock that is pruned while it is held locks nothing
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, begin = FileLock(folder / f"{name}.lock"), time.monotonic()
+    try:
+        lock.acquire(timeout=1.0)
+    except Timeout:
+        waiting()
+        lock.acquire()
+    try:
+        yield time.monotonic() - begin
+    finally:
+        lock.release()
+
+
+def hold(folder: Path, *, shared: bool = False) -> int | None:
+    """Marks a folder as in use until the descriptor is closed, by the system where this process is killed.
+
+    None where that cannot be told: Windows, some file systems of a network.
+    """
+    with suppress(ImportError, OSError):
+        return _locked(folder, shared=shared, wait=True)
+    return None
+
+
+@contextmanager
+def unheld(folder: Path) -> Generator[bool | None]:
+    """Whether no process of this machine holds a folder, and within it none begins to; None where nobody can tell."""
+    free, descriptor = None, None
+    try:
+        descriptor = _locked(folder, shared=False, wait=False)
+        free = True
+    except BlockingIOError:
+        free = False
+    except (ImportError, OSError):
+        pass
+    try:
+        yield free
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _locked(folder: Path, *, shared: bool, wait: bool) -> int:
+    import fcntl  # not on Windows
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def held_folder(make: Callable[[], Path]) -> tuple[Path, int | None]:
+    """A new folder that is held; made again where another process took it for abandoned before it was."""
+    while True:
+        folder = make()
+        held = hold(folder)
+        if folder.is_dir():
+            return folder, held
+        if held is not None:
+            os.close(held)
 
 
 def scratch() -> Path:
@@ -74,26 +140,58 @@ def temporary_folder() -> Generator[Path]:
     Raises:
         BadRequest: it cannot be made.
     """
-    folder = scratch() / uuid.uuid4().hex
+    own = f"{platform.node()[:40]}-"
+
+    def make() -> Path:
+        made = scratch() / f"{own}{uuid.uuid4().hex}"
+        made.mkdir()
+        return made
+
     with writing():
         scratch().mkdir(parents=True, exist_ok=True)
-        for stale in scratch().iterdir():  # of runs that were killed; process ids say nothing between containers
-            with suppress(FileNotFoundError):
-                if time.time() - stale.stat().st_mtime > ABANDONED:
+        for stale in scratch().iterdir():  # of runs that were killed
+            with unheld(stale) as free:
+                # What another machine holds is not always told here, nor what a container with its own kernel does.
+                if (free and stale.name.startswith(own)) or (free is not False and _age(stale) > ABANDONED):
                     shutil.rmtree(stale, ignore_errors=True)
-        folder.mkdir()
+        folder, held = held_folder(make)
     try:
         yield folder
+    except BadRequest:
+        raise
+    except ExportgateError as error:  # C++ that writes to a full disk aborts, or says so in words of its own
+        if _free(folder) < LEAST:
+            raise BadRequest(f"the cache {cache_root()} cannot be written ({NO_ROOM}: {error.what})", FIX) from error
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def _free(folder: Path) -> int:
+    """Bytes that can still be written."""
+    with suppress(OSError):
+        return shutil.disk_usage(folder).free
+    return LEAST
+
+
+def _age(path: Path) -> float:
+    """Seconds since a file or folder was changed; 0 if it is gone."""
+    with suppress(FileNotFoundError):
+        return time.time() - path.stat().st_mtime
+    return 0.0
 
 
 def place(data: bytes, target: Path) -> None:
     """Writes a file in whole, or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{uuid.uuid4().hex}")
-    temporary.write_bytes(data)
-    temporary.replace(target)
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def touch(path: Path) -> None:
@@ -114,7 +212,7 @@ def entries(kinds: Sequence[str] = ()) -> list[Entry]:
             folder = cache_root() / kind
             here = [_entry(kind, path) for path in (folder.iterdir() if folder.is_dir() else ())]
             found += sorted(here, key=lambda e: -e.used)
-    except PermissionError as error:
+    except OSError as error:
         raise BadRequest(
             f"the cache {cache_root()} cannot be read ({error.strerror})", "set EXPORTGATE_CACHE to a folder of yours"
         ) from None
@@ -141,7 +239,9 @@ def prune(days: float, kinds: Sequence[str]) -> list[Entry]:
             if time.time() - entry.used < (max(days * DAY, ABANDONED) if entry.kind == "tmp" else days * DAY):
                 continue
             aside = scratch() / uuid.uuid4().hex
-            with suppress(FileNotFoundError):  # another process did it
+            with unheld(entry.path) as free, suppress(FileNotFoundError):  # another process did it
+                if free is False:  # whatever the clock says
+                    continue
                 entry.path.replace(aside)
                 shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
                 gone.append(entry)

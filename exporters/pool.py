@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import shutil
 import sys
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -19,8 +21,10 @@ from exporters import cache, formats, toolchain
 from exporters.arrays import Array, Feeds, load, save
 from exporters.artifact import MANIFEST, Achieved, Artifact, TensorInfo, commit, discard, list_files, read_manifest
 from exporters.client import Caller, InProcess, Limits, Worker
+from exporters.cuda.nvml import gpu_id
 from exporters.errors import (
     ArtifactError,
+    BadRequest,
     ExportError,
     ExportgateError,
     NotSupported,
@@ -34,6 +38,8 @@ from exporters.metadata import Metadata, normalize
 from exporters.models.spec import ModelSpec
 from exporters.session import Execution, Layer
 from exporters.spec import ExportSpec, is_factory
+
+PREFIX = "exportgate-run-"  # of the folders of runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +154,7 @@ class Pool:
     """Workers of a run, keyed by toolchain, format and role, kept warm and replaced after a crash.
 
     Attributes:
-        folder: the run's folder for logs and arrays; a temporary one by default.
+        folder: the run's folder for logs, arrays and what workers put aside; a temporary one by default.
         in_process: answer calls here, for a debugger.
         progress: told what the pool waits for, one line each.
         variables: of the workers' environment, beside those of this process.
@@ -156,7 +162,7 @@ class Pool:
     """
 
     limits: Limits = field(default_factory=Limits)
-    folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="exportgate-")))
+    folder: Path = Path()
     in_process: bool = False
     progress: Callable[[str], None] = lambda line: None
     variables: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -167,6 +173,16 @@ class Pool:
     states: dict[str, str] = field(default_factory=dict[str, str])  # digest of what each factory made
     weights: dict[str, str] = field(default_factory=dict[str, str])  # digest of each weights file when first seen
     turn: threading.RLock = field(default_factory=threading.RLock)  # threads that ask for a worker take turns
+    held: dict[Path, int] = field(default_factory=dict[Path, int])  # the folder and artifacts, so that none is pruned
+
+    def __post_init__(self) -> None:
+        if self.folder == Path():
+            self.folder, held = _temporary()
+            self._keep(self.folder, held)
+
+    def _keep(self, folder: Path, held: int | None) -> None:
+        if held is not None:
+            self.held[folder] = held
 
     def worker(self, chain: str, format_id: str, role: str, imports: Sequence[str] = (), source: str = "") -> Caller:
         """The warm worker for this key; a new one where there is none or it died.
@@ -194,7 +210,16 @@ class Pool:
             return InProcess()
         environment = self.chain(chain)
         log = self.folder / f"{name}.log"
-        return Worker(name, environment.python, imports, log, self.limits, self.variables)
+        aside = self.folder / "tmp"  # what a killed worker leaves in it is removed with the rest
+        try:
+            aside.mkdir(parents=True, exist_ok=True)
+            variables = {"TMPDIR": str(aside), **self.variables}
+            return Worker(name, environment.python, imports, log, self.limits, variables)
+        except OSError as error:
+            raise BadRequest(
+                f"worker {name} cannot be started in {self.folder} ({error.strerror or error})",
+                "make room there, or set TMPDIR to another folder",
+            ) from None
 
     def chain(self, name: str) -> toolchain.Environment:
         """Where a toolchain's workers run."""
@@ -244,12 +269,14 @@ class Pool:
         with cache.writing():  # a folder that may not be looked into
             is_there = final.exists()
         if is_there:
+            self._hold(final)
             try:
                 found = read_manifest(final)
                 found.verify()
                 cache.touch(final / MANIFEST)
                 return found
             except ArtifactError:
+                self._let_go(final)
                 with cache.writing():
                     discard(final, cache.scratch())
         return self._make(spec, key, parents, environment, final, before)
@@ -327,7 +354,13 @@ class Pool:
             with cache.writing():
                 finished = commit(artifact, final)
             self.fresh.append(key)
-            return finished
+        self._hold(final)
+        return finished
+
+    def _hold(self, final: Path) -> None:
+        """Before it is read: what is held is not pruned, and what was pruned before is not there."""
+        if final not in self.held:
+            self._keep(final, cache.hold(final, shared=True))
 
     def sensitivity(self, spec: ExportSpec) -> dict[str, dict[str, float]]:
         """See exporters.graph.sensitivity; `spec` asks for ONNX in 8 bits."""
@@ -403,6 +436,22 @@ class Pool:
                 )
             artifact.verify()
 
+    @contextmanager
+    def measuring(self, device: str) -> Generator[tuple[str, ...]]:
+        """Within it no other run with this cache measures on this GPU, or on this CPU; gives notes on that."""
+        owner = gpu_id(device) if device != "cpu" else ""
+        with ExitStack() as stack:
+            try:
+                turn = cache.alone(
+                    f"measure-{owner or platform.node()}",
+                    lambda: self.progress("waiting for the measurement of another run"),
+                )
+                waited = stack.enter_context(turn)
+                notes = (f"waited {waited:.0f} s for the measurement of another run",) if waited > 1 else ()
+            except OSError as error:
+                notes = (f"another run may have measured meanwhile: no lock in the cache ({error.strerror or error})",)
+            yield notes
+
     def retire(self, spec: ExportSpec, runtime_id: str, device: str, replicate: int) -> None:
         """Ends the worker of one replicate."""
         entry = formats.get(spec.format)
@@ -418,24 +467,58 @@ class Pool:
         self.workers.clear()
 
     def close(self) -> None:
-        """Ends the workers and removes arrays and empty logs; the folder stays where something was logged."""
+        """Ends the workers and removes all but logs; the folder stays where something was logged."""
         for worker in self.workers.values():
             worker.kill()
         for worker in self.workers.values():
             worker.close()
         self.workers.clear()
-        shutil.rmtree(self.folder / "arrays", ignore_errors=True)
-        with suppress(OSError):
-            for log in self.folder.glob("*.log"):
-                if not log.stat().st_size:
-                    log.unlink()
-            self.folder.rmdir()
+        _tidy(self.folder)
+        for folder in list(self.held):
+            self._let_go(folder)
+
+    def _let_go(self, folder: Path) -> None:
+        held = self.held.pop(folder, None)
+        if held is not None:
+            os.close(held)
 
     def __enter__(self) -> Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _temporary() -> tuple[Path, int | None]:
+    """A run's folder, which is held; what runs that were killed left in theirs is removed.
+
+    Raises:
+        BadRequest: no folder for temporary files can be written.
+    """
+    try:
+        for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+            if re.fullmatch(r"[a-z0-9_]{8}", left.name.removeprefix(PREFIX)):
+                with cache.unheld(left) as free:
+                    if free:
+                        _tidy(left)
+        return cache.held_folder(lambda: Path(tempfile.mkdtemp(prefix=PREFIX)))
+    except OSError as error:
+        raise BadRequest(
+            f"no folder for temporary files can be written ({error.strerror or error})",
+            "make room, or set TMPDIR to a folder of yours",
+        ) from None
+
+
+def _tidy(folder: Path) -> None:
+    """Removes all of a run's folder but the logs that hold something."""
+    for part in (*folder.glob("ahead-*"), folder):
+        for name in ("arrays", "tmp"):
+            shutil.rmtree(part / name, ignore_errors=True)
+        with suppress(OSError):
+            for log in part.glob("*.log"):
+                if not log.stat().st_size:
+                    log.unlink()
+            part.rmdir()
 
 
 def _stamp(model: ModelSpec) -> Any:

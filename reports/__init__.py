@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,8 +39,10 @@ def write(runs: Sequence[Path], out: Path, signed: str | None = None) -> dict[st
         for path, text in texts.values():
             _replace(path, text)
     except OSError as error:
+        again = f"exportgate report {shlex.join(map(str, runs))}"
         raise BadRequest(
-            f"cannot write the report into {out}: {error.strerror}", "name a folder that is yours"
+            f"cannot write the report into {out}: {error.strerror}",
+            f"make room there and run '{again}', or name another folder with --output",
         ) from None
     return {kind: path for kind, (path, _) in texts.items()}
 
@@ -57,7 +60,8 @@ def write_comparison(before: Path, after: Path, out: Path) -> comparison.Compari
         _replace(out / "comparison.md", comparison.render(found))
     except OSError as error:
         raise BadRequest(
-            f"cannot write the comparison into {out}: {error.strerror}", "name a folder that is yours"
+            f"cannot write the comparison into {out}: {error.strerror}",
+            "make room there, or name another folder with --output",
         ) from None
     return found
 

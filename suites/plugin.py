@@ -74,7 +74,11 @@ class State:
             if given
             else Path(config.invocation_params.dir) / "reports" / "runs" / self.identity
         )
-        if not hasattr(config, "workerinput") and (self.folder / "record.jsonl").exists():
+        try:
+            there = (self.folder / "record.jsonl").exists()
+        except OSError as error:
+            raise BadRequest(f"--report '{given}' cannot be used ({error.strerror})", "give another folder") from None
+        if there and not hasattr(config, "workerinput"):
             raise BadRequest(f"--report '{given}' holds a run already", "give another folder, or delete that one")
         self.lines: list[str] = []  # the last ones that the run prints
         self.run: Run | None = None
@@ -357,6 +361,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
             state.record.write("case", **data["case"])
         state.record.write("claim", **data["claim"])
     except ExportgateError as error:  # a disk that is full by now
+        state.record = None  # an end after a line that is cut would be one line with it
         pytest.exit(f"exportgate: error: {error}", pytest.ExitCode.USAGE_ERROR)
     state.verdicts[Verdict(data["claim"]["verdict"])] += 1
     if data["claim"]["verdict"] == Verdict.SKIPPED:
@@ -405,7 +410,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
             )
             state.lines = [*reasons, *_report(state, bool(session.config.getoption("json")))]
         except ExportgateError as error:
-            state.lines = [f"the report could not be written: {error}"]
+            state.lines = [*reasons, f"exportgate: error: {error}"]
             if int(session.exitstatus) == pytest.ExitCode.OK:  # nobody can sign what was not written
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -83,6 +83,14 @@ def gpu_facts(device: str = "cuda:0") -> dict[str, Any]:
     return facts
 
 
+def gpu_id(device: str) -> str:
+    """What tells a GPU from every other one, whatever a process calls it; "" without a driver."""
+    nvml, handle = _nvml(), _handle(device)
+    with suppress(Exception):
+        return _text(nvml.nvmlDeviceGetUUID(handle))
+    return ""
+
+
 def same_gpus(device: str) -> list[str]:
     """The GPUs of this host that have the name of this one, it first, as CUDA_VISIBLE_DEVICES names them."""
     nvml, wanted = _nvml(), gpu_facts(device).get("name")

@@ -153,7 +153,8 @@ def _median(case: Bench, spec: ExportSpec) -> float:
     session = case.guard(lambda: pool.open(pool.export(spec), spec, runtime, device))
     try:
         feeds = [cast(session, f.arrays) for f in case.feeds_of(spec)[:2]]
-        found = case.guard(lambda: session.measure(feeds, MeasurementPlan(seconds=SECONDS)))
+        with pool.measuring(device):
+            found = case.guard(lambda: session.measure(feeds, MeasurementPlan(seconds=SECONDS)))
         return round(float(np.median(found.milliseconds)), 4)
     finally:
         session.close()

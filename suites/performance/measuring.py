@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,15 +41,16 @@ class Side:
         settings = case.run.project.latency_on(device)
         feeds, number = case.feeds_of(case.spec)[:2], len(self.processes) + 1
         plan = MeasurementPlan(seconds=settings.seconds, inferences=-(-NEEDED[50] // settings.processes))
-        try:
-            session = case.guard(lambda: self.pool.open(self.artifact, case.spec, runtime.id, device, number))
+        with self.pool.measuring(device) as notes:  # from the opening on, which would disturb who measures
             try:
-                made = case.guard(lambda: session.measure([cast(session, f.arrays) for f in feeds], plan))
+                session = case.guard(lambda: self.pool.open(self.artifact, case.spec, runtime.id, device, number))
+                try:
+                    made = case.guard(lambda: session.measure([cast(session, f.arrays) for f in feeds], plan))
+                finally:
+                    session.close()
             finally:
-                session.close()
-        finally:
-            self.pool.retire(case.spec, runtime.id, device, number)
-        self.processes.append(made)
+                self.pool.retire(case.spec, runtime.id, device, number)
+        self.processes.append(replace(made, notes=(*made.notes, *notes)))
         self.milliseconds.append(made.milliseconds)
         self.loads.append(session.load_ms)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import tokenize
-import uuid
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from exporters import calibration, toolchain
+from exporters.cache import place, writing
 from exporters.calibration.images import list_images, prepare_image, read_image
 from exporters.models.spec import ModelSpec, classifier_output
 from exporters.pool import RemoteSession
@@ -177,8 +178,8 @@ def _excited(reference: RemoteSession, images: Array, name: str, imgsz: tuple[in
             pass
         path.unlink(missing_ok=True)
     made = np.array(reference.excite({name: images}, EXCITE_STEPS, SCORE_FLOOR)[name])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.npz")
-    np.savez(temporary, images=made)
-    temporary.replace(path)
+    packed = io.BytesIO()
+    np.savez(packed, images=made)
+    with writing():
+        place(packed.getvalue(), path)
     return made

@@ -64,7 +64,8 @@ class Record:
                 os.fsync(file.fileno())
         except OSError as error:
             raise BadRequest(
-                f"the run record {self.path} cannot be written ({error.strerror})", "give another folder with --report"
+                f"the run record {self.path} cannot be written ({error.strerror})",
+                "make room, or give another folder with --report",
             ) from None
 
 
