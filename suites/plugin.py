@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +91,8 @@ class State:
         self.selftest = Counter[str]()
         self.started = time.monotonic()
         self.claims: set[tuple[str, str]] = set()
+        self.set_aside: set[tuple[str, str]] = set()  # of latency, in a process of pytest-xdist
+        self.afterwards = 0  # how many were set aside, in the process that started those
         self.told: dict[tuple[str, str], str] = {}  # (case, because) -> the claim that said it first
 
 
@@ -141,6 +146,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("case", params, indirect=True, scope="session")
 
 
+@pytest.hookimpl(trylast=True)  # what was left out by a marker is not set aside
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     state = config.stash[STATE]
     wanted = config.getoption("claim")
@@ -159,6 +165,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     except ExportgateError as error:
         raise pytest.UsageError(str(error)) from None
     state.claims = {(case.id, _claim_of(item)) for item in items if (case := _case_of(item))}
+    if hasattr(config, "workerinput"):  # one of pytest-xdist's: nobody else may work while latency is measured
+        state.set_aside = {(case.id, _claim_of(i)) for i in items if (case := _case_of(i)) and _is_latency(i)}
+        items[:] = [i for i in items if not (_case_of(i) and _is_latency(i))]
+        config.workeroutput[PROPERTY] = len(state.set_aside)  # pyright: ignore[reportAttributeAccessIssue]
     for item in items:
         waiver = _waiver_of(state.project, item)
         if waiver:
@@ -169,6 +179,10 @@ def _case_of(item: pytest.Item) -> Case | None:
     callspec = getattr(item, "callspec", None)
     found = callspec.params.get("case") if callspec else None
     return found if isinstance(found, Case) else None
+
+
+def _is_latency(item: pytest.Item) -> bool:
+    return item.get_closest_marker("latency") is not None
 
 
 def _claim_of(item: pytest.Item) -> str:
@@ -336,7 +350,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if state is not None and state.claims and not session.config.option.collectonly:
         try:
             if state.release:
-                check_complete(state.cases, {(c.id, _claim_of(i)) for i in session.items if (c := _case_of(i))})
+                chosen = {(c.id, _claim_of(i)) for i in session.items if (c := _case_of(i))}
+                check_complete(state.cases, chosen | state.set_aside)
             _open_record(state)
         except ExportgateError as error:
             raise pytest.UsageError(str(error)) from None
@@ -382,11 +397,54 @@ def _command() -> list[str]:
     return json.loads(given) if given else [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """A process of pytest-xdist has ended: how much latency it set aside."""
+    state = _active.get("state")
+    if state is not None:
+        state.afterwards = max(state.afterwards, getattr(node, "workeroutput", {}).get(PROPERTY, 0))
+
+
+def _latency_alone(state: State, session: pytest.Session) -> None:
+    """Latency, judged by a run of its own in the conditions of this one; its lines become part of this record."""
+    given, expression = session.config.invocation_params, session.config.getoption("markexpr")
+    folder = state.folder / "latency"
+    only = f"({expression}) and latency" if expression else "latency"
+    words = [*given.args, "-n", "0", "--report", str(folder), "-m", only]  # of an option given twice the last counts
+    variables = {k: v for k, v in os.environ.items() if k != "EXPORTGATE_JSON"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *words],
+        cwd=given.dir,
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    _open_record(state)
+    with suppress(FileNotFoundError):
+        for line in (folder / "record.jsonl").read_text(encoding="utf-8").splitlines():
+            event = json.loads(line)
+            kind = event.pop("event")
+            if kind in ("case", "claim") and state.record is not None:
+                state.record.write(kind, **event)
+            if kind == "claim":
+                state.verdicts[Verdict(event["verdict"])] += 1
+    shutil.rmtree(folder, ignore_errors=True)
+    if done.returncode not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        session.exitstatus = done.returncode
+        print(done.stdout + done.stderr)
+    elif session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+        session.exitstatus = pytest.ExitCode.OK
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     state = _active.get("state")
     if state is None or state is not session.config.stash.get(STATE, None):
         return
+    if state.afterwards and exitstatus not in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR):
+        _latency_alone(state, session)
+        exitstatus = session.exitstatus
     judged = sum(n for v, n in state.verdicts.items() if not v.is_neutral)
     passed = state.selftest["passed"]
     if int(exitstatus) == pytest.ExitCode.OK and not judged and not passed and not session.config.option.collectonly:

@@ -88,6 +88,7 @@ def in_turns(new: Side, old: Side | None, count: int) -> None:
 
 def keep(case: Bench, new: Side, old: Side | None) -> dict[str, Any]:
     """What both sides were measured at, for the next claim; the figures of the new one."""
+    case.run.measured[case.case.id] = [list(p) for p in new.milliseconds]
     figures = case.run.figures[case.case.id] = new.figures() | dict(case.describe().execution.figures)
     if old is not None:
         case.run.before[case.case.id] = of_old(case, old)

@@ -143,7 +143,7 @@ def test_what_has_grown_is_caught(baseline: Workshop, damage: Damage, word: str)
     assert verdict is Verdict.FAIL and word in because, because
 
 
-# What a worker finds on its path: a runtime whose sessions take 0.3 s more to make, or compute nothing after a while.
+# What a worker finds on its path: a runtime whose sessions take a second more to make, or compute nothing after a while.
 RUNTIME = """
 import sys
 import threading
@@ -164,7 +164,7 @@ def _change():
 threading.Thread(target=_change, daemon=True).start()
 """
 SLOW = """        def __init__(self, *args, **kwargs):
-            time.sleep(0.3)
+            time.sleep(1.0)
             super().__init__(*args, **kwargs)"""
 LAZY = """        def run(self, *args, **kwargs):
             self.calls = getattr(self, "calls", 0) + 1

@@ -81,6 +81,7 @@ def check_release(config: pytest.Config) -> None:
         ("--ignore", "ignore"),
         ("--ignore-glob", "ignore_glob"),
         ("--sw", "stepwise"),
+        ("-n", "numprocesses"),
     )
     for name, option in refused:
         if getattr(config.option, option, None):

@@ -1,0 +1,54 @@
+"""With pytest-xdist: everything in several processes, latency afterwards in one alone, one record of both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import reports
+from reports.events import Measurement
+from suites.selftest.sabotage_runs import MODULE, PROJECT
+from suites.selftest.test_any_module import qualify
+from suites.support.baseline import accept
+
+pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+LATENCY = {
+    "test_p50_within_baseline",
+    "test_size_load_and_memory_within_baseline",
+    "test_faster_than_the_next_precision",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with one case."""
+    place = tmp_path_factory.mktemp("several")
+    (place / "small_model.py").write_text(MODULE, encoding="utf-8")
+    (place / "exportgate.toml").write_text(PROJECT, encoding="utf-8")
+    return place
+
+
+def test_latency_is_judged_afterwards_and_alone(folder: Path) -> None:
+    done = qualify(folder, "--report", "out", "--", "-n", "2")
+    assert done.returncode == 0 and "\nQUALIFIED: 0 of 34 claims failed" in done.stdout, done.stdout[-2000:]
+    run = reports.read_record(folder / "out")
+    claims = [c.claim for c in run.claims]
+    assert len(claims) == len(set(claims)) == 34 and set(claims) >= LATENCY
+    assert set(claims[-len(LATENCY) :]) == LATENCY, "they come last"
+    assert not (folder / "out" / "latency").exists()
+
+    # A baseline that nothing meets: the run fails, and says by what.
+    latency = next(c for c in run.claims if c.measurement)
+    assert latency.measurement is not None
+    made = Measurement(((1e-4, 1e-4), (1e-4, 1e-4)), None, conditions=latency.measurement.conditions)
+    machine = str(latency.measurement.conditions["machine"])
+    accept(folder / "baselines", machine, latency.case, made, "nothing is so fast")
+    done = qualify(folder, "--report", "late", "--", "-n", "2", "-m", "latency")
+    assert done.returncode == 1 and "slower than the baseline" in done.stdout, done.stdout[-2000:]
+    assert "NOT QUALIFIED: 1 of 3 claims failed" in done.stdout
+
+
+def test_a_release_is_judged_by_one_process(folder: Path) -> None:
+    done = qualify(folder, "--release", "--report", "release", "--", "-n", "2")
+    assert done.returncode == 4 and "-n" in done.stderr, done.stdout + done.stderr
