@@ -143,7 +143,7 @@ def test_what_has_grown_is_caught(baseline: Workshop, damage: Damage, word: str)
     assert verdict is Verdict.FAIL and word in because, because
 
 
-# What a worker finds on its path: a runtime whose sessions take a second more to make, or compute nothing after a while.
+# What a worker finds on its path: a runtime whose sessions take a second more to make, or compute nothing in the end.
 RUNTIME = """
 import sys
 import threading
