@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -198,6 +201,22 @@ def labelled(model):
 
 
 settings.register_profile("long", max_examples=600)
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command_line(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`exportgate` in a folder, as a user types it; further variables of its environment."""
+    return subprocess.run(
+        [sys.executable, "-m", "suites.cli", *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
 
 
 def trained_checkpoint() -> Path | None:

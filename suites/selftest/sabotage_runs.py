@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from suites.selftest.conftest import Workshop
+from suites.selftest.conftest import Workshop, command_line
 from suites.selftest.test_drift import (
     CASE,
     LAZY,
@@ -28,7 +25,6 @@ from suites.selftest.test_drift import (
 )
 from suites.support.verdict import Verdict
 
-ROOT = Path(__file__).resolve().parents[2]
 MODULE = """
 import torch
 
@@ -210,14 +206,5 @@ def of_the_suite(folder: Path) -> Iterator[Found]:
 
 
 def _cli(folder: Path, *words: str) -> tuple[int, str]:
-    """`exportgate` in a folder, as a user types it: its exit code and what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "suites.cli", *words],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = command_line(folder, *words)
     return done.returncode, done.stdout + done.stderr

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import jsonschema
@@ -18,8 +16,8 @@ import reports
 from exporters.models.spec import InputSpec, ModelSpec, OutputSpec
 from exporters.pool import Pool
 from exporters.spec import request
+from suites.selftest.conftest import command_line
 
-ROOT = Path(__file__).resolve().parents[2]
 MODULE = '''
 import torch
 from torch import nn
@@ -73,17 +71,7 @@ seconds = 0.05
 
 
 def qualify(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """`exportgate qualify` in a folder, as a user starts it."""
-    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "-m", "suites.cli", "qualify", *options],
-        cwd=folder,
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+    return command_line(folder, "qualify", *options)
 
 
 @pytest.fixture(scope="module")

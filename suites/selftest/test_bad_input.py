@@ -19,25 +19,15 @@ from exporters.cuda.nvml import gpu_facts
 from exporters.errors import BadRequest
 from exporters.models.checkpoint import read_checkpoint
 from reports.events import Measurement
+from suites.selftest.conftest import ROOT, command_line
 from suites.support.baseline import accept
 from suites.support.cases import Selection, matrix
 from suites.support.config import read_project
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def run(arguments: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own, with an empty cache."""
-    variables = {**os.environ, "EXPORTGATE_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run(
-        [sys.executable, "-m", "suites.cli", *arguments],
-        cwd=folder,
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return command_line(folder, *arguments, EXPORTGATE_CACHE=str(folder / "cache"), **environment)
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import sysconfig
 import venv
 from pathlib import Path
@@ -12,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import reports
-from suites.selftest.sabotage_runs import MODULE, ROOT
+from suites.selftest.conftest import command_line
+from suites.selftest.sabotage_runs import MODULE
 from suites.selftest.test_drift import RUNTIME
 
 SLOWER = """        def run(self, *args, **kwargs):
@@ -49,15 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _compare(folder: Path, *words: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "suites.cli", "compare", *words],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = command_line(folder, "compare", *words)
     return done.returncode, done.stdout + done.stderr
 
 

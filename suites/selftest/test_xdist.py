@@ -8,8 +8,8 @@ import pytest
 
 import reports
 from reports.events import Measurement
+from suites.selftest.conftest import command_line
 from suites.selftest.sabotage_runs import MODULE, PROJECT
-from suites.selftest.test_any_module import qualify
 from suites.support.baseline import accept
 
 pytest.importorskip("xdist", reason="pytest-xdist is not installed")
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_latency_is_judged_afterwards_and_alone(folder: Path) -> None:
-    done = qualify(folder, "--report", "out", "--", "-n", "2")
+    done = command_line(folder, "qualify", "--report", "out", "--", "-n", "2")
     assert done.returncode == 0 and "\nQUALIFIED: 0 of 34 claims failed" in done.stdout, done.stdout[-2000:]
     run = reports.read_record(folder / "out")
     claims = [c.claim for c in run.claims]
@@ -44,11 +44,11 @@ def test_latency_is_judged_afterwards_and_alone(folder: Path) -> None:
     made = Measurement(((1e-4, 1e-4), (1e-4, 1e-4)), None, conditions=latency.measurement.conditions)
     machine = str(latency.measurement.conditions["machine"])
     accept(folder / "baselines", machine, latency.case, made, "nothing is so fast")
-    done = qualify(folder, "--report", "late", "--", "-n", "2", "-m", "latency")
+    done = command_line(folder, "qualify", "--report", "late", "--", "-n", "2", "-m", "latency")
     assert done.returncode == 1 and "slower than the baseline" in done.stdout, done.stdout[-2000:]
     assert "NOT QUALIFIED: 1 of 3 claims failed" in done.stdout
 
 
 def test_a_release_is_judged_by_one_process(folder: Path) -> None:
-    done = qualify(folder, "--release", "--report", "release", "--", "-n", "2")
+    done = command_line(folder, "qualify", "--release", "--report", "release", "--", "-n", "2")
     assert done.returncode == 4 and "-n" in done.stderr, done.stdout + done.stderr
