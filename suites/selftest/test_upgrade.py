@@ -10,24 +10,12 @@ import pytest
 
 import reports
 from suites.selftest.conftest import command_line
-from suites.selftest.sabotage_runs import MODULE
+from suites.selftest.sabotage_runs import MODULE, PROJECT
 from suites.selftest.test_drift import RUNTIME
 
 SLOWER = """        def run(self, *args, **kwargs):
             time.sleep(0.003)
             return super().run(*args, **kwargs)"""
-PROJECT = """
-[models.small]
-factory = "small_model:make"
-imgsz = 32
-[matrix]
-formats = ["onnx"]
-precisions = ["fp32"]
-[latency]
-delta = 1.0
-processes = 3
-seconds = 0.05
-"""
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +23,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project, and three environments with the packages of this one: old, same, slower."""
     place = tmp_path_factory.mktemp("upgrade")
     (place / "small_model.py").write_text(MODULE, encoding="utf-8")
-    (place / "exportgate.toml").write_text(PROJECT, encoding="utf-8")
+    strict = PROJECT.replace("delta = 9.0", "delta = 1.0").replace("processes = 2", "processes = 3")
+    (place / "exportgate.toml").write_text(strict, encoding="utf-8")
     here = sysconfig.get_path("purelib")
     for name in ("old", "same", "slower"):
         venv.create(place / name, symlinks=True)
