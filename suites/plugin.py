@@ -91,8 +91,7 @@ class State:
         self.selftest = Counter[str]()
         self.started = time.monotonic()
         self.claims: set[tuple[str, str]] = set()
-        self.set_aside: set[tuple[str, str]] = set()  # of latency, in a process of pytest-xdist
-        self.afterwards = 0  # how many were set aside, in the process that started those
+        self.afterwards = 0  # claims of latency that the processes of pytest-xdist have set aside
         self.told: dict[tuple[str, str], str] = {}  # (case, because) -> the claim that said it first
 
 
@@ -166,9 +165,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(str(error)) from None
     state.claims = {(case.id, _claim_of(item)) for item in items if (case := _case_of(item))}
     if hasattr(config, "workerinput"):  # one of pytest-xdist's: nobody else may work while latency is measured
-        state.set_aside = {(case.id, _claim_of(i)) for i in items if (case := _case_of(i)) and _is_latency(i)}
-        items[:] = [i for i in items if not (_case_of(i) and _is_latency(i))]
-        config.workeroutput[PROPERTY] = len(state.set_aside)  # pyright: ignore[reportAttributeAccessIssue]
+        there = len(items)
+        items[:] = [i for i in items if not (_case_of(i) and i.get_closest_marker("latency"))]
+        config.workeroutput[PROPERTY] = there - len(items)  # pyright: ignore[reportAttributeAccessIssue]
     for item in items:
         waiver = _waiver_of(state.project, item)
         if waiver:
@@ -179,10 +178,6 @@ def _case_of(item: pytest.Item) -> Case | None:
     callspec = getattr(item, "callspec", None)
     found = callspec.params.get("case") if callspec else None
     return found if isinstance(found, Case) else None
-
-
-def _is_latency(item: pytest.Item) -> bool:
-    return item.get_closest_marker("latency") is not None
 
 
 def _claim_of(item: pytest.Item) -> str:
@@ -350,8 +345,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if state is not None and state.claims and not session.config.option.collectonly:
         try:
             if state.release:
-                chosen = {(c.id, _claim_of(i)) for i in session.items if (c := _case_of(i))}
-                check_complete(state.cases, chosen | state.set_aside)
+                check_complete(state.cases, {(c.id, _claim_of(i)) for i in session.items if (c := _case_of(i))})
             _open_record(state)
         except ExportgateError as error:
             raise pytest.UsageError(str(error)) from None
