@@ -27,7 +27,7 @@ from suites.support.config import read_project
 
 def run(arguments: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own, with an empty cache."""
-    return command_line(folder, *arguments, EXPORTGATE_CACHE=str(folder / "cache"), **environment)
+    return command_line(folder, *arguments, **{"EXPORTGATE_CACHE": str(folder / "cache"), **environment})
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
