@@ -40,6 +40,8 @@ Shape = tuple[int, int, int]  # batch, height, width
 Profiles = tuple[tuple[Shape, Shape, Shape], ...]
 MOST_DETECTIONS = 3840  # of which TensorRT's TopK chooses at most
 CALIBRATORS = ("max", "entropy", "percentile")
+INSIDE = "inside/"  # see ExportSpec.inside
+INTERNAL = ("batch_axis", "inside")  # fields of ExportSpec that are no options
 OPSETS = (17, 20)  # oldest and newest that were verified with torch 2.13 and ONNX Runtime 1.31
 
 
@@ -51,6 +53,9 @@ class ExportSpec:
     calibration set: a data set YAML, a folder of images or classes, or `module:factory`; `keep` the module paths that
     INT8 and FP8 leave in floating point. With `nms` a detector's anchors are suppressed in the graph, from the score
     `conf` on, where they overlap by more than `iou`, and `max_det` detections a picture come out.
+
+    Two are asked for by our own code alone: `batch_axis`, of the ONNX file that an engine is made from, and `inside`,
+    the modules whose outputs an artifact gives as well, in FP32, each as an output of its name behind INSIDE.
     """
 
     model: ModelSpec
@@ -75,6 +80,7 @@ class ExportSpec:
     max_det: int = 300
     agnostic_nms: bool = False
     batch_axis: bool = False
+    inside: tuple[str, ...] = ()
     workspace: float = 4.0
     profiles: Profiles = ()
     builder_level: int = 3
@@ -99,13 +105,13 @@ class ExportSpec:
         values["model"] = ModelSpec.from_dict(values["model"])
         values["precision"] = Precision(values["precision"])
         values["imgsz"] = (values["imgsz"][0], values["imgsz"][1])
-        values["keep"] = tuple(values["keep"])
+        values["keep"], values["inside"] = tuple(values["keep"]), tuple(values["inside"])
         values["profiles"] = tuple(tuple((s[0], s[1], s[2]) for s in p) for p in values["profiles"])
         return ExportSpec(**values)
 
     def changed(self) -> tuple[str, ...]:
         """Names of the options that differ from their defaults, in the order of their declaration."""
-        own = {"model", "format", "precision", "imgsz", "batch_axis"}
+        own = {"model", "format", "precision", "imgsz", *INTERNAL}
         return tuple(f.name for f in fields(self) if f.name not in own and getattr(self, f.name) != f.default)
 
     def but(self, **changes: Any) -> ExportSpec:
@@ -286,7 +292,7 @@ def request(model: ModelSpec, format_id: str, **options: Any) -> ExportSpec:
     from exporters import formats
 
     given = {k: v for k, v in options.items() if v is not None}
-    known = {f.name for f in fields(ExportSpec)} - {"model", "format", "batch_axis"} | {"half", "int8"}
+    known = {f.name for f in fields(ExportSpec)} - {"model", "format", *INTERNAL} | {"half", "int8"}
     unknown = next((k for k in given if k not in known), None)
     if unknown:
         raise BadRequest(

@@ -139,6 +139,7 @@ class Format:
         gone: precision -> why the format does not have it.
         depends: what else its artifact depends on, by name, for the cache.
         smaller_batches: whether `batch` is the largest batch, and smaller ones run, too.
+        shows_inside: whether it takes ExportSpec.inside.
     """
 
     id: str
@@ -162,6 +163,7 @@ class Format:
     gone: Mapping[Precision, str] = field(default_factory=dict[Precision, str])
     depends: Callable[[ExportSpec], Mapping[str, str]] = nothing_further
     smaller_batches: bool = False
+    shows_inside: bool = False
     toolchains: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def chain(self, device: str) -> str:

@@ -318,5 +318,6 @@ FORMAT = Format(
     contradiction=contradiction,
     depends=depends,
     smaller_batches=True,
+    shows_inside=True,
     is_code=True,
 )

@@ -9,12 +9,13 @@ from typing import Any
 
 from exporters.cache import place, writing
 from exporters.errors import BadRequest, ExportError, NotSupported
+from exporters.graph.inside import modules
 from exporters.models.spec import belongs
-from exporters.spec import ExportSpec, Precision
+from exporters.spec import INSIDE, ExportSpec, Precision
 from exporters.tensorrt import timing
 from exporters.tensorrt.calibrators import Calibration, calibrator, size_of
 from exporters.tensorrt.library import Library, Log, builder, library
-from exporters.tensorrt.network import Bounds, Network, parse, precision_of, profiles_of, unquantized
+from exporters.tensorrt.network import Bounds, Network, parse, precision_of, profiles_of, show, unquantized
 from exporters.toolchain import cache_root
 
 GIB = 1 << 30
@@ -51,6 +52,9 @@ def build(path: Path, spec: ExportSpec, gpu: Mapping[str, str], folder: Path) ->
     network = parse(path, found, on_cpu, strongly_typed=not is_weakly_typed(spec))
     network.network.name = spec.model.name  # else it is numbered, and two builds differ by that
     heavy = precision_of(network)
+    if spec.inside:
+        made = modules(path)
+        show(found, network, {made[m][0]: INSIDE + m for m in spec.inside if m in made})
     kinds = heavy if network.strongly_typed else {}
     config = builder(on_cpu).create_builder_config()
     bounds = profiles_of(spec, network)

@@ -169,6 +169,23 @@ def precision_of(network: Network) -> dict[str, str]:
     return kinds
 
 
+def show(found: Library, network: Network, names: Mapping[str, str]) -> None:
+    """Makes tensors outputs as well, as FP32 under another name: name in the file -> name of the output.
+
+    Those that the network does not have, since they were joined with others, are left out.
+    """
+    made: dict[str, Any] = {}
+    for number in range(network.network.num_layers):
+        layer = network.network.get_layer(number)
+        made.update((t.name, t) for t in map(layer.get_output, range(layer.num_outputs)))
+    for name, shown in names.items():
+        if name in made:
+            cast = network.network.add_cast(made[name], found.module.DataType.FLOAT)
+            cast.name = shown
+            cast.get_output(0).name = shown
+            network.network.mark_output(cast.get_output(0))
+
+
 def unquantized(network: Network) -> list[str]:
     """Transposed convolutions and products of two computed tensors, which explicit quantization leaves alone."""
     made_by: dict[str, Any] = {}

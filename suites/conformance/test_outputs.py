@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from exporters import formats
 from exporters.errors import ExportgateError, NotSupported
 from exporters.models.spec import classifier_output, detector_output, named_pictures
 from exporters.spec import CALIBRATED, Precision
-from suites.support.attribution import first_beyond
+from suites.support.attribution import Rebuilt, first_beyond
 from suites.support.bench import Bench, Outputs, cast
 from suites.support.compare import Comparison, compare
 from suites.support.feeds import FeedSet
@@ -153,14 +154,18 @@ def _rows(
 
 def _inside(case: Bench, culprit: Comparison) -> str:
     """Where inside the artifact of the failed hop it begins; "" where nothing can be seen there."""
-    name, spec, artifact = next(hop for hop in case.hops() if culprit.hop.endswith(f"-> {hop[0]}"))
+    hops = case.hops()
+    number = next(n for n, hop in enumerate(hops) if culprit.hop.endswith(f"-> {hop[0]}"))
+    spec = hops[number][1]
     feeds = next(f for f in case.feeds() if f.name == culprit.feeds)
     try:
-        session = case.hop_session(name, spec, artifact)
+        session = case.hop_session(*hops[number])
+        again = number > 0 and formats.get(spec.format).shows_inside
+        inside = Rebuilt(spec, case.open_beside, case.hop_session(*hops[number - 1])) if again else session
         found = case.guard(
             lambda: first_beyond(
                 case.run.reference(case.model),
-                session,
+                inside,
                 feeds.arrays,
                 cast(session, feeds.arrays),
                 spec.precision,

@@ -131,6 +131,18 @@ def test_what_quantization_leaves_alone_is_named_and_no_exception(workshop: Work
         bench.close()
 
 
+@pytest.mark.parametrize("name", ["mixed engine fp32", "mixed engine fp16", "mixed engine int8"])
+def test_an_engine_is_built_with_what_is_inside(workshop: Workshop, name: str) -> None:
+    """Outputs of modules as well, in FP32, that of the whole network among them; what is not there is left out."""
+    spec = workshop.case(name).spec
+    made = workshop.run.pool.export(spec.but(inside=("stem", "up", "last", "gone")))
+    outputs = {o["name"]: o for o in read_engine(made.path).facts["outputs"]}
+    assert list(outputs) == ["output0", "inside/stem", "inside/up", "inside/last"]
+    assert {o["dtype"] for o in outputs.values()} == {"FLOAT"}
+    assert [outputs[f"inside/{m}"]["shape"] for m in ("stem", "up")] == [[1, 8, 32, 32], [1, 8, 64, 64]]
+    assert read_engine(workshop.good(name).path).facts["outputs"] == [outputs["output0"]]
+
+
 def test_a_plan_that_is_not_its_headers_is_caught(workshop: Workshop) -> None:
     def damage(path: Path, _: Workshop) -> None:
         engine = read_engine(path)

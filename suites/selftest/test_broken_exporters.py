@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import suites
 from exporters.models.checkpoint import read_checkpoint
@@ -30,6 +32,7 @@ from suites.conformance import test_outputs as outputs
 from suites.conformance import test_precision as precision
 from suites.conformance import test_robustness as robustness
 from suites.conformance import test_shapes as shapes
+from suites.support import attribution
 from suites.support.bench import Bench, Run
 from suites.support.verdict import Verdict, one_line, verdict_of
 
@@ -877,6 +880,29 @@ def test_a_failure_names_where_it_begins(workshop: Workshop, cell: str, damage: 
     verdict, because = workshop.judge(cell, values, damage)
     assert verdict is Verdict.FAIL
     assert words in because, because
+
+
+@given(data=st.data(), count=st.integers(0, 500))
+def test_an_engine_is_narrowed_down_in_few_builds(data: st.DataObject, count: int) -> None:
+    """The first module beyond where all can be compared; with some that cannot, one that is beyond, or none."""
+    modules = [f"model.{n}" for n in range(count)]
+    bad = data.draw(st.integers(0, count), "first that is beyond; as many as there are: none")
+    unseen = data.draw(st.sets(st.sampled_from(modules)) if modules else st.just(set[str]()), "cannot be compared")
+    for gone in (set[str](), unseen):
+        asked: list[list[str]] = []
+
+        def shares(some: Sequence[str], asked: list[list[str]] = asked, gone: set[str] = gone) -> dict[str, float]:
+            asked.append(list(some))
+            return {m: float("nan") if modules.index(m) >= bad else 0.0 for m in some if m not in gone}
+
+        within, beyond, observed = attribution.narrowed(modules, shares, 0.1)
+        looks = [m for some in asked for m in some]
+        assert len(asked) <= (attribution.BUILDS if gone else 3) and len(looks) == len(set(looks))
+        assert all(1 <= len(some) <= attribution.SHOWN for some in asked)
+        assert not beyond or (modules.index(beyond) >= bad and np.isnan(observed))
+        assert within == sum(m not in gone and modules.index(m) < bad for m in looks)
+        if not gone:
+            assert beyond == (modules[bad] if bad < count else "")
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda b: b.name)

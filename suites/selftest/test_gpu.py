@@ -37,7 +37,7 @@ from exporters.tensorrt.options import ALGORITHMS
 from exporters.toolchain import cache_root
 from suites.conformance import test_dynamic, test_metadata, test_outputs, test_precision, test_shapes
 from suites.selftest.conftest import Claim, Judge, Workshop
-from suites.support.bench import Bench
+from suites.support.bench import Bench, Run
 from suites.support.gate import judge as gate
 from suites.support.verdict import Verdict
 
@@ -182,6 +182,55 @@ def test_a_wrong_engine_is_caught(
     verdict, because = workshop.judge(name, claim, damage)
     assert verdict is Verdict.FAIL, because
     assert words in because
+
+
+NOISE = """
+# Put on a worker's path by a test: an exporter whose engines have other weights in one layer than their ONNX files.
+import sys
+import threading
+import time
+
+
+def _damage():
+    while not hasattr(sys.modules.get("exporters.formats.engine"), "FORMAT"):
+        time.sleep(0.002)
+    module = sys.modules["exporters.formats.engine"]
+    own = module._in_precision
+
+    def in_precision(job):
+        import onnx
+
+        source = own(job)
+        model = onnx.load(source)
+        stored = {i.name: i for i in model.graph.initializer}
+        node = next(n for n in model.graph.node if n.op_type == "Conv" and n.name.startswith("/key"))
+        weights = onnx.numpy_helper.to_array(stored[node.input[1]])
+        stored[node.input[1]].CopyFrom(onnx.numpy_helper.from_array(weights * weights.dtype.type(1.5), node.input[1]))
+        target = job.folder / "damaged.onnx"
+        onnx.save(model, target)
+        return target
+
+    module._in_precision = in_precision
+
+
+threading.Thread(target=_damage, daemon=True).start()
+"""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_failure_of_an_engine_names_where_it_begins(
+    workshop: Workshop, judge: Judge, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By engines that are built again with what is inside; the ONNX file is right, and TensorRT gets another."""
+    (tmp_path / "sitecustomize.py").write_text(NOISE)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("EXPORTGATE_CACHE", str(tmp_path / "cache"))
+    with Pool() as pool:
+        bench = Bench(Run(workshop.run.project, pool), workshop.case(f"mixed engine {precision} cuda"))
+        verdict, because = judge(test_outputs.test_outputs_match_reference, bench)
+        bench.close()
+    assert verdict is Verdict.FAIL, because
+    assert "in an engine built again to show it" in because and "beyond is Conv /key/Conv: " in because, because
 
 
 # ---- plans that cannot be loaded ------------------------------------------------------------------------------------

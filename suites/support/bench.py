@@ -226,6 +226,10 @@ class Bench:
             current = self.opened[name] = self.guard(lambda: self.run.pool.open(artifact, spec, runtime, device))
         return current
 
+    def open_beside(self, spec: ExportSpec) -> RemoteSession:
+        """Another request of this case's format, exported and opened in its runtime; who asks closes it."""
+        return self.run.pool.open(self.run.pool.export(spec), spec, self.case.runtime.id, self.case.device)
+
     def _parent_runtime(self, spec: ExportSpec) -> tuple[str, str]:
         """A runtime for a parent's artifact: on the CPU, by another program than the one that is judged."""
         chosen = next(r for r in formats.get(spec.format).runtimes if r.device == "cpu")
