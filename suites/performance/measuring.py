@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -21,10 +22,15 @@ from suites.support.bench import Bench, cast
 from suites.support.gate import NEEDED
 from suites.support.machine import baseline_folder
 
+LONGEST = 60.0  # seconds that a case is measured for, where the first round of processes does not take longer
+
 
 @dataclass
 class Side:
-    """An artifact that is measured in one fresh process after the other; loads are in milliseconds."""
+    """An artifact that is measured in one fresh process after the other; loads are in milliseconds.
+
+    `seconds` is how long that took, without waiting for other runs.
+    """
 
     case: Bench
     pool: Pool
@@ -32,6 +38,7 @@ class Side:
     processes: list[Samples] = field(default_factory=list[Samples])
     milliseconds: list[Sequence[float]] = field(default_factory=list[Sequence[float]])
     loads: list[float] = field(default_factory=list[float])
+    seconds: float = 0.0
 
     def measure(self) -> None:
         """One process more, which opens the artifact and measures."""
@@ -42,6 +49,7 @@ class Side:
         feeds, number = case.feeds_of(case.spec)[:2], len(self.processes) + 1
         plan = MeasurementPlan(seconds=settings.seconds, inferences=-(-NEEDED[50] // settings.processes))
         with self.pool.measuring(device) as notes:  # from the opening on, which would disturb who measures
+            begun = time.monotonic()
             try:
                 session = case.guard(lambda: self.pool.open(self.artifact, case.spec, runtime.id, device, number))
                 try:
@@ -50,6 +58,7 @@ class Side:
                     session.close()
             finally:
                 self.pool.retire(case.spec, runtime.id, device, number)
+                self.seconds += time.monotonic() - begun
         self.processes.append(replace(made, notes=(*made.notes, *notes)))
         self.milliseconds.append(made.milliseconds)
         self.loads.append(session.load_ms)
@@ -78,12 +87,19 @@ def old_side(case: Bench) -> Side | None:
     return None if old is None else Side(case, old, case.guard(lambda: old.export(case.spec)))
 
 
-def in_turns(new: Side, old: Side | None, count: int) -> None:
-    """`count` processes more of each side, in the order A B B A, so that what drifts meets both alike."""
+def in_turns(new: Side, old: Side | None, count: int) -> bool:
+    """`count` processes more of each side, in the order A B B A, so that what drifts meets both alike.
+
+    False, and none, where the case would be measured for more than LONGEST by that.
+    """
+    spent = sum(side.seconds for side in (new, old) if side is not None)
+    if new.processes and spent * (1 + count / len(new.processes)) > LONGEST:
+        return False
     for number in range(count):
         for side in (old, new) if number % 2 else (new, old):
             if side is not None:
                 side.measure()
+    return True
 
 
 def keep(case: Bench, new: Side, old: Side | None) -> dict[str, Any]:

@@ -40,16 +40,11 @@ def test_p50_within_baseline(case: Bench, benchmark: Any) -> None:
     differences = baseline.differs(here) if baseline is not None and old is None else []
     gate: Gate | None = None
     if baseline is not None and not differences:
-        rounds = 0
 
-        def more() -> list[Sequence[float]]:
-            nonlocal rounds
-            if rounds:  # the first is measured whether there is a baseline or not
-                in_turns(new, old, settings.processes)
-            rounds += 1
-            return new.milliseconds
+        def more() -> list[Sequence[float]] | None:
+            return new.milliseconds if in_turns(new, old, settings.processes) else None
 
-        gate = settle(baseline.processes, more, settings.delta, settings.must_detect)
+        gate = settle(baseline.processes, new.milliseconds, more, settings.delta, settings.must_detect)
     processes, milliseconds = new.processes, [list(p) for p in new.milliseconds]
     figures = keep(case, new, old)
     _replay(benchmark, milliseconds)
@@ -69,6 +64,7 @@ def test_p50_within_baseline(case: Bench, benchmark: Any) -> None:
         "notes": notes,
         "conditions": {
             **figures,
+            "measured for s": round(new.seconds, 1),
             **{f"GPU before, process {i}": dict(p.before) for i, p in enumerate(processes) if p.before},
             **{f"GPU after, process {i}": dict(p.after) for i, p in enumerate(processes) if p.after},
             "machine": path.parent.name,
@@ -98,7 +94,7 @@ def test_p50_within_baseline(case: Bench, benchmark: Any) -> None:
     case.evidence["gate"] = {k: v for k, v in gate.to_dict().items() if k != "verdict"}
     assert gate.verdict is not Verdict.FAIL, f"slower than the baseline: {gate.line()}"
     if gate.verdict is Verdict.INCONCLUSIVE:
-        raise Judged(Verdict.INCONCLUSIVE, f"{gate.line()}, after {len(processes)} processes")
+        raise Judged(Verdict.INCONCLUSIVE, f"{gate.line()}, after {len(processes)} processes in {new.seconds:.0f} s")
 
 
 def test_size_load_and_memory_within_baseline(case: Bench) -> None:

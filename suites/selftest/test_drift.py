@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from reports import events
 from suites.accuracy.pictures import shown_to
 from suites.accuracy.test_accuracy import test_accuracy_against_labels as against_labels
 from suites.accuracy.test_accuracy import test_accuracy_within_baseline as metric_claim
+from suites.performance import measuring as how
 from suites.performance.test_latency import test_p50_within_baseline as latency
 from suites.performance.test_latency import test_size_load_and_memory_within_baseline as size_claim
 from suites.selftest.conftest import Workshop, judged
@@ -135,6 +137,24 @@ def test_what_was_accepted_is_within_its_baseline(baseline: Workshop) -> None:
 def test_what_has_become_slower_is_caught(baseline: Workshop) -> None:
     verdict, because = speed(baseline, hungry)
     assert verdict is Verdict.FAIL and "slower than the baseline" in because, because
+
+
+@pytest.mark.parametrize(("longest", "rounds"), [(60.0, 5), (0.0, 1)])
+def test_a_case_is_measured_for_a_minute_at_most(
+    baseline: Workshop, longest: float, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stays between pass and fail ends as INCONCLUSIVE after five rounds, or when there is no time for another."""
+    path = next(baseline.run.project.baselines.glob("*/*.json"))
+    kept = path.read_text(encoding="utf-8")
+    stored = json.loads(kept)
+    middle = stored["p50"]
+    monkeypatch.setattr(how, "LONGEST", longest)
+    try:
+        path.write_text(json.dumps(stored | {"milliseconds": [[middle * 0.1] * 2, [middle * 10.0] * 2]}))
+        verdict, because = speed(baseline)
+    finally:
+        path.write_text(kept, encoding="utf-8")
+    assert verdict is Verdict.INCONCLUSIVE and f"after {2 * rounds} processes in " in because, because
 
 
 @pytest.mark.parametrize(("damage", "word"), [(larger, "artifact MiB"), (hungry, "peak memory MiB")])

@@ -93,7 +93,7 @@ def _tried(baseline: Iterator[list[float]], candidate: Iterator[list[float]], ra
         processes.extend(next(candidate) for _ in range(PROCESSES))
         return processes
 
-    gate = settle(stored, more, DELTA)
+    gate = settle(stored, more(), more, DELTA)
     rate.runs += 1
     rate.ours += gate.verdict is Verdict.FAIL
     rate.undecided += gate.verdict is Verdict.INCONCLUSIVE

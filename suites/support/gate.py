@@ -80,7 +80,8 @@ def judge(
 
 def settle(
     baseline: Sequence[Sequence[float]],
-    more: Callable[[], Sequence[Sequence[float]]],
+    first: Sequence[Sequence[float]],
+    more: Callable[[], Sequence[Sequence[float]] | None],
     delta: float,
     must_detect: float | None = None,
 ) -> Gate:
@@ -89,13 +90,15 @@ def settle(
     Looking again raises the rate of false alarms a little: what it then is, `test_error_rates` says.
 
     Args:
-        more: measures another round of processes; returns all of them so far.
+        first: the first round of processes.
+        more: measures another one; returns all of them so far, or None where there is no time for more.
     """
-    gate = judge(baseline, more(), delta, must_detect)
+    gate = judge(baseline, first, delta, must_detect)
     for _ in range(ROUNDS - 1):
-        if gate.verdict is not Verdict.INCONCLUSIVE:
+        processes = more() if gate.verdict is Verdict.INCONCLUSIVE else None
+        if processes is None:
             break
-        gate = judge(baseline, more(), delta, must_detect)
+        gate = judge(baseline, processes, delta, must_detect)
     return gate
 
 
