@@ -126,7 +126,7 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         state = config.stash[STATE] = State(config)
         if state.release:
-            check_release(config)
+            check_release(config, state.project, state.cases)
     except ExportgateError as error:
         raise pytest.UsageError(str(error)) from None
 
@@ -160,7 +160,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [i for i in items if getattr(i, "originalname", "") == wanted]
         config.hook.pytest_deselected(items=dropped)
     try:
-        check_waivers(state.project, state.cases if any(_case_of(i) for i in items) else None, items, _case_of)
+        check_waivers(
+            state.project, state.cases if any(_case_of(i) for i in items) else None, items, _case_of, state.release
+        )
     except ExportgateError as error:
         raise pytest.UsageError(str(error)) from None
     state.claims = {(case.id, _claim_of(item)) for item in items if (case := _case_of(item))}
@@ -254,12 +256,12 @@ def pytest_runtest_makereport(
         verdict = Verdict.WAIVED
     elif waiver and verdict is Verdict.PASS:
         verdict, because = Verdict.FAIL, "waived, and it passes: remove the waiver"
+    if verdict is not Verdict.WAIVED and hasattr(report, "wasxfail"):
+        del report.wasxfail  # of a waived claim that was not judged: pytest would count it as a failure that it expects
     if verdict.is_neutral:
         report.outcome = "skipped"
         report.longrepr = (str(item.path), item.location[1] or 0, f"{verdict}: {because}")
-        if hasattr(report, "wasxfail"):
-            del report.wasxfail
-    elif verdict not in (Verdict.PASS, Verdict.WAIVED):
+    elif verdict.is_failure:
         report.outcome = "failed"
         if isinstance(error, (ExportgateError, Judged, AssertionError)) and not item.config.getoption("tracebacks"):
             report.longrepr = _failure_lines(item, case, verdict, because)
@@ -450,8 +452,9 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         ]
     reasons = [] if judged else [f"skipped {n} claims: {why}" for why, n in state.missing.most_common(5)]
     if state.record is not None:
-        if state.release and int(session.exitstatus) == pytest.ExitCode.OK and _summary(state).unmet:
-            # A must-pass claim that lacks PASS or WAIVED fails the release, though pytest calls it skipped.
+        # A must-pass claim that lacks PASS or WAIVED fails the release, though pytest calls it skipped.
+        failed = any(v.is_failure for v in state.verdicts) or (state.release and bool(_summary(state).unmet))
+        if failed and int(session.exitstatus) == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
         try:
             state.record.write(

@@ -159,16 +159,33 @@ def _waived(**other: str) -> Callable[[Path], None]:
     return _config(WAIVER.format(**{**GOOD_WAIVER, **other}))
 
 
+def _all(*tampers: Callable[[Path], None]) -> Callable[[Path], None]:
+    def tamper(folder: Path) -> None:
+        for one in tampers:
+            one(folder)
+
+    return tamper
+
+
+MORE = _config("", '"fp32"]\n[latency]', '"fp32", "fp16"]\n[latency]')
 GOOD_WAIVER = {"claim": "test_outputs_match_reference", "owner": "jane", "expires": "2099-01-01"}
+_of_no_case = _config(WAIVER.format(**GOOD_WAIVER).replace("small-onnx", "smal-onnx"))
 TAMPERINGS = (
     Tampering("a tolerance that lets all pass", _config(LOOSE), "does not notice"),
     Tampering("an expired waiver", _waived(expires="2020-01-01"), "expired"),
     Tampering("a waiver of a misspelt claim", _waived(claim="test_otputs"), "test_otputs"),
     Tampering("a waiver that nobody owns", _waived(owner=""), "owner"),
+    Tampering(
+        "a waiver of a claim that cannot be judged",
+        _all(_config("", "delta", "must_detect = 1e-9\ndelta"), _waived(claim="test_p50_within_baseline")),
+        "1 ERROR",
+    ),
     Tampering("a must-pass case that is misspelt", _config("", "small-onnx-fp32-ort-cpu", "smal-onnx"), "never ran"),
     Tampering("a matrix without its must-pass case", _config("", '["fp32"]', '["fp16"]'), "never ran"),
     Tampering("claims left out by name", _nothing, "-k", ("--", "-k", "not latency")),
     Tampering("claims left out by marker", _nothing, "-m", ("--", "-m", "not latency")),
+    Tampering("cases left out", _all(MORE, _config("", "must_pass", "#")), "leaves out 1 of", ("--half",)),
+    Tampering("a waiver of no case", _all(MORE, _of_no_case), "no case has this id", ("--precision", "fp32")),
     Tampering("one claim alone", _nothing, "--claim", ("--claim", "test_outputs_are_finite")),
     Tampering("a baseline removed", _no_baseline, "NO_BASELINE"),
     Tampering("a baseline of another machine", _baseline('"cores": ', '"cores": 1'), "NOT_COMPARABLE"),

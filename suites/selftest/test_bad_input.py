@@ -20,6 +20,7 @@ from exporters.errors import BadRequest
 from exporters.models.checkpoint import read_checkpoint
 from reports.events import Measurement
 from suites.selftest.conftest import ROOT, command_line
+from suites.selftest.sabotage_runs import GOOD_WAIVER, PROJECT, WAIVER
 from suites.support.baseline import accept
 from suites.support.cases import Selection, matrix
 from suites.support.config import read_project
@@ -386,6 +387,15 @@ def test_a_release_that_leaves_claims_out_is_refused(trained: Path, words: list[
     done = run([*given, *words], tmp_path)
     assert done.returncode == 4, done.stdout[-500:]
     assert "a release run" in done.stdout + done.stderr
+
+
+def test_a_waived_claim_that_is_not_judged_fails_the_run(tmp_path: Path) -> None:
+    """A waiver is of a FAIL: what pytest takes for an expected failure may be an ERROR."""
+    (tmp_path / "small_model.py").write_text("def make():\n    raise RuntimeError('no')\n", encoding="utf-8")
+    waiver = GOOD_WAIVER | {"claim": "test_outputs_match_reference"}
+    (tmp_path / "exportgate.toml").write_text(PROJECT + WAIVER.format(**waiver), encoding="utf-8")
+    done = run(["qualify", "--claim", "test_outputs_match_reference"], tmp_path)
+    assert done.returncode == 1 and "NOT QUALIFIED: 1 of 1 claim failed (1 ERROR)" in done.stdout, done.stdout[-500:]
 
 
 def test_int8_with_fewer_images_than_a_batch_is_refused(trained: Path, tmp_path: Path) -> None:

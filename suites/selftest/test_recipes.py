@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,29 +15,38 @@ import suites
 from suites.cli import _parser
 
 RECIPES = sorted((Path(suites.__file__).parent / "recipes").glob("*.yml"))
+WHAT = re.compile(r"""WHAT: (?:"(.*)"|\$\{\{ startsWith\(github\.ref, 'refs/tags/'\) && '(.*)' \|\| '(.*)' \}\})""")
 
 
-def commands(value: Any) -> Iterator[list[str]]:
-    """The exportgate commands of a workflow, as words."""
+def commands(value: Any, what: str) -> Iterator[list[str]]:
+    """The exportgate commands of a workflow, as words, where $WHAT stands for `what`."""
     if isinstance(value, dict):
         for part in value.values():
-            yield from commands(part)
+            yield from commands(part, what)
     elif isinstance(value, list):
         for part in value:
-            yield from commands(part)
+            yield from commands(part, what)
     elif isinstance(value, str):
         for line in value.splitlines():
-            words = shlex.split(line) if "exportgate " in line else []
+            words = shlex.split(line.replace("$WHAT", what)) if "exportgate " in line else []
             if words and words[0].rpartition("/")[2] == "exportgate":
-                yield [w for w in words[1:] if not w.startswith("$")]
+                yield words[1:]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_its_commands_are_ours(path: Path) -> None:
-    found = list(commands(yaml.safe_load(path.read_text(encoding="utf-8"))))
-    assert [words[0] for words in found] == ["qualify", "qualify", "report"]
-    for words in found:
-        _parser().parse_args(words[: words.index("--")] if "--" in words else words)
+    text = path.read_text(encoding="utf-8")
+    given = {w for found in WHAT.finditer(text) for w in found.groups() if w}
+    assert given == {"-- -m trt", "--release"}
+    for what in given:
+        found = list(commands(yaml.safe_load(text), what))
+        assert [words[0] for words in found] == ["qualify", "qualify", "report"]
+        for words in found:
+            end = words.index("--") if "--" in words else len(words)
+            asked = _parser().parse_args(words[:end])
+            # A release refuses what leaves cases or claims out.
+            assert not getattr(asked, "release", False) or words[end:] == []
+        assert sum("--release" in words for words in found) == (what == "--release")
 
 
 def test_there_is_one_for_each_server() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from exporters.errors import BadRequest
-from suites.support.cases import Case
+from suites.support.cases import Case, Selection, matrix
 from suites.support.config import Project
 
 SUITES = Path(__file__).resolve().parent.parent
@@ -22,8 +22,12 @@ def check_waivers(
     cases: Sequence[Case] | None,
     items: Sequence[pytest.Item],
     case_of: Callable[[pytest.Item], Case | None],
+    release: bool,
 ) -> None:
     """A waiver that is expired, or names a case or claim that does not exist, is an error.
+
+    A run that is asked for some cases does not see the others' waivers; one of a case that the project's matrix does
+    not have either may be of another such run, and a release has none.
 
     Raises:
         BadRequest: names the waiver and why.
@@ -38,17 +42,12 @@ def check_waivers(
                 f"{where} expired on {waiver.expires}",
                 f"ask {waiver.owner}, see {waiver.issue}; extend it or remove it",
             )
-        if ids is not None and waiver.case not in ids and _is_whole(project, ids):
-            raise BadRequest(f"{where}: no case has this id", "correct it, or remove the waiver")
+        if ids is not None and waiver.case not in ids:
+            whole = {c.id for c in matrix(project, Selection())}
+            if waiver.case not in whole and (release or whole <= ids):
+                raise BadRequest(f"{where}: no case has this id", "correct it, or remove the waiver")
         if waiver.case in (ids or ()) and claims and waiver.claim not in claims and len(claims) > 1:
             raise BadRequest(f"{where}: no claim has this name", "claims: " + ", ".join(sorted(claims)))
-
-
-def _is_whole(project: Project, ids: set[str]) -> bool:
-    """Whether these are all cases of the project's matrix, so that a missing one is a mistake and not a selection."""
-    from suites.support.cases import Selection, matrix
-
-    return {c.id for c in matrix(project, Selection())} <= ids
 
 
 def must_pass_of(project: Project, claims: set[tuple[str, str]]) -> list[str]:
@@ -63,11 +62,13 @@ def must_pass_of(project: Project, claims: set[tuple[str, str]]) -> list[str]:
     return [*(entry for entry in project.must_pass if "::" in entry), *(f"{case}::*" for case in whole)]
 
 
-def check_release(config: pytest.Config) -> None:
+def check_release(config: pytest.Config, project: Project, cases: Sequence[Case]) -> None:
     """A release run accepts nothing that deselects or repeats tests.
 
+    Cases are left out only where the project's must-pass list says which have to be there.
+
     Raises:
-        BadRequest: names the option.
+        BadRequest: names the option, or how many cases are left out.
     """
     refused = (
         ("-k", "keyword"),
@@ -90,6 +91,17 @@ def check_release(config: pytest.Config) -> None:
         raise BadRequest(f"a release run was given PYTEST_ADDOPTS ({os.environ['PYTEST_ADDOPTS']})", "unset it")
     if any("::" in str(a) for a in config.args):
         raise BadRequest("a release run was given single tests", "name no test")
+    _check_cases(project, cases)
+
+
+def _check_cases(project: Project, cases: Sequence[Case]) -> None:
+    whole = [] if project.must_pass else [c.id for c in matrix(project, Selection())]
+    left = [name for name in whole if name not in {c.id for c in cases}]
+    if left:
+        raise BadRequest(
+            f"a release run leaves out {len(left)} of the project's {len(whole)} cases, the first is {left[0]}",
+            "ask for no model, format or precision, or list what a release needs: must_pass in exportgate.toml",
+        )
 
 
 CLAIMS = ("conformance", "accuracy", "performance")  # folders of the claims

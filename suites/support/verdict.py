@@ -28,6 +28,11 @@ class Verdict(StrEnum):
         """Neither success nor failure: pytest shows it as skipped, with its word."""
         return self in (Verdict.NOT_SUPPORTED, Verdict.SKIPPED, Verdict.NO_BASELINE, Verdict.NOT_COMPARABLE)
 
+    @property
+    def is_failure(self) -> bool:
+        """Fails the run."""
+        return not self.is_neutral and self not in (Verdict.PASS, Verdict.WAIVED)
+
 
 class Judged(Exception):
     """Raised by a claim that ends with another verdict than PASS or FAIL, with the reason in one line."""
