@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 from exporters.artifact import Achieved, Artifact
 from exporters.errors import BadRequest
@@ -135,6 +136,10 @@ def contradiction(path: Path, spec: ExportSpec) -> str:
     for asked in (c for c in spec.compute_capability.split(",") if c):
         if built and asked not in built:
             return f"the engine was built for compute capability {', '.join(built)}, and {asked} is asked for"
+    for what, tensors in (("inputs", spec.model.inputs), ("outputs", spec.model.outputs)):
+        has, wanted = _names(facts.get(what)), [t.name for t in tensors]
+        if has and sorted(has) != sorted(wanted):
+            return f"the engine has the {what} {', '.join(has)}, and the model {', '.join(wanted)}"
     told = facts.get("profiles")
     if spec.profiles and told is not None:
         asked_shapes = [
@@ -144,6 +149,12 @@ def contradiction(path: Path, spec: ExportSpec) -> str:
         if told != asked_shapes:
             return f"the engine was built with the profiles {told}, and {asked_shapes} are asked for"
     return ""
+
+
+def _names(told: Any) -> list[str]:
+    """Names of the tensors that a header lists, whatever it holds there."""
+    entries = cast("list[Any]", told) if isinstance(told, list) else []
+    return [str(cast("dict[str, Any]", e).get("name")) if isinstance(e, dict) else str(e) for e in entries]
 
 
 def depends(spec: ExportSpec) -> Mapping[str, str]:

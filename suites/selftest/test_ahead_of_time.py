@@ -24,7 +24,7 @@ from suites.selftest.test_bad_input import assert_refused, run
 from suites.support.verdict import Verdict
 
 
-def _is_here() -> bool:
+def is_here() -> bool:
     try:
         toolchain.resolve("rtx")
     except ToolchainMissing:
@@ -32,7 +32,7 @@ def _is_here() -> bool:
     return True
 
 
-pytestmark = pytest.mark.skipif(not _is_here(), reason="TensorRT-RTX is not installed: exportgate[rtx] brings it")
+pytestmark = pytest.mark.skipif(not is_here(), reason="TensorRT-RTX is not installed: exportgate[rtx] brings it")
 PRECISION = test_precision.test_achieved_precision_is_the_requested
 
 
