@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 import stat
 import struct
 import zipfile
@@ -112,7 +113,7 @@ def other_kind(head: bytes) -> tuple[str, str]:
     if head.startswith((b"ftrt", b"ptrt")) or head[4:6] == b'{"':
         return "is a TensorRT engine", _CHECK
     # ModelProto: ir_version, then producer, version, domain, graph or opset_import.
-    if head[0] == 0x08 and 0 < head[1] < 0x20 and head[2] in (0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42):
+    if re.match(rb"\x08[\x01-\x1f][\x12\x1a\x22\x28\x32\x3a\x42]", head):
         return "is an ONNX model", _CHECK
     if head[4:8] == b"TFL3":
         return "is a TFLite model", _CHECK

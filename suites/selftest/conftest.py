@@ -203,6 +203,11 @@ def labelled(model):
 settings.register_profile("long", max_examples=600)
 
 
+def is_long() -> bool:
+    """Whether hypothesis has the profile "long", which `tox -e sabotage` asks for."""
+    return (settings.default or settings()).max_examples > 100
+
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -23,12 +23,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from exporters.errors import BadRequest, CheckpointError, ExportgateError, UnsafeFile
 from exporters.models.checkpoint import Checkpoint, read_checkpoint
 from exporters.models.unpickle import MAX_PICKLE
+from suites.selftest.conftest import is_long
 
 ROOT = Path(__file__).parents[2]
 
@@ -760,8 +761,11 @@ def damaged(folder: Path, kind: str, content: bytes) -> Path:
 
 
 @pytest.mark.parametrize("kind", SMALL)
+@example(edits=[(0.0, b"\x08")], cut=0.01)  # as an ONNX model begins, and no second byte
 @given(edits=EDITS, cut=st.one_of(st.none(), st.floats(0, 1)))
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=5000 if is_long() else 300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_a_damaged_checkpoint_is_read_or_refused_and_never_crashes(
     tmp_path: Path, kind: str, edits: list[tuple[float, bytes]], cut: float | None
 ) -> None:

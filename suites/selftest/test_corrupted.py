@@ -25,7 +25,7 @@ from suites.conformance import test_metadata as metadata
 from suites.conformance import test_outputs as outputs
 from suites.conformance import test_precision as precision
 from suites.conformance import test_shapes as shapes
-from suites.selftest.conftest import judged
+from suites.selftest.conftest import is_long, judged
 from suites.selftest.test_ahead_of_time import is_here
 from suites.support.bench import Bench
 from suites.support.verdict import Verdict
@@ -48,9 +48,7 @@ CLAIMS = (
     metadata.test_metadata_describes_the_request,
     precision.test_achieved_precision_is_the_requested,
 )
-EXAMPLES = (
-    600 if (settings.default or settings()).max_examples > 100 else 12
-)  # the profile "long", which tox -e sabotage asks for
+EXAMPLES = 600 if is_long() else 12
 CALM = (Verdict.PASS, Verdict.NOT_SUPPORTED)
 # What is done to a file: a kind, two places as shares of its length, and a byte.
 DAMAGES = st.tuples(
