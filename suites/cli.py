@@ -416,13 +416,11 @@ def _folder(measurement: Any, machine: str) -> str:
 def _show_baselines(folder: Path) -> int:
     from suites.support.baseline import read_baseline
 
-    found = sorted(folder.glob("*/*.json"))
-    for path in found:
-        baseline = read_baseline(path)
-        assert baseline is not None
+    found = [b for path in sorted(folder.glob("*/*.json")) if (b := read_baseline(path))]
+    for baseline in found:
         print(
-            f"{path.parent.name}/{baseline.case}: p50 {baseline.p50:.3f} ms, {len(baseline.processes)} processes, "
-            f"{baseline.date}, {baseline.reason}"
+            f"{baseline.path.parent.name}/{baseline.case}: p50 {baseline.p50:.3f} ms, "
+            f"{len(baseline.processes)} processes, {baseline.date}, {baseline.reason}"
         )
     print(f"{len(found)} baselines in {folder}")
     return 0

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from exporters.errors import BadRequest
 from reports.events import Measurement
+
+T = TypeVar("T")
+WORDS: Mapping[type, str] = {dict: "an object", list: "a list", str: "a text"}
 
 
 @dataclass(frozen=True)
@@ -85,30 +90,87 @@ def baseline_path(folder: Path, machine: str, case: str) -> Path:
 
 
 def read_baseline(path: Path) -> Baseline | None:
-    """The baseline in a file; None where there is no file.
+    """The baseline in a file; None where there is none.
 
     Raises:
-        BadRequest: the file cannot be read.
+        BadRequest: it cannot be read, holds what no measurement gives, or is of another case or machine than its path.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):  # a folder and a broken link are there: not to be passed over as NO_BASELINE
         return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        return Baseline(
-            str(data["case"]),
-            path,
-            str(data["date"]),
-            str(data["reason"]),
-            dict(data["comparable"]),
-            [[float(x) for x in p] for p in data["milliseconds"]],
-            {k: float(v) for k, v in data["conditions"].items() if k in GATED},
-            Accuracy(**data["accuracy"]) if data.get("accuracy") else None,
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadRequest(
-            f"baseline {path} cannot be read ({type(error).__name__}: {error})",
-            "restore it from version control, or delete it and accept a new one",
-        ) from None
+        return _checked(json.loads(path.read_text(encoding="utf-8")), path)
+    except OSError as error:
+        why = error.strerror
+    except RecursionError:
+        why = "it is nested too deeply"
+    except ValueError as error:
+        why = str(error)
+    raise BadRequest(
+        f"baseline {path} cannot be read ({why})",
+        "restore it from version control, or delete it and accept a new one",
+    )
+
+
+def _checked(data: Any, path: Path) -> Baseline:
+    """The baseline that decoded JSON holds.
+
+    Raises:
+        ValueError: names the field, and what it has.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"it is {_shown(data)}, expected an object")  # noqa: TRY004 as every other mistake in it
+    for key, name in (("case", path.stem), ("machine", path.parent.name)):
+        if _field(data, key, str) != name:
+            raise ValueError(f"it is of {key} '{data[key]}', and its path says '{name}'")
+    conditions = _field(data, "conditions", dict)
+    return Baseline(
+        path.stem,
+        path,
+        date.fromisoformat(_field(data, "date", str)).isoformat(),
+        _field(data, "reason", str),
+        _field(data, "comparable", dict),
+        _processes(_field(data, "milliseconds", list)),
+        # A file of some bytes has 0.000 MiB, an engine without activations none: 0 is a figure.
+        {k: _number(conditions[k], k) for k in GATED if k in conditions},
+        _accuracy(data["accuracy"]) if data.get("accuracy") is not None else None,
+    )
+
+
+def _processes(found: Sequence[Any]) -> list[list[float]]:
+    """Samples by process: of a negative one every candidate would be faster."""
+    if not found or not all(isinstance(p, list) and p for p in found):
+        raise ValueError(f"milliseconds = {_shown(found)}, expected a list for each process, none of them empty")
+    made = [[_number(x, "a sample of milliseconds") for x in p] for p in found]
+    if not all(x > 0 for p in made for x in p):
+        raise ValueError(f"a sample of milliseconds = {min(map(min, made)):g}, expected more than 0")
+    return made
+
+
+def _accuracy(found: Any) -> Accuracy:
+    names = {f.name for f in fields(Accuracy)}
+    if not isinstance(found, dict) or found.keys() != names:
+        raise ValueError(f"accuracy = {_shown(found)}, expected an object with {', '.join(sorted(names))}")
+    value, reference = (_number(found[k], f"accuracy {k}") for k in ("value", "reference"))
+    if max(value, reference) > 1:
+        raise ValueError(f"accuracy = {max(value, reference):g}, and a metric is at most 1")
+    return Accuracy(_field(found, "metric", str), value, reference, _field(found, "pictures", str))
+
+
+def _field(table: Mapping[str, Any], key: str, kind: type[T]) -> T:
+    if not isinstance(value := table.get(key), kind):
+        raise ValueError(f"{key} = {_shown(value)}, expected {WORDS[kind]}")  # noqa: TRY004
+    return value
+
+
+def _number(value: Any, name: str) -> float:
+    # JSON as Python reads it has NaN and Infinity, beyond which nothing has grown; and whole numbers that no float has.
+    if type(value) not in (int, float) or not 0 <= value <= sys.float_info.max:
+        raise ValueError(f"{name} = {_shown(value)}, expected a finite number that is not negative")
+    return float(value)
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.60}"
 
 
 def check(case: str, measurement: Measurement, reason: str) -> None:

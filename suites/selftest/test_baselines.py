@@ -1,0 +1,113 @@
+"""Baselines as files: what no measurement gives is refused in one line, whoever wrote it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exporters.errors import BadRequest
+from suites import cli
+from suites.support.baseline import read_baseline
+
+CASE = "two-onnx-fp32-ort-cpu.b8"
+GOOD: dict[str, Any] = {
+    "case": CASE,
+    "machine": "quiet-2c",
+    "date": "2026-11-23",
+    "reason": "first",
+    "accuracy": {"metric": "mAP50-95", "value": 0.5, "reference": 0.5, "pictures": "0" * 64},
+    "comparable": {"cores": 2},
+    "conditions": {"artifact MiB": 10.0, "load ms": 20.0, "peak memory MiB": 300.0},
+    "milliseconds": [[1.0, 1.1], [1.0, 1.2]],
+}
+METRIC = GOOD["accuracy"]
+
+
+def stored(folder: Path, text: str, case: str = CASE) -> Path:
+    path = folder / "quiet-2c" / f"{case}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_good_baseline_is_read(tmp_path: Path) -> None:
+    found = read_baseline(stored(tmp_path, json.dumps(GOOD)))
+    assert found is not None and found.p50 == pytest.approx(1.075) and found.figures == GOOD["conditions"]
+    for empty in ({"accuracy": None}, {"conditions": {"artifact MiB": 0.0}}):
+        assert read_baseline(stored(tmp_path, json.dumps(GOOD | empty))) is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"milliseconds": [[-1.0] * 3, [-1.1] * 3]},
+            "milliseconds = -1.0, expected a finite number",
+        ),
+        ({"milliseconds": [[1.0, 0.0], [1.0, 1.0]]}, "milliseconds = 0, expected more than 0"),
+        ({"milliseconds": [[1.0, float("nan")], [1.0, 1.0]]}, "milliseconds = nan"),
+        ({"milliseconds": [[1.0, float("inf")], [1.0, 1.0]]}, "milliseconds = inf"),
+        ({"milliseconds": [[10**400], [1.0]]}, "expected a finite number"),
+        ({"milliseconds": ["12", "11"]}, "milliseconds = ['12', '11'], expected a list for each process"),
+        ({"milliseconds": [["1.0"], [1.0]]}, "milliseconds = '1.0'"),
+        ({"milliseconds": [[True], [1.0]]}, "milliseconds = True"),
+        ({"milliseconds": [[], [1.0]]}, "none of them empty"),
+        ({"milliseconds": []}, "milliseconds = []"),
+        ({"milliseconds": None}, "milliseconds = None, expected a list"),
+        ({"conditions": []}, "conditions = [], expected an object"),
+        ({"conditions": None}, "conditions = None, expected an object"),
+        ({"conditions": {"artifact MiB": float("nan")}}, "artifact MiB = nan"),
+        ({"conditions": {"load ms": "20"}}, "load ms = '20'"),
+        ({"conditions": {"peak memory MiB": -1.0}}, "peak memory MiB = -1.0"),
+        ({"comparable": [["cores", 2]]}, "comparable = [['cores', 2]], expected an object"),
+        ({"accuracy": []}, "accuracy = []"),
+        ({"accuracy": METRIC | {"value": float("nan")}}, "accuracy value = nan"),
+        ({"accuracy": METRIC | {"reference": 86.1}}, "accuracy = 86.1"),
+        ({"accuracy": METRIC | {"pictures": None}}, "pictures = None"),
+        ({"date": "soon"}, "soon"),
+        ({"reason": 7}, "reason = 7"),
+        ({"case": "other-onnx-fp32-ort-cpu"}, "it is of case 'other-onnx-fp32-ort-cpu', and its path says"),
+        ({"machine": "another"}, "it is of machine 'another', and its path says 'quiet-2c'"),
+    ],
+)
+def test_what_no_measurement_gives_is_refused(change: dict[str, Any], says: str, tmp_path: Path) -> None:
+    """A negative sample would let every candidate pass, and beyond a size of nan nothing has grown."""
+    path = stored(tmp_path, json.dumps(GOOD | change))
+    with pytest.raises(BadRequest) as refused:
+        read_baseline(path)
+    assert says in refused.value.what and str(path) in refused.value.what
+
+
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda path: path.write_text("[]"), "it is [], expected an object"),
+        (lambda path: path.write_text("[" * 100_000), "nested too deeply"),
+        (lambda path: path.write_bytes(b"\xff\xfe"), "codec can't decode"),
+        (_folder, "Is a directory"),
+        (_link, "No such file"),
+    ],
+    ids=["a list", "nested", "no text", "a folder", "a broken link"],
+)
+def test_a_file_that_is_no_baseline_is_one_line(
+    spoil: Callable[[Path], Any], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "exportgate.toml").write_text("")
+    spoil(stored(tmp_path / "baselines", json.dumps(GOOD)))
+    assert cli.main(["baseline", "show", "--project", str(tmp_path)]) == 4
+    told = capsys.readouterr().err
+    assert says in told and "cannot be read" in told and len(told.splitlines()) == 1
