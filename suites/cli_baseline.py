@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exporters.errors import BadRequest
+
+if TYPE_CHECKING:  # the command line's parser waits for none of them
+    from reports import Run
+    from reports.events import Measurement
+    from suites.support.acceptance import Proposal
 
 
 def add_baseline(commands: Any) -> None:
@@ -32,90 +37,95 @@ def _baseline(options: argparse.Namespace, further: list[str]) -> int:
 
     project = find_project(options.project, Path.cwd())
     if options.action == "show":
-        return _show_baselines(project.baselines)
+        return _show(project.baselines)
     if options.action == "diff":
-        return _diff_baselines(project.baselines, Path(options.run))
+        return _diff(project.baselines, Path(options.run))
+    return _accept(project.baselines, options)
+
+
+def _accept(folder: Path, options: argparse.Namespace) -> int:
     import reports
     from exporters.tensorrt import timing
     from reports.events import FAILING
-    from suites.support.baseline import Accuracy, accept, baseline_path, check, read_baseline
+    from suites.support.acceptance import check, write
 
+    if not options.reason.strip():
+        raise BadRequest("a baseline is accepted without a reason", "say why with --reason")
     run = reports.read_record(Path(options.run))
-    claims = [
-        (c.case, c.measurement) for c in run.claims if c.measurement and (not options.case or c.case in options.case)
-    ]
-    absent = next((c for c in options.case if c not in {case for case, _ in claims}), None)
-    if absent or not claims:
+    measured = {k: m for k, m in _measured(run).items() if not options.case or k in options.case}
+    absent = next((c for c in options.case if c not in measured), None)
+    if absent or not measured:
         raise BadRequest(
             f"run {options.run} measured " + (f"no case '{absent}'" if absent else "nothing"),
             "give a run whose latency claims were judged",
         )
     wrong = {c.case: c for c in run.claims if c.verdict in FAILING and c.measurement is None}
-    for case, measurement in claims:  # all of them before any is written
-        check(case, measurement, options.reason)
-        read_baseline(baseline_path(project.baselines, _folder(measurement, run.machine), case))
-        if case in wrong:
+    proposals = [_proposed(folder, run, case, options.reason) for case in measured]
+    for one in proposals:  # all of them before any is written
+        check(one.now, measured[one.now.case].throttled)
+        if one.now.case in wrong:
             raise BadRequest(
-                f"case {case} failed {wrong[case].claim} in this run: how fast it is says nothing",
+                f"case {one.now.case} failed {wrong[one.now.case].claim} in this run: how fast it is says nothing",
                 "accept the other cases with --case, or mend this one",
             )
-    metrics = {
-        c.case: Accuracy(a.metric, a.artifact[a.metric], a.reference[a.metric], a.pictures)
-        for c in run.claims
-        if c.claim == "test_accuracy_against_labels" and (a := c.accuracy)
-    }
-    gpus: dict[Path, str] = {}
-    for case, measurement in claims:
-        machine = _folder(measurement, run.machine)
-        path, before, after = accept(project.baselines, machine, case, measurement, options.reason, metrics.get(case))
+    write(proposals)
+    for one in proposals:
+        now, before = one.now.p50, one.before.p50 if one.before else None
         print(
-            f"{path}: p50 {after:.3f} ms"
-            + (f", before {before:.3f} ms ({after / before - 1:+.1%})" if before else ", new")
+            f"{one.now.path}: p50 {now:.3f} ms"
+            + (f", before {before:.3f} ms ({now / before - 1:+.1%})" if before else ", new")
         )
-        gpus[path.parent] = str(measurement.conditions["comparable"].get("gpu name") or "")
-    for folder, gpu in gpus.items():
-        for path in timing.store(folder, gpu) if gpu else ():
+    gpus = {one.now.path.parent: str(one.now.comparable.get("gpu name") or "") for one in proposals}
+    for place, gpu in gpus.items():
+        for path in timing.store(place, gpu) if gpu else ():
             print(f"{path}: the timing cache that engines are built with")
     return 0
 
 
-def _diff_baselines(folder: Path, run: Path) -> int:
+def _diff(folder: Path, path: Path) -> int:
     """Each measured case beside its baseline: what accepting the run would change."""
-    import numpy as np
-
     import reports
-    from suites.support.baseline import baseline_path, read_baseline
     from suites.support.gate import ratio_of
 
-    record = reports.read_record(run)
-    measured = {c.case: c.measurement for c in record.claims if c.measurement}
+    run = reports.read_record(path)
+    measured = _measured(run)
     if not measured:
-        raise BadRequest(f"run {run} measured nothing", "give a run whose latency claims were judged")
-    for case, measurement in measured.items():
-        now = float(np.median([np.median(p) for p in measurement.processes]))
-        found = read_baseline(baseline_path(folder, _folder(measurement, record.machine), case))
-        if found is None:
-            print(f"{case}: p50 {now:.3f} ms, no baseline")
+        raise BadRequest(f"run {path} measured nothing", "give a run whose latency claims were judged")
+    for one in [_proposed(folder, run, case) for case in measured]:
+        now, before = one.now, one.before
+        if before is None:
+            print(f"{now.case}: p50 {now.p50:.3f} ms, no baseline")
             continue
-        ratio = ratio_of(found.processes, measurement.processes)
+        ratio = ratio_of(before.processes, now.processes)
         print(
-            f"{case}: p50 {now:.3f} ms, baseline {found.p50:.3f} ms of {found.date} ({ratio.ratio - 1:+.1%}, "
-            f"{ratio.low - 1:+.1%} to {ratio.high - 1:+.1%})"
+            f"{now.case}: p50 {now.p50:.3f} ms, baseline {before.p50:.3f} ms of {before.date} "
+            f"({ratio.ratio - 1:+.1%}, {ratio.low - 1:+.1%} to {ratio.high - 1:+.1%})"
         )
-        for line in found.differs(measurement.conditions["comparable"]):
+        for line in before.differs(now.comparable):
             print(f"  {line}")
-        for name, before in found.figures.items():
-            if before != (after := measurement.conditions.get(name, before)):
-                print(f"  {name}: {before:g} in the baseline, {after:g} here")
+        for name, figure in before.figures.items():
+            if figure != (after := now.figures.get(name, figure)):
+                print(f"  {name}: {figure:g} in the baseline, {after:g} here")
     return 0
 
 
-def _folder(measurement: Any, machine: str) -> str:
-    """Name of the folder of a measurement's baseline."""
-    return str(measurement.conditions.get("machine", machine))
+def _measured(run: Run) -> dict[str, Measurement]:
+    """The measurement of each case that has one."""
+    return {c.case: c.measurement for c in run.claims if c.measurement}
 
 
-def _show_baselines(folder: Path) -> int:
+def _proposed(folder: Path, run: Run, case: str, reason: str = "") -> Proposal:
+    """A case of a run as the baseline that it would be."""
+    from suites.support.acceptance import propose
+
+    measurement = _measured(run)[case]
+    claims = {c.claim: c for c in run.claims if c.case == case}
+    labels = claims.get("test_accuracy_against_labels")
+    machine = str(measurement.conditions.get("machine", run.machine))
+    return propose(folder, machine, case, measurement, reason, labels.accuracy if labels else None)
+
+
+def _show(folder: Path) -> int:
     from suites.support.baseline import read_baseline
 
     found = [b for path in sorted(folder.glob("*/*.json")) if (b := read_baseline(path))]

@@ -20,7 +20,7 @@ from exporters.errors import BadRequest
 from exporters.models.checkpoint import read_checkpoint
 from reports.events import Measurement
 from suites.selftest.conftest import ROOT, command_line
-from suites.support.baseline import accept
+from suites.support.acceptance import propose, write
 from suites.support.cases import Selection, matrix
 from suites.support.config import read_project
 
@@ -167,7 +167,7 @@ def test_a_baselines_folder_that_cannot_be_written_is_refused(tmp_path: Path) ->
     (tmp_path / "baselines").write_text("")
     measured = Measurement(((1.0, 1.0), (1.0, 1.0)), None, conditions={"comparable": {}})
     with pytest.raises(BadRequest, match="cannot be written"):
-        accept(tmp_path / "baselines", "machine", "case", measured, "first")
+        write([propose(tmp_path / "baselines", "machine", "case", measured, "first")])
 
 
 def test_a_project_that_cannot_be_read_is_not_passed_over(tmp_path: Path) -> None:

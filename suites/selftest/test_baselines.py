@@ -111,3 +111,95 @@ def test_a_file_that_is_no_baseline_is_one_line(
     assert cli.main(["baseline", "show", "--project", str(tmp_path)]) == 4
     told = capsys.readouterr().err
     assert says in told and "cannot be read" in told and len(told.splitlines()) == 1
+
+
+MEASURED: dict[str, Any] = {
+    "processes": [[1.0] * 20, [1.001] * 20],
+    "p50": None,
+    "throttled": False,
+    "conditions": {"artifact MiB": 10.0, "load ms": 20.0, "machine": "quiet-2c", "comparable": {"cores": 2}},
+}
+CONDITIONS = MEASURED["conditions"]
+OTHER = "other-onnx-fp32-ort-cpu"
+
+
+def recorded(folder: Path, *claims: dict[str, Any]) -> Path:
+    """A run's record of these claims; those that name no case are of CASE."""
+    run = folder / "run"
+    run.mkdir(exist_ok=True)
+    start = {"event": "run", "schema": 1, "run": "r", "time": "t", "command": [], "machine": {"id": "quiet-2c"}}
+    plain = {"event": "claim", "time": "t", "case": CASE, "claim": "test_p50_within_baseline", "verdict": "PASS"}
+    lines = [start, *(plain | c for c in claims), {"event": "end", "time": "t", "exit": 0}]
+    (run / "record.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (folder / "exportgate.toml").write_text("")
+    return run
+
+
+def baseline(folder: Path, *words: str) -> int:
+    return cli.main(["baseline", *words, "--project", str(folder)])
+
+
+@pytest.mark.parametrize(
+    ("identity", "change", "says"),
+    [
+        (CASE, {"conditions": CONDITIONS | {"machine": "../../../up"}}, "the machine '../../../up'"),
+        (CASE, {"conditions": CONDITIONS | {"machine": ".."}}, "the machine '..'"),
+        ("../../../escaped", {}, "the case '../../../escaped'"),
+        ("", {}, "the case ''"),
+        (CASE, {"conditions": {"machine": "quiet-2c"}}, "comparable = None, expected an object"),
+        (CASE, {"conditions": CONDITIONS | {"comparable": ["cores"]}}, "comparable = ('cores',), expected an object"),
+        (CASE, {"conditions": CONDITIONS | {"artifact MiB": "large"}}, "artifact MiB = 'large'"),
+        (CASE, {"processes": [[1.0, "NaN"], [1.0, 1.0]]}, "milliseconds = nan"),
+        (CASE, {"processes": [[1.0, 0.0], [1.0, 1.0]]}, "milliseconds = 0"),
+        (CASE, {"processes": [[1.0, -1.0], [1.0, 1.0]]}, "milliseconds = -1.0"),
+        (CASE, {"processes": [[1.0], []]}, "none of them empty"),
+        (CASE, {"processes": []}, "milliseconds = []"),
+    ],
+)
+@pytest.mark.parametrize("words", [("accept", "--reason", "r"), ("diff",)], ids=["accept", "diff"])
+def test_a_record_that_no_run_writes_leaves_everything_as_it_was(
+    identity: str,
+    change: dict[str, Any],
+    says: str,
+    words: tuple[str, ...],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A good case stands before the bad one: neither becomes a baseline, and nothing lands outside the folder."""
+    project = tmp_path / "a" / "b"
+    project.mkdir(parents=True)
+    good = {"case": OTHER, "measurement": MEASURED}
+    run = recorded(project, good, {"case": identity, "measurement": MEASURED | change})
+    files = sorted(tmp_path.rglob("*"))
+    assert baseline(project, *words, str(run)) == 4
+    told = capsys.readouterr().err
+    assert says in told and len(told.splitlines()) == 1, told
+    assert sorted(tmp_path.rglob("*")) == files
+
+
+def test_a_metric_that_the_record_lacks_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metric = {"metric": "mAP50-95", "artifact": {}, "reference": {"mAP50-95": 0.5}, "change": 0, "low": 0, "high": 0}
+    labels = {"claim": "test_accuracy_against_labels", "accuracy": metric | {"allowed": 0, "share": False, "images": 9}}
+    run = recorded(tmp_path, {"measurement": MEASURED}, labels)
+    assert baseline(tmp_path, "accept", str(run), "--reason", "r") == 4
+    assert "accuracy value = None" in capsys.readouterr().err
+    assert not (tmp_path / "baselines").exists()
+
+
+def test_where_one_baseline_cannot_be_written_none_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second one's folder is a file."""
+    elsewhere = MEASURED | {"conditions": CONDITIONS | {"machine": "blocked"}}
+    run = recorded(tmp_path, {"case": OTHER, "measurement": MEASURED}, {"measurement": elsewhere})
+    (tmp_path / "baselines").mkdir()
+    (tmp_path / "baselines" / "blocked").write_text("")
+    assert baseline(tmp_path, "accept", str(run), "--reason", "r") == 4
+    assert "cannot be written" in capsys.readouterr().err
+    assert not list((tmp_path / "baselines").glob("*/*"))
+
+
+def test_what_is_accepted_is_read_again(tmp_path: Path) -> None:
+    run = recorded(tmp_path, {"measurement": MEASURED}, {"case": "a b-onnx-fp32-ort-cpu", "measurement": MEASURED})
+    assert baseline(tmp_path, "accept", str(run), "--reason", "first") == 0
+    found = read_baseline(tmp_path / "baselines" / "quiet-2c" / f"{CASE}.json")
+    assert found is not None and found.reason == "first" and found.p50 == pytest.approx(1.0005)
+    assert baseline(tmp_path, "show") == baseline(tmp_path, "diff", str(run)) == 0

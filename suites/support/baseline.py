@@ -6,15 +6,14 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from datetime import UTC, date, datetime
+from dataclasses import dataclass, fields
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from exporters.errors import BadRequest
-from reports.events import Measurement
 
 T = TypeVar("T")
 WORDS: Mapping[type, str] = {dict: "an object", list: "a list", str: "a text"}
@@ -98,7 +97,7 @@ def read_baseline(path: Path) -> Baseline | None:
     if not os.path.lexists(path):  # a folder and a broken link are there: not to be passed over as NO_BASELINE
         return None
     try:
-        return _checked(json.loads(path.read_text(encoding="utf-8")), path)
+        return checked(json.loads(path.read_text(encoding="utf-8")), path)
     except OSError as error:
         why = error.strerror
     except RecursionError:
@@ -111,8 +110,8 @@ def read_baseline(path: Path) -> Baseline | None:
     )
 
 
-def _checked(data: Any, path: Path) -> Baseline:
-    """The baseline that decoded JSON holds.
+def checked(data: Any, path: Path) -> Baseline:
+    """The baseline that decoded JSON holds, of a file or of a run's record.
 
     Raises:
         ValueError: names the field, and what it has.
@@ -171,79 +170,3 @@ def _number(value: Any, name: str) -> float:
 
 def _shown(value: Any) -> str:
     return f"{value!r:.60}"
-
-
-def check(case: str, measurement: Measurement, reason: str) -> None:
-    """Whether a measurement may become a baseline.
-
-    Raises:
-        BadRequest: no reason, or the measurement does not stand (throttled, or too noisy to detect anything).
-    """
-    if not reason.strip():
-        raise BadRequest("a baseline is accepted without a reason", "say why with --reason")
-    medians = [float(np.median(p)) for p in measurement.processes]
-    if measurement.throttled:
-        raise BadRequest(f"case {case}: the measurement was throttled", "measure again on a cool machine")
-    if len(medians) < 2:
-        raise BadRequest(
-            f"case {case}: one process was measured, which says nothing of the spread between processes",
-            "measure with --replicates 10",
-        )
-    cv = float(np.std(medians, ddof=1) / np.mean(medians))
-    if cv > 0.15:
-        raise BadRequest(
-            f"case {case}: its processes differ by {cv * 100:.0f} % (coefficient of variation)",
-            "measure again on a quiet machine (limit: 15 %)",
-        )
-
-
-def accept(
-    folder: Path, machine: str, case: str, measurement: Measurement, reason: str, accuracy: Accuracy | None = None
-) -> tuple[Path, float | None, float]:
-    """Writes a measurement of a run record as the baseline of its case; returns (path, p50 before, p50 now).
-
-    Accuracy that this run did not judge is kept from before.
-
-    Raises:
-        BadRequest: see `check`; or a folder that cannot be written.
-    """
-    check(case, measurement, reason)
-    medians = [float(np.median(p)) for p in measurement.processes]
-    path = baseline_path(folder, machine, case)
-    before = read_baseline(path)
-    accuracy = accuracy or (before.accuracy if before else None)
-    data = {
-        "case": case,
-        "machine": machine,
-        "date": datetime.now(UTC).date().isoformat(),
-        "reason": reason.strip(),
-        "p50_before": before.p50 if before else None,
-        "p50": float(np.median(medians)),
-        "accuracy": asdict(accuracy) if accuracy else None,
-        "comparable": measurement.conditions["comparable"],
-        "conditions": {
-            "timer": measurement.timer,
-            "threads": measurement.threads,
-            "warm_up": measurement.warm_up,
-            "notes": list(measurement.notes),
-            **{k: v for k, v in measurement.conditions.items() if k not in ("comparable", "machine")},
-        },
-        "milliseconds": [[round(x, 4) for x in p] for p in measurement.processes],
-    }
-    temporary = path.with_suffix(".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(_compact(data), encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise BadRequest(
-            f"baseline {path} cannot be written ({error.strerror})", "correct 'baselines' in exportgate.toml"
-        ) from None
-    return path, before.p50 if before else None, float(np.median(medians))
-
-
-def _compact(data: Mapping[str, Any]) -> str:
-    """JSON that is read in a review: one line a key, one line a process."""
-    samples = ",\n  ".join(json.dumps(p) for p in data["milliseconds"])
-    head = json.dumps({k: v for k, v in data.items() if k != "milliseconds"}, indent=1, ensure_ascii=False)
-    return f'{head[:-2]},\n "milliseconds": [\n  {samples}\n ]\n}}\n'

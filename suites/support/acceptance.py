@@ -1,0 +1,141 @@
+"""How a run's measurement becomes a baseline: checked as a stored one is, and written with all others or not at all."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exporters.errors import BadRequest
+from reports import events
+from suites.support.baseline import Baseline, baseline_path, checked, read_baseline
+
+# One folder or file of its own: ids have letters, digits, '.', '_' and '-', and what a data set's name brings.
+NAME = re.compile(r"(?!\.)[^/\\:\x00-\x1f]+")
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A measurement as the baseline that it would be; `before` is what is in its place, `text` what would be."""
+
+    now: Baseline
+    before: Baseline | None
+    text: str
+
+
+def propose(
+    folder: Path,
+    machine: str,
+    case: str,
+    measurement: events.Measurement,
+    reason: str,
+    accuracy: events.Accuracy | None = None,
+) -> Proposal:
+    """A measurement of a run record as a baseline; a metric that the run did not judge is kept from before.
+
+    Raises:
+        BadRequest: the record says what no measurement gives, or the baseline that is there cannot be read.
+    """
+    conditions = measurement.conditions
+    for what, name in (("case", case), ("machine", machine)):
+        if not NAME.fullmatch(name):
+            raise BadRequest(
+                f"the run's record names the {what} {name!r}, which is no name of a file", "judge the case again"
+            )
+    path = baseline_path(folder, machine, case)
+    before = read_baseline(path)
+    kept = asdict(before.accuracy) if before and before.accuracy else None
+    data: dict[str, Any] = {
+        "case": case,
+        "machine": machine,
+        "date": datetime.now(UTC).date().isoformat(),
+        "reason": reason.strip(),
+        "p50_before": before.p50 if before else None,
+        "p50": None,
+        "accuracy": _metric(accuracy) if accuracy else kept,
+        "comparable": conditions.get("comparable"),
+        "conditions": {
+            "timer": measurement.timer,
+            "threads": measurement.threads,
+            "warm_up": measurement.warm_up,
+            "notes": list(measurement.notes),
+            **{k: v for k, v in conditions.items() if k not in ("comparable", "machine")},
+        },
+        "milliseconds": [[round(x, 4) for x in p] for p in measurement.processes],
+    }
+    try:
+        now = checked(data, path)
+    except ValueError as error:
+        raise BadRequest(
+            f"the run's measurement of case {case} cannot be a baseline ({error})", "judge the case again"
+        ) from None
+    return Proposal(now, before, _compact(data | {"p50": now.p50}))
+
+
+def _metric(found: events.Accuracy) -> dict[str, Any]:
+    return {
+        "metric": found.metric,
+        "value": found.artifact.get(found.metric),
+        "reference": found.reference.get(found.metric),
+        "pictures": found.pictures,
+    }
+
+
+def check(now: Baseline, throttled: bool | None) -> None:
+    """Whether a measurement stands.
+
+    Raises:
+        BadRequest: it was throttled, or is too noisy to detect anything.
+    """
+    medians = [float(np.median(p)) for p in now.processes]
+    if throttled:
+        raise BadRequest(f"case {now.case}: the measurement was throttled", "measure again on a cool machine")
+    if len(medians) < 2:
+        raise BadRequest(
+            f"case {now.case}: one process was measured, which says nothing of the spread between processes",
+            "measure with --replicates 10",
+        )
+    cv = float(np.std(medians, ddof=1) / np.mean(medians))
+    if cv > 0.15:
+        raise BadRequest(
+            f"case {now.case}: its processes differ by {cv * 100:.0f} % (coefficient of variation)",
+            "measure again on a quiet machine (limit: 15 %)",
+        )
+
+
+def write(proposals: Sequence[Proposal]) -> None:
+    """Makes all of them baselines; where one cannot be written none is.
+
+    Raises:
+        BadRequest: names the file.
+    """
+    made: list[tuple[Path, Path]] = []
+    path = Path()
+    try:
+        for one in proposals:
+            path = one.now.path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            made.append((path.with_suffix(".tmp"), path))
+            made[-1][0].write_text(one.text, encoding="utf-8")
+        for temporary, path in made:
+            temporary.replace(path)
+    except OSError as error:
+        raise BadRequest(
+            f"baseline {path} cannot be written ({error.strerror})", "correct 'baselines' in exportgate.toml"
+        ) from None
+    finally:
+        for temporary, _ in made:
+            temporary.unlink(missing_ok=True)
+
+
+def _compact(data: Mapping[str, Any]) -> str:
+    """JSON that is read in a review: one line a key, one line a process."""
+    samples = ",\n  ".join(json.dumps(p) for p in data["milliseconds"])
+    head = json.dumps({k: v for k, v in data.items() if k != "milliseconds"}, indent=1, ensure_ascii=False)
+    return f'{head[:-2]},\n "milliseconds": [\n  {samples}\n ]\n}}\n'
