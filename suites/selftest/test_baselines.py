@@ -11,6 +11,9 @@ import pytest
 
 from exporters.errors import BadRequest
 from suites import cli
+from suites.accuracy import test_accuracy
+from suites.cli_baseline import AGAINST_BASELINE
+from suites.performance import test_latency
 from suites.support.baseline import read_baseline
 
 CASE = "two-onnx-fp32-ort-cpu.b8"
@@ -177,10 +180,70 @@ def test_a_record_that_no_run_writes_leaves_everything_as_it_was(
     assert sorted(tmp_path.rglob("*")) == files
 
 
+def labels(value: float, pictures: str = "0" * 64) -> dict[str, Any]:
+    """The claim that a metric was judged by."""
+    metric = {"metric": "mAP50-95", "artifact": {"mAP50-95": value}, "reference": {"mAP50-95": 0.5}, "images": 40}
+    interval = {"change": 0, "low": 0, "high": 0, "allowed": 0.01, "share": False, "pictures": pictures}
+    return {"claim": "test_accuracy_against_labels", "accuracy": metric | interval}
+
+
+LARGER = MEASURED | {"conditions": CONDITIONS | {"artifact MiB": 12.0, "load ms": 90.0, "peak memory MiB": 400.0}}
+
+
+def test_what_grew_on_purpose_is_accepted_and_says_what_was_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The claims that hold a case against its baseline fail, since it is that baseline which is to be replaced."""
+    path = stored(tmp_path / "baselines", json.dumps(GOOD))
+    grown = [{"claim": name, "verdict": "FAIL"} for name in AGAINST_BASELINE[1:]]
+    run = recorded(tmp_path, {"measurement": LARGER, "verdict": "INCONCLUSIVE"}, labels(0.45), *grown)
+    changes = [
+        "  artifact MiB: 10 in the baseline, 12 here (+20.0%)",
+        "  load ms: 20 in the baseline, 90 here (+350.0%)",
+        "  peak memory MiB: 300 in the baseline, 400 here (+33.3%)",
+        "  mAP50-95: 0.5 in the baseline, 0.45 here (-0.0500)",
+    ]
+    assert baseline(tmp_path, "diff", str(run)) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == changes
+    assert baseline(tmp_path, "accept", str(run), "--reason", "a wider neck") == 0
+    assert capsys.readouterr().out.splitlines()[1:] == changes
+    data = json.loads(path.read_text(encoding="utf-8"))
+    assert data["before"] == {"date": "2026-11-23", "p50": pytest.approx(1.075), **GOOD["conditions"], "mAP50-95": 0.5}
+    assert data["p50"] == 1.0005 and data["conditions"]["artifact MiB"] == 12.0 and data["accuracy"]["value"] == 0.45
+    assert baseline(tmp_path, "diff", str(run)) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_what_else_differs_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stored(tmp_path / "baselines", json.dumps(GOOD | {"conditions": {"load ms": 20.0}}))
+    assert baseline(tmp_path, "diff", str(recorded(tmp_path, {"measurement": MEASURED}, labels(0.5, "1" * 64)))) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "  artifact MiB: none in the baseline, 10 here",
+        "  mAP50-95: 0.5 in the baseline, 0.5 here (+0.0000) on other pictures",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("claim", "verdict"),
+    [("test_outputs_match_reference", "FAIL"), *((name, "CRASH") for name in AGAINST_BASELINE[1:])],
+)
+def test_a_case_that_fails_otherwise_is_not_accepted(
+    claim: str, verdict: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = recorded(tmp_path, {"measurement": MEASURED}, {"claim": claim, "verdict": verdict})
+    assert baseline(tmp_path, "accept", str(run), "--reason", "r") == 4
+    assert f"failed {claim}" in capsys.readouterr().err
+
+
+def test_the_claims_against_a_baseline_are_claims() -> None:
+    """One that is renamed would be in the way of what grew on purpose again."""
+    assert all(any(hasattr(module, name) for module in (test_accuracy, test_latency)) for name in AGAINST_BASELINE)
+
+
 def test_a_metric_that_the_record_lacks_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    metric = {"metric": "mAP50-95", "artifact": {}, "reference": {"mAP50-95": 0.5}, "change": 0, "low": 0, "high": 0}
-    labels = {"claim": "test_accuracy_against_labels", "accuracy": metric | {"allowed": 0, "share": False, "images": 9}}
-    run = recorded(tmp_path, {"measurement": MEASURED}, labels)
+    judged = labels(0.5)
+    judged["accuracy"]["artifact"] = {}
+    run = recorded(tmp_path, {"measurement": MEASURED}, judged)
     assert baseline(tmp_path, "accept", str(run), "--reason", "r") == 4
     assert "accuracy value = None" in capsys.readouterr().err
     assert not (tmp_path / "baselines").exists()

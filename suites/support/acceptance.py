@@ -14,7 +14,7 @@ import numpy as np
 
 from exporters.errors import BadRequest
 from reports import events
-from suites.support.baseline import Baseline, baseline_path, checked, read_baseline
+from suites.support.baseline import GATED, Baseline, baseline_path, checked, read_baseline
 
 # One folder or file of its own: ids have letters, digits, '.', '_' and '-', and what a data set's name brings.
 NAME = re.compile(r"(?!\.)[^/\\:\x00-\x1f]+")
@@ -27,6 +27,30 @@ class Proposal:
     now: Baseline
     before: Baseline | None
     text: str
+
+    def changes(self) -> list[str]:
+        """What else than latency accepting it would change, as lines "artifact MiB: 10 in the baseline, 12 here"."""
+        if self.before is None:
+            return []
+        old, new = self.before.figures, self.now.figures
+        lines = [
+            f"{k}: {_told(old.get(k))} in the baseline, {_told(new.get(k))} here"
+            + (f" ({new[k] / old[k] - 1:+.1%})" if old.get(k) and k in new else "")
+            for k in GATED
+            if old.get(k) != new.get(k)
+        ]
+        before, now = self.before.accuracy, self.now.accuracy
+        if now is not None and now != before:
+            lines.append(
+                f"{now.metric}: {_told(before and before.value)} in the baseline, {now.value:g} here"
+                + (f" ({now.value - before.value:+.4f})" if before else "")
+                + (" on other pictures" if before and before.pictures != now.pictures else "")
+            )
+        return lines
+
+
+def _told(figure: float | None) -> str:
+    return "none" if figure is None else f"{figure:g}"
 
 
 def propose(
@@ -56,7 +80,7 @@ def propose(
         "machine": machine,
         "date": datetime.now(UTC).date().isoformat(),
         "reason": reason.strip(),
-        "p50_before": before.p50 if before else None,
+        "before": _before(before) if before else None,
         "p50": None,
         "accuracy": _metric(accuracy) if accuracy else kept,
         "comparable": conditions.get("comparable"),
@@ -85,6 +109,12 @@ def _metric(found: events.Accuracy) -> dict[str, Any]:
         "reference": found.reference.get(found.metric),
         "pictures": found.pictures,
     }
+
+
+def _before(old: Baseline) -> dict[str, Any]:
+    """What is accepted in place of what: a review sees it in the file, whose history may be elsewhere."""
+    metric = {old.accuracy.metric: old.accuracy.value} if old.accuracy else {}
+    return {"date": old.date, "p50": old.p50, **old.figures, **metric}
 
 
 def check(now: Baseline, throttled: bool | None) -> None:
