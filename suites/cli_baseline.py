@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # the command line's parser waits for none of them
     from reports import Run
     from reports.events import Claim, Measurement
     from suites.support.acceptance import Proposal
+    from suites.support.config import Project
 
 AGAINST_BASELINE = (
     "test_p50_within_baseline",
@@ -46,10 +47,10 @@ def _baseline(options: argparse.Namespace, further: list[str]) -> int:
         return _show(project.baselines)
     if options.action == "diff":
         return _diff(project.baselines, Path(options.run))
-    return _accept(project.baselines, options)
+    return _accept(project, options)
 
 
-def _accept(folder: Path, options: argparse.Namespace) -> int:
+def _accept(project: Project, options: argparse.Namespace) -> int:
     import reports
     from exporters.tensorrt import timing
     from reports.events import FAILING
@@ -66,9 +67,9 @@ def _accept(folder: Path, options: argparse.Namespace) -> int:
             "give a run whose latency claims were judged",
         )
     wrong = {c.case: c for c in run.claims if c.verdict in FAILING and not _is_against_baseline(c)}
-    proposals = [_proposed(folder, run, case, options.reason) for case in measured]
+    proposals = [_proposed(project.baselines, run, case, options.reason) for case in measured]
     for one in proposals:  # all of them before any is written
-        check(one.now, measured[one.now.case].throttled)
+        check(one.now, measured[one.now.case].throttled, project.latency_on(one.now.device))
         if one.now.case in wrong:
             raise BadRequest(
                 f"case {one.now.case} failed {wrong[one.now.case].claim} in this run: how fast it is says nothing",

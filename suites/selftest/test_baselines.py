@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from exporters.errors import BadRequest
@@ -14,7 +15,10 @@ from suites import cli
 from suites.accuracy import test_accuracy
 from suites.cli_baseline import AGAINST_BASELINE
 from suites.performance import test_latency
+from suites.selftest.conftest import ROOT
+from suites.support.acceptance import check
 from suites.support.baseline import read_baseline
+from suites.support.config import find_project
 
 CASE = "two-onnx-fp32-ort-cpu.b8"
 GOOD: dict[str, Any] = {
@@ -238,6 +242,50 @@ def test_a_case_that_fails_otherwise_is_not_accepted(
 def test_the_claims_against_a_baseline_are_claims() -> None:
     """One that is renamed would be in the way of what grew on purpose again."""
     assert all(any(hasattr(module, name) for module in (test_accuracy, test_latency)) for name in AGAINST_BASELINE)
+
+
+@pytest.mark.parametrize(
+    ("delta", "count", "cv", "accepted"),
+    [
+        # 0.02 + 2.8 * 0.15 * sqrt(1/10 + 1/10) = 0.21: what the gate could find was ten times what is let pass.
+        (0.02, 10, 0.149, False),
+        # 2.8 * CV * sqrt(1/10 + 1/50) = 0.02 at a CV of 2.06 %
+        (0.02, 10, 0.020, True),
+        (0.02, 10, 0.021, False),
+        # 2.8 * CV * sqrt(1/5 + 1/25) = 0.02 at a CV of 1.46 %
+        (0.02, 5, 0.014, True),
+        (0.02, 5, 0.015, False),
+        (0.5, 4, 0.149, True),
+        (0.5, 4, 0.160, False),
+    ],
+)
+def test_a_measurement_has_to_notice_twice_what_is_let_pass(
+    delta: float, count: int, cv: float, accepted: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beyond, an unchanged artifact would often be INCONCLUSIVE."""
+    spread = np.linspace(-1, 1, count)
+    processes = [[float(x)] * 20 for x in 100 * (1 + cv * spread / np.std(spread, ddof=1))]
+    run = recorded(tmp_path, {"measurement": MEASURED | {"processes": processes}})
+    (tmp_path / "exportgate.toml").write_text(f"[latency]\ndelta = {delta}\nprocesses = {count}\n")
+    assert baseline(tmp_path, "accept", str(run), "--reason", "r") == (0 if accepted else 4)
+    assert accepted or f"{count} processes differ by {cv:.1%}" in capsys.readouterr().err
+
+
+def test_a_gpu_is_held_to_its_own_delta(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu = {"conditions": CONDITIONS | {"comparable": {"gpu name": "none"}}, "processes": [[1.0] * 20, [1.1] * 20]}
+    run = recorded(tmp_path, {"measurement": MEASURED | gpu})
+    (tmp_path / "exportgate.toml").write_text("[latency]\ndelta = 0.5\n[latency.cuda]\ndelta = 0.02\n")
+    assert baseline(tmp_path, "accept", str(run), "--reason", "r") == 4
+    assert "delta = 0.02 asks for 4.0%" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not (ROOT / "baselines").is_dir(), reason="our baselines are not part of a wheel")
+def test_our_own_baselines_are_as_quiet_as_our_own_gate_needs() -> None:
+    project = find_project(None, ROOT)
+    found = [b for path in sorted(project.baselines.glob("*/*.json")) if (b := read_baseline(path))]
+    assert len(found) > 10
+    for one in found:
+        check(one, None, project.latency_on(one.device))
 
 
 def test_a_metric_that_the_record_lacks_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,9 +15,13 @@ import numpy as np
 from exporters.errors import BadRequest
 from reports import events
 from suites.support.baseline import GATED, Baseline, baseline_path, checked, read_baseline
+from suites.support.config import Latency
+from suites.support.gate import ROUNDS, detectable
 
 # One folder or file of its own: ids have letters, digits, '.', '_' and '-', and what a data set's name brings.
 NAME = re.compile(r"(?!\.)[^/\\:\x00-\x1f]+")
+
+NOISE = 0.15  # coefficient of variation
 
 
 @dataclass(frozen=True)
@@ -117,11 +121,11 @@ def _before(old: Baseline) -> dict[str, Any]:
     return {"date": old.date, "p50": old.p50, **old.figures, **metric}
 
 
-def check(now: Baseline, throttled: bool | None) -> None:
-    """Whether a measurement stands.
+def check(now: Baseline, throttled: bool | None, settings: Latency) -> None:
+    """Whether a measurement stands, and the project's gate can work with it.
 
     Raises:
-        BadRequest: it was throttled, or is too noisy to detect anything.
+        BadRequest: it was throttled, or is too noisy.
     """
     medians = [float(np.median(p)) for p in now.processes]
     if throttled:
@@ -131,11 +135,17 @@ def check(now: Baseline, throttled: bool | None) -> None:
             f"case {now.case}: one process was measured, which says nothing of the spread between processes",
             "measure with --replicates 10",
         )
-    cv = float(np.std(medians, ddof=1) / np.mean(medians))
-    if cv > 0.15:
+    # An unchanged artifact lies as far below the limit 1 + delta as one that is 2 delta slower lies above it. With all
+    # rounds of a candidate either has to be told from the limit at the gate's own power (80 %): otherwise the artifact
+    # itself would end INCONCLUSIVE more often than one time in five. The formula is of first order in CV, hence NOISE.
+    cv, delta = float(np.std(medians, ddof=1) / np.mean(medians)), settings.delta
+    least = detectable(cv, len(medians), ROUNDS * settings.processes, delta)
+    if cv > NOISE or least > 2 * delta:
+        why = f"so that no slow-down below {least:.1%} is noticed, and delta = {delta:g} asks for {2 * delta:.1%}"
         raise BadRequest(
-            f"case {now.case}: its processes differ by {cv * 100:.0f} % (coefficient of variation)",
-            "measure again on a quiet machine (limit: 15 %)",
+            f"case {now.case}: its {len(medians)} processes differ by {cv:.1%} (coefficient of variation), "
+            + (why if least > 2 * delta else f"and the gate can reckon with {NOISE:.0%} at most"),
+            "measure on a quieter machine, with more --replicates, or raise delta in [latency]",
         )
 
 

@@ -74,6 +74,11 @@ class Baseline:
         """Median of the per-process medians, in milliseconds."""
         return float(np.median([np.median(p) for p in self.processes]))
 
+    @property
+    def device(self) -> str:
+        """What it was measured on: "cpu" or "cuda"."""
+        return "cuda" if self.comparable.get("gpu name") else "cpu"
+
     def differs(self, here: Mapping[str, Any]) -> list[str]:
         """What is not equal, as lines "version of torch: 2.12 there, 2.13 here"."""
         keys = sorted({*self.comparable, *here})
