@@ -163,8 +163,12 @@ def environments_of(config: pytest.Config, cases: Sequence[Case]) -> tuple[Path 
     other = next((o for o in ("release", "artifact", "in_process") if config.getoption(o)), None)
     if other:
         raise BadRequest(f"--toolchain with --{other.replace('_', '-')}", "leave one of them out")
-    if old == new:
-        raise BadRequest(f"--toolchain names '{old}' twice", "name the environment before and the one after")
+    # Links to a folder are followed, and not those inside: interpreters of two environments are links to one.
+    if old.resolve() == new.resolve():
+        raise BadRequest(
+            f"--toolchain names '{old}' twice" + (f", the second time as '{new}'" if old != new else ""),
+            "name the environment before and the one after",
+        )
     for folder in (old, new):
         for name in sorted({formats.get(c.spec.format).chain(c.spec.device) for c in cases} - {"pytorch"}):
             toolchain.resolve_in(name, folder)

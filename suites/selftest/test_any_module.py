@@ -65,6 +65,7 @@ dynamic = true
 batch = 2
 
 [latency]
+delta = 0.5
 processes = 2
 seconds = 0.05
 """

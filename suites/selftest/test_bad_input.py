@@ -21,7 +21,7 @@ from exporters.models.checkpoint import read_checkpoint
 from reports.events import Measurement
 from suites.selftest.conftest import ROOT, command_line
 from suites.selftest.sabotage_runs import GOOD_WAIVER, PROJECT, WAIVER
-from suites.support.baseline import accept
+from suites.support.acceptance import propose, write
 from suites.support.cases import Selection, matrix
 from suites.support.config import read_project
 
@@ -168,7 +168,7 @@ def test_a_baselines_folder_that_cannot_be_written_is_refused(tmp_path: Path) ->
     (tmp_path / "baselines").write_text("")
     measured = Measurement(((1.0, 1.0), (1.0, 1.0)), None, conditions={"comparable": {}})
     with pytest.raises(BadRequest, match="cannot be written"):
-        accept(tmp_path / "baselines", "machine", "case", measured, "first")
+        write([propose(tmp_path / "baselines", "machine", "case", measured, "first")])
 
 
 def test_a_project_that_cannot_be_read_is_not_passed_over(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_class_names_with_a_gap_are_refused(trained: Path, tmp_path: Path) -> No
         ("[latency]\ndelta = 'much'", ("delta", "'much'")),
         ("[[waivers]]\ncase = 'a'\nclaim = 'b'", ("waiver", "no reason")),
         (
-            "[[waivers]]\ncase='a'\nclaim='b'\nreason='c'\nissue='d'\nowner='e'\nexpires=2020-01-01",
+            "[[waivers]]\ncase='a'\nclaim='b'\nreason='c'\nissue='https://d/1'\nowner='e'\nexpires=2020-01-01",
             ("expired", "2020-01-01"),
         ),
         ("[[tolerances]]\nprecision='fp16'\ngroup='boxes'\nmeasure='max_abs'\nallowed=1.0", ("no reason",)),
@@ -243,6 +243,7 @@ def test_a_mistake_in_the_configuration_is_refused(text: str, words: tuple[str, 
 
 
 TOLERANCE = "[[tolerances]]\nprecision='fp16'\ngroup='boxes'\nmeasure='max_abs'\nreason='r'\nallowed="
+WAIVER = "[[waivers]]\ncase='a'\nclaim='b'\nreason='c'\nowner='e'\nissue='https://d/1'\nexpires="
 
 
 @pytest.mark.parametrize(
@@ -260,6 +261,17 @@ TOLERANCE = "[[tolerances]]\nprecision='fp16'\ngroup='boxes'\nmeasure='max_abs'\
         (TOLERANCE + "nan", "allowed = nan"),
         (TOLERANCE.replace("fp16", "fp61") + "1", "'fp61'"),
         (TOLERANCE.replace("'max_abs'", "['max_abs']") + "1", "measure = ['max_abs']"),
+        (TOLERANCE + "1\nrelative = 'no'", "relative = 'no'"),
+        (WAIVER + "'2099-01-01 or whenever'", "expires = '2099-01-01 or whenever' is not a date"),
+        (WAIVER + "20990101", "expires = '20990101' is not a date"),
+        (WAIVER + "2099-01-01T08:00:00", "expires = '2099-01-01 08:00:00' is not a date"),
+        (WAIVER.replace("https://d/1", "later") + "2099-01-01", "issue = 'later', which is no web address"),
+        (WAIVER.replace("claim='b'", "claim=5") + "2099-01-01", "claim = 5"),
+        (f"{WAIVER}2099-01-01\n{WAIVER}'2099-02-01'", "a::b is waived twice"),
+        ("must_pass = ['']", "must_pass has ''"),
+        ("must_pass = ['a', '::']", "must_pass has '::'"),
+        ("must_pass = ['a::']", "must_pass has 'a::'"),
+        ("must_pass = ['a::b::c']", "must_pass has 'a::b::c'"),
         ("[matrix]\nformats = 'onnx'", "formats = 'onnx'"),
         ("[matrix]\nfromats = ['onnx']", "'fromats'"),
         ("[matrix]\noptions = 3", "options is int"),
@@ -273,6 +285,14 @@ def test_a_value_of_the_wrong_type_is_refused(text: str, words: str, tmp_path: P
         read_project(tmp_path / "exportgate.toml")
 
 
+def test_what_is_written_well_is_taken(tmp_path: Path) -> None:
+    words = f"must_pass = ['a', 'a b::c']\n{WAIVER}2099-01-01\n{WAIVER.replace('b', 'x')}'2099-01-02'\n"
+    (tmp_path / "exportgate.toml").write_text(words + TOLERANCE + "1\nrelative = true")
+    found = read_project(tmp_path / "exportgate.toml")
+    assert [w.expires.isoformat() for w in found.waivers] == ["2099-01-01", "2099-01-02"]
+    assert found.must_pass == ("a", "a b::c") and found.tolerances[0]["relative"] is True
+
+
 def test_what_the_matrix_would_pass_over_in_silence_is_refused(trained: Path, tmp_path: Path) -> None:
     model = f"[models.a]\nweights = '{trained}'\n[matrix]\nformats = ['onnx']\n"
     file = tmp_path / "exportgate.toml"
@@ -282,6 +302,15 @@ def test_what_the_matrix_would_pass_over_in_silence_is_refused(trained: Path, tm
     file.write_text(model + TOLERANCE.replace("boxes", "boxez") + "1\n")
     with pytest.raises(BadRequest, match="no output has the channel group 'boxez'; groups: box, boxes, score, scores"):
         matrix(read_project(file), Selection())
+    for selection in (Selection(), Selection(formats=("onnx",)), Selection("a", ("onnx",))):
+        file.write_text(model + TOLERANCE + "1\n")
+        with pytest.raises(BadRequest, match="no case of the matrix is in fp16; precisions: fp32"):
+            matrix(read_project(file), selection)
+        # What is made from it is in it: an FP16 file is converted from one in FP32, with which it is compared.
+        file.write_text(f"{model}precisions = ['fp16']\n{TOLERANCE.replace('fp16', 'fp32')}1\n")
+        assert matrix(read_project(file), selection)
+    file.write_text(model.partition("[matrix]")[0] + TOLERANCE + "1\n")  # without a matrix nobody can tell
+    assert matrix(read_project(file), Selection("a", ("onnx",)))
     file.write_text(model.replace("[matrix]", "feeds = 'nowhere'\n[matrix]"))
     with pytest.raises(BadRequest, match="feeds 'nowhere' is no folder"):
         matrix(read_project(file), Selection())

@@ -24,7 +24,8 @@ from suites.performance.test_latency import test_p50_within_baseline as latency
 from suites.performance.test_latency import test_size_load_and_memory_within_baseline as size_claim
 from suites.selftest.conftest import Workshop, judged
 from suites.selftest.test_broken_accuracy import SWAPPED
-from suites.support.baseline import GATED, Accuracy, accept, read_baseline
+from suites.support.acceptance import propose, write
+from suites.support.baseline import GATED, read_baseline
 from suites.support.bench import Bench
 from suites.support.config import Latency, Project
 from suites.support.machine import baseline_folder
@@ -62,10 +63,11 @@ def accept_good(workshop: Workshop) -> Path:
         processes = tuple((x, x) for x in (float(np.median(medians)), 1.01 * float(np.median(medians))))
         made = events.Measurement(processes, None, conditions=measurement["conditions"])
         judged(against_labels, bench)
-        found = bench.evidence["accuracy"]
-        name = found["metric"]
-        metric = Accuracy(name, found["artifact"][name], found["reference"][name], found["pictures"])
-        return accept(workshop.run.project.baselines, baseline_folder("cpu"), bench.case.id, made, "first", metric)[0]
+        metric = events.Accuracy(**bench.evidence["accuracy"])
+        folder, machine = workshop.run.project.baselines, baseline_folder("cpu")
+        accepted = propose(folder, machine, bench.case.id, made, "first", metric)
+        write([accepted])
+        return accepted.now.path
     finally:
         bench.close()
 

@@ -20,7 +20,7 @@ SLOWER = """        def run(self, *args, **kwargs):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project, and three environments with the packages of this one: old, same, slower."""
+    """A project, and three environments with the packages of this one: old, same, slower; link is old."""
     place = tmp_path_factory.mktemp("upgrade")
     (place / "small_model.py").write_text(MODULE, encoding="utf-8")
     strict = PROJECT.replace("delta = 9.0", "delta = 1.0").replace("processes = 2", "processes = 3")
@@ -32,6 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (packages / "those_of_the_tests.pth").write_text(here, encoding="utf-8")
         if name == "slower":
             (packages / "sitecustomize.py").write_text(RUNTIME.format(body=SLOWER), encoding="utf-8")
+    (place / "link").symlink_to("old")
     return place
 
 
@@ -64,7 +65,9 @@ def test_an_upgrade_whose_runtime_is_slower_fails(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("old", "old"), "twice"),
+        (("old", "old"), "old' twice; name"),
+        (("old", "link"), "old' twice, the second time as"),
+        (("old", "same/../old"), "twice"),
         (("old", "nowhere"), "is no environment"),
         (("old", "same", "--release"), "--toolchain with --release"),
     ],

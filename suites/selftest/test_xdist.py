@@ -10,7 +10,7 @@ import reports
 from reports.events import Measurement
 from suites.selftest.conftest import command_line
 from suites.selftest.sabotage_runs import MODULE, PROJECT
-from suites.support.baseline import accept
+from suites.support.acceptance import propose, write
 
 pytest.importorskip("xdist", reason="pytest-xdist is not installed")
 LATENCY = {
@@ -43,7 +43,7 @@ def test_latency_is_judged_afterwards_and_alone(folder: Path) -> None:
     assert latency.measurement is not None
     made = Measurement(((1e-4, 1e-4), (1e-4, 1e-4)), None, conditions=latency.measurement.conditions)
     machine = str(latency.measurement.conditions["machine"])
-    accept(folder / "baselines", machine, latency.case, made, "nothing is so fast")
+    write([propose(folder / "baselines", machine, latency.case, made, "nothing is so fast")])
     done = command_line(folder, "qualify", "--report", "late", "--", "-n", "2", "-m", "latency")
     assert done.returncode == 1 and "slower than the baseline" in done.stdout, done.stdout[-2000:]
     assert "NOT QUALIFIED: 1 of 3 claims failed" in done.stdout

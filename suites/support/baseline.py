@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, fields
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from exporters.errors import BadRequest
-from reports.events import Measurement
+
+T = TypeVar("T")
+WORDS: Mapping[type, str] = {dict: "an object", list: "a list", str: "a text"}
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,11 @@ class Baseline:
         """Median of the per-process medians, in milliseconds."""
         return float(np.median([np.median(p) for p in self.processes]))
 
+    @property
+    def device(self) -> str:
+        """What it was measured on: "cpu" or "cuda"."""
+        return "cuda" if self.comparable.get("gpu name") else "cpu"
+
     def differs(self, here: Mapping[str, Any]) -> list[str]:
         """What is not equal, as lines "version of torch: 2.12 there, 2.13 here"."""
         keys = sorted({*self.comparable, *here})
@@ -85,103 +94,84 @@ def baseline_path(folder: Path, machine: str, case: str) -> Path:
 
 
 def read_baseline(path: Path) -> Baseline | None:
-    """The baseline in a file; None where there is no file.
+    """The baseline in a file; None where there is none.
 
     Raises:
-        BadRequest: the file cannot be read.
+        BadRequest: it cannot be read, holds what no measurement gives, or is of another case or machine than its path.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):  # a folder and a broken link are there: not to be passed over as NO_BASELINE
         return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        return Baseline(
-            str(data["case"]),
-            path,
-            str(data["date"]),
-            str(data["reason"]),
-            dict(data["comparable"]),
-            [[float(x) for x in p] for p in data["milliseconds"]],
-            {k: float(v) for k, v in data["conditions"].items() if k in GATED},
-            Accuracy(**data["accuracy"]) if data.get("accuracy") else None,
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadRequest(
-            f"baseline {path} cannot be read ({type(error).__name__}: {error})",
-            "restore it from version control, or delete it and accept a new one",
-        ) from None
-
-
-def check(case: str, measurement: Measurement, reason: str) -> None:
-    """Whether a measurement may become a baseline.
-
-    Raises:
-        BadRequest: no reason, or the measurement does not stand (throttled, or too noisy to detect anything).
-    """
-    if not reason.strip():
-        raise BadRequest("a baseline is accepted without a reason", "say why with --reason")
-    medians = [float(np.median(p)) for p in measurement.processes]
-    if measurement.throttled:
-        raise BadRequest(f"case {case}: the measurement was throttled", "measure again on a cool machine")
-    if len(medians) < 2:
-        raise BadRequest(
-            f"case {case}: one process was measured, which says nothing of the spread between processes",
-            "measure with --replicates 10",
-        )
-    cv = float(np.std(medians, ddof=1) / np.mean(medians))
-    if cv > 0.15:
-        raise BadRequest(
-            f"case {case}: its processes differ by {cv * 100:.0f} % (coefficient of variation)",
-            "measure again on a quiet machine (limit: 15 %)",
-        )
-
-
-def accept(
-    folder: Path, machine: str, case: str, measurement: Measurement, reason: str, accuracy: Accuracy | None = None
-) -> tuple[Path, float | None, float]:
-    """Writes a measurement of a run record as the baseline of its case; returns (path, p50 before, p50 now).
-
-    Accuracy that this run did not judge is kept from before.
-
-    Raises:
-        BadRequest: see `check`; or a folder that cannot be written.
-    """
-    check(case, measurement, reason)
-    medians = [float(np.median(p)) for p in measurement.processes]
-    path = baseline_path(folder, machine, case)
-    before = read_baseline(path)
-    accuracy = accuracy or (before.accuracy if before else None)
-    data = {
-        "case": case,
-        "machine": machine,
-        "date": datetime.now(UTC).date().isoformat(),
-        "reason": reason.strip(),
-        "p50_before": before.p50 if before else None,
-        "p50": float(np.median(medians)),
-        "accuracy": asdict(accuracy) if accuracy else None,
-        "comparable": measurement.conditions["comparable"],
-        "conditions": {
-            "timer": measurement.timer,
-            "threads": measurement.threads,
-            "warm_up": measurement.warm_up,
-            "notes": list(measurement.notes),
-            **{k: v for k, v in measurement.conditions.items() if k not in ("comparable", "machine")},
-        },
-        "milliseconds": [[round(x, 4) for x in p] for p in measurement.processes],
-    }
-    temporary = path.with_suffix(".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(_compact(data), encoding="utf-8")
-        temporary.replace(path)
+        return checked(json.loads(path.read_text(encoding="utf-8")), path)
     except OSError as error:
-        raise BadRequest(
-            f"baseline {path} cannot be written ({error.strerror})", "correct 'baselines' in exportgate.toml"
-        ) from None
-    return path, before.p50 if before else None, float(np.median(medians))
+        why = error.strerror
+    except RecursionError:
+        why = "it is nested too deeply"
+    except ValueError as error:
+        why = str(error)
+    raise BadRequest(
+        f"baseline {path} cannot be read ({why})",
+        "restore it from version control, or delete it and accept a new one",
+    )
 
 
-def _compact(data: Mapping[str, Any]) -> str:
-    """JSON that is read in a review: one line a key, one line a process."""
-    samples = ",\n  ".join(json.dumps(p) for p in data["milliseconds"])
-    head = json.dumps({k: v for k, v in data.items() if k != "milliseconds"}, indent=1, ensure_ascii=False)
-    return f'{head[:-2]},\n "milliseconds": [\n  {samples}\n ]\n}}\n'
+def checked(data: Any, path: Path) -> Baseline:
+    """The baseline that decoded JSON holds, of a file or of a run's record.
+
+    Raises:
+        ValueError: names the field, and what it has.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"it is {_shown(data)}, expected an object")  # noqa: TRY004 as every other mistake in it
+    for key, name in (("case", path.stem), ("machine", path.parent.name)):
+        if _field(data, key, str) != name:
+            raise ValueError(f"it is of {key} '{data[key]}', and its path says '{name}'")
+    conditions = _field(data, "conditions", dict)
+    return Baseline(
+        path.stem,
+        path,
+        date.fromisoformat(_field(data, "date", str)).isoformat(),
+        _field(data, "reason", str),
+        _field(data, "comparable", dict),
+        _processes(_field(data, "milliseconds", list)),
+        # A file of some bytes has 0.000 MiB, an engine without activations none: 0 is a figure.
+        {k: _number(conditions[k], k) for k in GATED if k in conditions},
+        _accuracy(data["accuracy"]) if data.get("accuracy") is not None else None,
+    )
+
+
+def _processes(found: Sequence[Any]) -> list[list[float]]:
+    """Samples by process: of a negative one every candidate would be faster."""
+    if not found or not all(isinstance(p, list) and p for p in found):
+        raise ValueError(f"milliseconds = {_shown(found)}, expected a list for each process, none of them empty")
+    made = [[_number(x, "a sample of milliseconds") for x in p] for p in found]
+    if not all(x > 0 for p in made for x in p):
+        raise ValueError(f"a sample of milliseconds = {min(map(min, made)):g}, expected more than 0")
+    return made
+
+
+def _accuracy(found: Any) -> Accuracy:
+    names = {f.name for f in fields(Accuracy)}
+    if not isinstance(found, dict) or found.keys() != names:
+        raise ValueError(f"accuracy = {_shown(found)}, expected an object with {', '.join(sorted(names))}")
+    value, reference = (_number(found[k], f"accuracy {k}") for k in ("value", "reference"))
+    if max(value, reference) > 1:
+        raise ValueError(f"accuracy = {max(value, reference):g}, and a metric is at most 1")
+    return Accuracy(_field(found, "metric", str), value, reference, _field(found, "pictures", str))
+
+
+def _field(table: Mapping[str, Any], key: str, kind: type[T]) -> T:
+    if not isinstance(value := table.get(key), kind):
+        raise ValueError(f"{key} = {_shown(value)}, expected {WORDS[kind]}")  # noqa: TRY004
+    return value
+
+
+def _number(value: Any, name: str) -> float:
+    # JSON as Python reads it has NaN and Infinity, beyond which nothing has grown; and whole numbers that no float has.
+    if type(value) not in (int, float) or not 0 <= value <= sys.float_info.max:
+        raise ValueError(f"{name} = {_shown(value)}, expected a finite number that is not negative")
+    return float(value)
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.60}"

@@ -165,6 +165,10 @@ def matrix(project: Project, selection: Selection) -> list[Case]:
         if selection.model
         else _own(project, selection, chosen_formats, chosen_precisions)
     )
+    if project.tolerances and (not selection.model or set(project.models) == {selection.model}):
+        own = cases if selection == Selection() else _own(project, Selection(), [], [])
+        # Without a matrix of its own any precision may be asked for another time.
+        _check_precisions(project, [*own, *cases] if own else [])
     unused = next((k for k in CALIBRATION if k in dict(selection.options)), None)
     if unused and not any(c.spec.precision in CALIBRATED for c in cases):
         raise BadRequest(
@@ -376,4 +380,18 @@ def _check_groups(project: Project, models: Sequence[ModelSpec]) -> None:
             raise BadRequest(
                 f"exportgate.toml [[tolerances]]: no output has the channel group '{tolerance['group']}'",
                 "groups: " + ", ".join(sorted(groups)),
+            )
+
+
+def _check_precisions(project: Project, cases: Sequence[Case]) -> None:
+    """A tolerance for a precision that no artifact of these cases has, those that it is made from included, is idle."""
+    specs, found = [c.spec for c in cases if not c.because], set[str]()
+    while specs:
+        found |= {s.precision.value for s in specs}
+        specs = [p for s in specs for p in formats.get(s.format).parents(s)]
+    for tolerance in project.tolerances if found else ():
+        if tolerance["precision"] not in found:
+            raise BadRequest(
+                f"exportgate.toml [[tolerances]]: no case of the matrix is in {tolerance['precision']}",
+                "precisions: " + ", ".join(sorted(found)),
             )

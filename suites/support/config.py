@@ -109,8 +109,8 @@ def read_project(path: Path) -> Project:
         accuracy=_accuracy(_table(data.get("accuracy", {}), f"{path} [accuracy]"), f"{path} [accuracy]"),
         latency=_latency(_table(data.get("latency", {}), f"{path} [latency]"), f"{path} [latency]"),
         limits=_limits(_table(data.get("limits", {}), f"{path} [limits]"), f"{path} [limits]"),
-        waivers=tuple(_waiver(w, f"{path} [[waivers]]") for w in _list(data, "waivers", str(path), dict)),
-        must_pass=tuple(_list(data, "must_pass", str(path), str)),
+        waivers=_waivers(_list(data, "waivers", str(path), dict), f"{path} [[waivers]]"),
+        must_pass=_must_pass(_list(data, "must_pass", str(path), str), str(path)),
         baselines=folder / _text(data, "baselines", str(path), "baselines"),
     )
 
@@ -208,6 +208,8 @@ def _tolerance(value: Any, where: str) -> Mapping[str, Any]:
     missing = next((k for k in ("precision", "group", "measure", "allowed", "reason") if k not in table), None)
     for key in ("precision", "group", "measure", "reason"):
         _text(table, key, where, "-")
+    if not isinstance(table.get("relative", False), bool):
+        raise BadRequest(f"{where}: relative = {table['relative']!r}", "give true or false")
     measures = {"max_abs", "mean_abs", "p99_abs", "max_rel", "mean_rel", "cosine", "snr_db"}
     if missing or not str(table["reason"]).strip():
         raise BadRequest(
@@ -224,6 +226,8 @@ def _tolerance(value: Any, where: str) -> Mapping[str, Any]:
 
 
 def _waiver(value: Any, where: str) -> Waiver:
+    from reports.html import link  # templates, where a project waives something
+
     table = _table(value, where)
     fields = ("case", "claim", "reason", "issue", "owner", "expires")
     _only(table, set(fields), where)
@@ -232,11 +236,36 @@ def _waiver(value: Any, where: str) -> Waiver:
         raise BadRequest(
             f"{where}: the waiver of {table.get('case', '?')} has no {missing}", "a waiver has " + ", ".join(fields)
         )
+    case, claim, reason, issue, owner = (_text(table, k, where, "") for k in fields[:-1])
+    if not link(issue):
+        raise BadRequest(
+            f"{where}: the waiver of {case} has issue = '{issue}', which is no web address",
+            "write it as https://example.com/issues/12",
+        )
+    return Waiver(case, claim, reason, issue, owner, _date(table["expires"], where))
+
+
+def _waivers(rows: Sequence[Any], where: str) -> tuple[Waiver, ...]:
+    made = tuple(_waiver(row, where) for row in rows)
+    for number, one in enumerate(made):
+        if any((one.case, one.claim) == (w.case, w.claim) for w in made[:number]):
+            raise BadRequest(f"{where}: {one.case}::{one.claim} is waived twice", "leave one of them")
+    return made
+
+
+def _date(value: Any, where: str) -> date:
+    """A day: TOML's own (no time of day, which is a date to Python), or a text that is one from end to end."""
+    if type(value) is date:
+        return value
     try:
-        # TOML's dates and times, and texts: the day is what counts.
-        expires = date.fromisoformat(str(table["expires"])[:10])
-    except ValueError:
-        raise BadRequest(f"{where}: expires '{table['expires']}' is not a date", "write it as 2027-01-31") from None
-    return Waiver(
-        str(table["case"]), str(table["claim"]), str(table["reason"]), str(table["issue"]), str(table["owner"]), expires
-    )
+        return date.fromisoformat(value)
+    except (TypeError, ValueError):
+        raise BadRequest(f"{where}: expires = '{value}' is not a date", "write it as 2027-01-31") from None
+
+
+def _must_pass(entries: Sequence[str], where: str) -> tuple[str, ...]:
+    for entry in entries:
+        parts = entry.split("::")
+        if len(parts) > 2 or not all(p and p == p.strip() for p in parts):
+            raise BadRequest(f"{where}: must_pass has '{entry}'", "give a case, or case::claim")
+    return tuple(entries)
