@@ -10,7 +10,7 @@ from pathlib import Path
 
 from exporters.errors import BadRequest
 from reports import as_json, comparison, history, html, junit, markdown, signature
-from reports.record import Row, Run, Summary, merge, read_record
+from reports.record import Row, Run, Summary, merge, read_record, refuse_twice
 
 __all__ = ["Row", "Run", "Summary", "merge", "read_record", "write", "write_comparison", "write_history"]
 
@@ -51,9 +51,11 @@ def write_comparison(before: Path, after: Path, out: Path) -> comparison.Compari
     """Writes comparison.html and comparison.md of two records into the folder `out`; returns what is different.
 
     Raises:
-        BadRequest: a record cannot be read, or `out` cannot be written.
+        BadRequest: a record cannot be read, both are of one run, or `out` cannot be written.
     """
-    found = comparison.compare(*(merge([read_record(run)]) for run in (before, after)))
+    records = [read_record(run) for run in (before, after)]
+    refuse_twice(records)
+    found = comparison.compare(*(merge([record]) for record in records))
     try:
         out.mkdir(parents=True, exist_ok=True)
         _replace(out / "comparison.html", html.render_comparison(found))
