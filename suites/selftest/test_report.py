@@ -479,6 +479,83 @@ def test_a_must_pass_claim_may_run_on_another_machine(tmp_path: Path) -> None:
     assert merge([one, two]).verdict == "QUALIFIED"
 
 
+def two_releases(tmp_path: Path, mine: list[str], other: list[str], entries: str = "listed", **second: Any) -> Summary:
+    """Release runs of two machines, whose claims end with these verdicts; the first one wants all or what is listed."""
+    case = "best-onnx-fp32-ort-cpu"
+    listed = [f"{case}::test_{index}" for index in range(len(mine))] if entries == "listed" else [entries]
+    start = {"release": True, "must_pass": listed}
+    codes = [0 if {"PASS", "WAIVED", "NOT_SUPPORTED"}.issuperset(verdicts) else 1 for verdicts in (mine, other)]
+    one = read_record(write_record(tmp_path / "a", one_case(*mine, code=codes[0], **start)))
+    two = read_record(write_record(tmp_path / "b", second_machine(*other, code=codes[1], **(start | second))))
+    return merge([one, two])
+
+
+@pytest.mark.parametrize("entries", ["listed", "best-onnx-fp32-ort-cpu::*"])
+@pytest.mark.parametrize("shown", ["PASS", "WAIVED"])
+def test_what_one_release_run_skipped_another_may_show(tmp_path: Path, shown: str, entries: str) -> None:
+    summary = two_releases(tmp_path, ["PASS", "SKIPPED"], ["PASS", shown], entries)
+    assert summary.verdict == "QUALIFIED" and not summary.unmet, summary.headline
+    assert summary.must_pass == 2
+
+
+@pytest.mark.parametrize("entries", ["listed", "best-onnx-fp32-ort-cpu::*"])
+@pytest.mark.parametrize(
+    ("mine", "other", "unmet"),
+    [
+        ("SKIPPED", "SKIPPED", ["SKIPPED", "SKIPPED"]),
+        ("SKIPPED", "NOT_COMPARABLE", ["SKIPPED", "NOT_COMPARABLE"]),
+        ("SKIPPED", "FAIL", ["SKIPPED"]),
+        ("FAIL", "PASS", []),  # a failure of its own
+        ("NO_BASELINE", "PASS", ["NO_BASELINE"]),  # how fast this machine is another one does not show
+        ("NOT_COMPARABLE", "PASS", ["NOT_COMPARABLE"]),
+    ],
+)
+def test_what_a_release_run_answered_no_other_replaces(
+    tmp_path: Path, mine: str, other: str, unmet: list[str], entries: str
+) -> None:
+    summary = two_releases(tmp_path, ["PASS", mine], ["PASS", other], entries)
+    assert summary.verdict == "NOT QUALIFIED"
+    assert [entry.verdict for entry in summary.unmet] == unmet
+
+
+def test_a_run_that_is_no_release_shows_nothing(tmp_path: Path) -> None:
+    summary = two_releases(tmp_path, ["PASS", "SKIPPED"], ["PASS", "PASS"], release=False)
+    assert [entry.verdict for entry in summary.unmet] == ["SKIPPED"]
+
+
+def test_what_another_run_does_not_want_is_shown_by_a_pass_alone(tmp_path: Path) -> None:
+    """The second run's list names neither claim: that it met them without a verdict shows nothing."""
+    case = "best-onnx-fp32-ort-cpu"
+    start = {"release": True, "must_pass": [f"{case}::test_0", f"{case}::test_1"]}
+    one = read_record(write_record(tmp_path / "a", one_case("PASS", code=1, **start)))
+    lines = second_machine("PASS", "SKIPPED", code=1, release=True, must_pass=[f"{case}::test_0"])
+    two = read_record(write_record(tmp_path / "b", lines))
+    assert [(entry.claim, entry.verdict) for entry in merge([one, two]).unmet] == [("test_1", "SKIPPED")]
+
+
+def test_a_format_without_a_claim_is_let_by_where_its_toolchain_is_missing_too(tmp_path: Path) -> None:
+    whole = "best-onnx-fp32-ort-cpu::*"
+    elsewhere = case_event("best-onnx-fp16-ort-cpu")
+    summary = two_releases(tmp_path, ["NOT_SUPPORTED", "SKIPPED", "PASS"], ["NOT_SUPPORTED", "PASS", "PASS"], whole)
+    assert summary.verdict == "QUALIFIED", summary.headline
+    lines = one_case("NOT_SUPPORTED", "SKIPPED", code=1, release=True, must_pass=[whole])
+    claim = claim_event(elsewhere["case"], "test_0", "PASS")
+    one = read_record(write_record(tmp_path / "c", [*lines[:-1], elsewhere, claim, lines[-1]]))
+    assert merge([one, summary.runs[1]]).verdict == "QUALIFIED"
+
+
+def test_a_whole_case_without_any_claim_never_ran(tmp_path: Path) -> None:
+    lines = one_case("PASS", code=1, release=True, must_pass=["best-onnx-fp16-ort-cpu::*"])
+    lines.insert(2, case_event("best-onnx-fp16-ort-cpu"))
+    assert [entry.verdict for entry in summarize(tmp_path, lines).unmet] == ["NEVER RAN"]
+
+
+def test_a_release_run_that_judged_nothing_does_not_hide_behind_another(tmp_path: Path) -> None:
+    summary = two_releases(tmp_path, ["SKIPPED"], ["PASS"])
+    assert not summary.unmet
+    assert summary.verdict == "NOT QUALIFIED" and "on amd-epyc-2c-1a2b3c judged nothing" in summary.headline
+
+
 def test_a_run_given_twice_is_refused(tmp_path: Path) -> None:
     run = read_record(write_record(tmp_path, one_case("PASS", code=0)))
     with pytest.raises(BadRequest, match="run 20261122-170501-ab12cd is given 2 times"):
