@@ -21,6 +21,8 @@ SCHEMA = 1
 NAME = "record.jsonl"
 Word = Literal["QUALIFIED", "NOT QUALIFIED", "NOTHING JUDGED", "INTERRUPTED"]
 
+# What a command that ends with a verdict exits with: pytest's codes.
+EXITS: Mapping[Word, int] = {"QUALIFIED": 0, "NOT QUALIFIED": 1, "INTERRUPTED": 2, "NOTHING JUDGED": 5}
 # pytest's exit codes for a session that was stopped, and for one that broke: both leave claims unjudged.
 _STOPPED = {2: "was interrupted", 3: "broke with an internal error"}
 # Claims that compare what an artifact computes with what PyTorch does.

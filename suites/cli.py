@@ -114,7 +114,12 @@ def _parser() -> argparse.ArgumentParser:
     show = actions.add_parser("show", help="list the baselines")
     show.add_argument("--project", metavar="DIR")
 
-    report = add("report", _report, "Write the reports of run records again, or merge several into one.")
+    report = add(
+        "report",
+        _report,
+        "Write the reports of run records again, or merge several into one. Exits as their verdict says: 0 QUALIFIED, "
+        "1 NOT QUALIFIED, 2 INTERRUPTED, 5 NOTHING JUDGED.",
+    )
     report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     report.add_argument(
         "--output",
@@ -430,6 +435,7 @@ def _show_baselines(folder: Path) -> int:
 
 def _report(options: argparse.Namespace, further: list[str]) -> int:
     import reports
+    from reports.record import EXITS
 
     runs = [Path(r) for r in options.runs]
     if options.compare:
@@ -447,8 +453,9 @@ def _report(options: argparse.Namespace, further: list[str]) -> int:
     out = Path(options.output) if options.output else (runs[0] if runs[0].is_dir() else runs[0].parent)
     for path in reports.write(runs, out).values():
         print(path)
-    print(reports.merge([reports.read_record(r) for r in runs]).headline)
-    return 0
+    summary = reports.merge([reports.read_record(r) for r in runs])
+    print(summary.headline)
+    return EXITS[summary.verdict]
 
 
 def _toolchain(options: argparse.Namespace, further: list[str]) -> int:

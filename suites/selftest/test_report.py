@@ -23,7 +23,8 @@ from exporters.errors import BadRequest
 from reports import events, findings, html, latency, markdown, picture, wording
 from reports.decode import build
 from reports.events import FAILING, GOOD, NEUTRAL, Claim, Comparison, Verdict
-from reports.record import Summary, merge, read_record
+from reports.record import EXITS, Summary, Word, merge, read_record
+from suites.selftest.conftest import command_line
 
 SCHEMA = json.loads((Path(reports.__file__).parent / "schema.json").read_text(encoding="utf-8"))
 VERDICTS: tuple[str, ...] = get_args(Verdict)
@@ -389,6 +390,10 @@ def test_the_overall_verdict(tmp_path: Path, verdicts: list[str], code: int, hea
     assert summarize(tmp_path, one_case(*verdicts, code=code)).headline.startswith(headline)
 
 
+def test_each_verdict_has_an_exit_code_of_its_own() -> None:
+    assert set(EXITS) == set(get_args(Word)) and len(set(EXITS.values())) == len(EXITS)
+
+
 def test_a_run_without_an_end_is_interrupted(tmp_path: Path) -> None:
     summary = summarize(tmp_path, one_case("PASS", code=0)[:-1])
     assert summary.headline.startswith("INTERRUPTED: ") and "has no end event" in summary.headline
@@ -560,6 +565,26 @@ def test_a_run_given_twice_is_refused(tmp_path: Path) -> None:
     run = read_record(write_record(tmp_path, one_case("PASS", code=0)))
     with pytest.raises(BadRequest, match="run 20261122-170501-ab12cd is given 2 times"):
         merge([run, run])
+
+
+@pytest.mark.parametrize(
+    ("mine", "other", "code", "verdict"),
+    [
+        (one_case("PASS", code=0), second_machine("PASS"), 0, "QUALIFIED"),
+        (one_case("PASS", code=0), second_machine("FAIL", code=1), 1, "NOT QUALIFIED"),
+        (one_case("PASS", code=0), second_machine("PASS")[:-1], 2, "INTERRUPTED"),
+        (one_case("FAIL", code=1), None, 1, "NOT QUALIFIED"),
+        (one_case("PASS", code=0)[:-1], None, 2, "INTERRUPTED"),
+        (one_case("SKIPPED", code=5), None, 5, "NOTHING JUDGED"),
+    ],
+)
+def test_the_command_exits_as_the_verdict_says(
+    tmp_path: Path, mine: list[Event], other: list[Event] | None, code: int, verdict: str
+) -> None:
+    names = [write_record(tmp_path / name, lines).name for name, lines in (("a", mine), ("b", other)) if lines]
+    done = command_line(tmp_path, "report", *names, "--output", "out")
+    assert (done.returncode, done.stdout.splitlines()[-1].partition(":")[0]) == (code, verdict), done.stderr
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
 # ---- what decided --------------------------------------------------------------------------------------------------
