@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,7 +80,7 @@ def _one_byte(path: Path) -> None:
 
 
 def _another_verdict(path: Path) -> None:
-    path.write_text(path.read_text(encoding="utf-8").replace("QUALIFIED", "UNQUALIFIED", 1), encoding="utf-8")
+    path.write_text(path.read_text(encoding="utf-8").replace("QUALIFIED", "NOT QUALIFIED", 1), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,9 @@ def test_what_was_changed_since_is_found(
     change(folder / name)
     done = run(["verify", "run", *signers], folder)
     assert done.returncode == 1
-    assert words in done.stdout and "NOT VERIFIED: 1 of 7 checks failed" in done.stdout
+    # Nothing that a statement speaks of is looked at where its own signature does not hold.
+    checks = 1 if name.endswith("statement.json") else 7
+    assert words in done.stdout and f"NOT VERIFIED: 1 of {checks} checks failed" in done.stdout
 
 
 def test_somebody_elses_key_does_not_count(folder: Path) -> None:
@@ -125,6 +128,48 @@ def test_what_is_no_longer_what_was_judged_is_not_signed(folder: Path) -> None:
     assert_refused(done, "best.onnx", CASE, "no longer the file that was judged")
     assert not (folder / "run" / "statement.json").exists()
     assert "Not signed" in (folder / "run" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"files": {"record.jsonl": 5}}, "statement.files.record.jsonl is 5, not text"),
+        ({"files": ["record.jsonl"]}, "statement.files is ['record.jsonl'], not an object"),
+        ({"artifacts": [{"case": CASE, "folder": "x", "files": ["a"]}]}, "artifacts[0].files is ['a'], not an object"),
+        ({"artifacts": [{"case": CASE, "folder": 5, "files": {}}]}, "statement.artifacts[0].folder is 5, not text"),
+        ({"artifacts": [{"case": CASE, "folder": "x", "files": {"a": ["b"]}}]}, "files.a is ['b'], not text"),
+        ({"artifacts": [5]}, "statement.artifacts[0] is 5, not an object"),
+        ({"waivers": [{"case": CASE}]}, "statement.waivers[0] lacks reason"),
+        ({"files": {"a\nb": 5}}, "statement.files.a b is 5, not text"),
+        ({"verdict": "FINE"}, "statement.verdict is 'FINE', not one of QUALIFIED"),
+        ({"schema": 2}, "statement.schema is 2, this exportgate reads 1"),
+    ],
+)
+def test_a_statement_of_another_form_is_one_line(folder: Path, change: dict[str, Any], said: str) -> None:
+    signed(folder)
+    path = folder / "run" / "statement.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | change), encoding="utf-8")
+    assert_refused(run(["verify", "run"], folder), "run/statement.json", said, "sign it again")
+
+
+def signed_anyway(folder: Path, **changes: Any) -> None:
+    """A statement that sign would not write, with a signature of joe's that holds."""
+    signed(folder)
+    path = folder / "run" / "statement.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+    path.with_name("statement.json.sig").unlink()
+    words = ["ssh-keygen", "-q", "-Y", "sign", "-f", str(folder / "joe"), "-n", "exportgate", str(path)]
+    subprocess.run(words, check=True)
+
+
+def test_names_that_no_file_can_have_are_not_there(folder: Path) -> None:
+    digest = "ab" * 32
+    files = {"n" * 5000: digest, "a\nVERIFIED: 0": digest, "a\0b": digest, ".": digest}
+    signed_anyway(folder, files=files, artifacts=[{"case": CASE, "folder": "x" * 5000, "files": {"a": digest}}])
+    done = run(["verify", "run"], folder)
+    assert done.returncode == 1 and not done.stderr, done.stderr[-500:]
+    assert "NOT VERIFIED: 5 of 6 checks failed" in done.stdout
+    assert not [line for line in done.stdout.splitlines() if line.startswith("VERIFIED")]
 
 
 @pytest.mark.parametrize(
