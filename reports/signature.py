@@ -66,6 +66,25 @@ class Check:
     holds: bool
 
 
+@dataclass(frozen=True)
+class Verified:
+    """What was found of a signed report; `told` is None where the signature does not hold, and nothing is told."""
+
+    told: Statement | None
+    checks: tuple[Check, ...]
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """What was signed, for people: who, when, the headline, and each waiver in force."""
+        if self.told is None:
+            return ()
+        waived = (
+            f"waived until {x.expires}: {x.case} {x.claim}: {x.reason} ({x.owner}, {x.issue})"
+            for x in self.told.waivers
+        )
+        return (f"signed by {self.told.who}, {self.told.when}: {self.told.headline}", *waived)
+
+
 def signed_by(folder: Path) -> str:
     """Who signed the report in a folder and when, for the report itself; "" where nobody did."""
     if not (folder / f"{STATEMENT}.sig").is_file():
@@ -138,8 +157,8 @@ def sign(folder: Path, told: Statement, key: Path) -> Path:
     return signature
 
 
-def verify(folder: Path, signers: Path | None, brought: Sequence[Path] = ()) -> list[Check]:
-    """Whether a signature holds, and everything that it speaks of is still what it was.
+def verify(folder: Path, signers: Path | None, brought: Sequence[Path] = ()) -> Verified:
+    """Whether a signature holds, its verdict is QUALIFIED, and everything that it speaks of is still what it was.
 
     Where the signature itself does not hold, nothing that it speaks of is looked at.
 
@@ -155,8 +174,8 @@ def verify(folder: Path, signers: Path | None, brought: Sequence[Path] = ()) -> 
     text, told = _read(folder)
     signature = _signature(folder, text, told.who, signers)
     if not signature.holds:
-        return [signature]
-    checks = [signature]
+        return Verified(None, (signature,))
+    checks = [signature, Check(f"the verdict that was signed is {told.verdict}", told.verdict == "QUALIFIED")]
     checks += [_same(folder / name, sha256, f"{name} of the report") for name, sha256 in told.files.items()]
     for judged in told.artifacts:
         for name, sha256 in judged.files.items():
@@ -167,7 +186,7 @@ def verify(folder: Path, signers: Path | None, brought: Sequence[Path] = ()) -> 
     for file in brought:
         is_judged = _is_file(file) and digest(file) in digests
         checks.append(Check(f"'{file}' is {'' if is_judged else 'none '}of the files that were judged", is_judged))
-    return checks
+    return Verified(told, tuple(checks))
 
 
 def _signature(folder: Path, text: bytes, who: str, signers: Path | None) -> Check:

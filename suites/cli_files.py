@@ -40,7 +40,10 @@ def add_signature(commands: Any) -> None:
     sign.add_argument("run", metavar="RUN", help="folder of the run")
     sign.add_argument("--key", required=True, metavar="FILE", help="your private key, as for ssh-keygen -Y sign")
     sign.add_argument("--who", metavar="NAME", help="as allowed signers name you (default: user@host)")
-    text = "Check a signed report later: the signature, and that nothing of what it speaks of was changed since."
+    text = (
+        "Check a signed report later: the signature, that its verdict is QUALIFIED, and that nothing of what it speaks "
+        "of was changed since. Says who signed what, and exits 1 unless all of it holds."
+    )
     verify = commands.add_parser("verify", help=text, description=text)
     verify.set_defaults(command=_verify)
     verify.add_argument("run", metavar="RUN", help="folder of the run")
@@ -104,12 +107,14 @@ def _verify(options: argparse.Namespace, further: list[str]) -> int:
     signers = Path(options.signers).expanduser() if options.signers else None
     if signers is not None and not signers.is_file():
         raise BadRequest(f"signers '{signers}' is no file", "name one in the form of ssh-keygen's ALLOWED SIGNERS")
-    checks = signature.verify(Path(options.run), signers, [Path(a) for a in options.artifact])
-    for check in checks:
-        # One line each, whatever names a statement of a stranger has.
+    found = signature.verify(Path(options.run), signers, [Path(a) for a in options.artifact])
+    # One line each, whatever names a statement of a stranger has.
+    for line in found.lines:
+        print(*line.split())
+    for check in found.checks:
         print("ok  " if check.holds else "FAIL", *check.line.split())
-    wrong = sum(not check.holds for check in checks)
-    print(f"{'NOT VERIFIED' if wrong else 'VERIFIED'}: {wrong} of {len(checks)} checks failed")
+    wrong = sum(not check.holds for check in found.checks)
+    print(f"{'NOT VERIFIED' if wrong else 'VERIFIED'}: {wrong} of {len(found.checks)} checks failed")
     return 1 if wrong else 0
 
 

@@ -69,7 +69,7 @@ def test_a_signed_report_says_who_and_when_and_is_verified(folder: Path) -> None
     assert run(["report", "run"], folder).returncode == 0  # written again they are the same
     for more in ([], ["--signers", "signers"]):
         done = run(["verify", "run", *more], folder)
-        assert done.returncode == 0 and "VERIFIED: 0 of 7 checks failed" in done.stdout, done.stdout
+        assert done.returncode == 0 and "VERIFIED: 0 of 8 checks failed" in done.stdout, done.stdout
         assert ("name the allowed signers" in done.stdout) is (not more)
 
 
@@ -103,8 +103,36 @@ def test_what_was_changed_since_is_found(
     done = run(["verify", "run", *signers], folder)
     assert done.returncode == 1
     # Nothing that a statement speaks of is looked at where its own signature does not hold.
-    checks = 1 if name.endswith("statement.json") else 7
+    checks = 1 if name.endswith("statement.json") else 8
     assert words in done.stdout and f"NOT VERIFIED: 1 of {checks} checks failed" in done.stdout
+
+
+def test_what_was_signed_is_told_and_a_verdict_that_failed_is_no_leave_to_deploy(folder: Path) -> None:
+    signed(folder)
+    done = run(["verify", "run", "--artifact", "cache/best.onnx"], folder)
+    assert done.returncode == 0
+    when = json.loads((folder / "run" / "statement.json").read_text(encoding="utf-8"))["when"]
+    assert done.stdout.splitlines()[:2] == [
+        f"signed by jane, {when}: QUALIFIED: 0 of 2 claims failed; 1 PASS, 1 WAIVED; 1 case",
+        f"waived until 2027-01-31: {CASE} test_detections_match_reference: rounds twice (jane, https://example.com/12)",
+    ]
+    record = folder / "run" / "record.jsonl"
+    record.write_text(record.read_text(encoding="utf-8").replace('"PASS"', '"FAIL"'), encoding="utf-8")
+    assert (
+        run(["sign", "run", "--key", "jane", "--who", "jane"], folder).returncode == 0
+    )  # who signs that it failed may
+    done = run(["verify", "run", "--artifact", "cache/best.onnx", "--signers", "signers"], folder)
+    assert done.returncode == 1
+    assert ": NOT QUALIFIED: 1 of 2 claims failed (1 FAIL)" in done.stdout.splitlines()[0]
+    assert "FAIL the verdict that was signed is NOT QUALIFIED" in done.stdout
+    assert done.stdout.splitlines()[-1] == "NOT VERIFIED: 1 of 9 checks failed"
+
+
+def test_a_signature_that_does_not_hold_tells_nothing(folder: Path) -> None:
+    signed(folder)
+    _another_verdict(folder / "run" / "statement.json")
+    done = run(["verify", "run"], folder)
+    assert done.returncode == 1 and len(done.stdout.splitlines()) == 2, done.stdout
 
 
 def test_somebody_elses_key_does_not_count(folder: Path) -> None:
@@ -168,7 +196,7 @@ def test_names_that_no_file_can_have_are_not_there(folder: Path) -> None:
     signed_anyway(folder, files=files, artifacts=[{"case": CASE, "folder": "x" * 5000, "files": {"a": digest}}])
     done = run(["verify", "run"], folder)
     assert done.returncode == 1 and not done.stderr, done.stderr[-500:]
-    assert "NOT VERIFIED: 5 of 6 checks failed" in done.stdout
+    assert "NOT VERIFIED: 5 of 7 checks failed" in done.stdout
     assert not [line for line in done.stdout.splitlines() if line.startswith("VERIFIED")]
 
 
