@@ -36,7 +36,10 @@ class Waived(Waiver):
 
 @dataclass(frozen=True)
 class Judged:
-    """The files of a case's artifact by their names in `folder`, with SHA-256."""
+    """The files of a case's artifact by their names in `folder`, with SHA-256.
+
+    `folder` is "" where none of them was there when it was signed: another machine made and judged them.
+    """
 
     case: str
     folder: str
@@ -75,14 +78,20 @@ class Verified:
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """What was signed, for people: who, when, the headline, and each waiver in force."""
+        """What was signed, for people: who, when, the headline, each waiver in force, and what was judged elsewhere."""
         if self.told is None:
             return ()
         waived = (
             f"waived until {x.expires}: {x.case} {x.claim}: {x.reason} ({x.owner}, {x.issue})"
             for x in self.told.waivers
         )
-        return (f"signed by {self.told.who}, {self.told.when}: {self.told.headline}", *waived)
+        every = sum(len(x.files) for x in self.told.artifacts)
+        elsewhere = sum(len(x.files) for x in self.told.artifacts if not x.folder)
+        bring = (
+            f"{elsewhere} of {every} files that were judged were not there when it was signed: --artifact checks one"
+        )
+        signed = f"signed by {self.told.who}, {self.told.when}: {self.told.headline}"
+        return (signed, *waived, *([bring] if elsewhere else []))
 
 
 def signed_by(folder: Path) -> str:
@@ -126,12 +135,13 @@ def _artifacts(run: Run) -> Iterator[Judged]:
             continue
         files = {file.path: file.sha256 for file in case.hops[-1].files}
         root = Path(case.artifact)
-        for name, sha256 in files.items():
-            if (root / name).is_file() and digest(root / name) != sha256:
+        here = [name for name in files if (root / name).is_file()]
+        for name in here:
+            if digest(root / name) != files[name]:
                 raise BadRequest(
                     f"'{root / name}' of case {case.case} is no longer the file that was judged", "judge it again"
                 )
-        yield Judged(case.case, str(root), files)
+        yield Judged(case.case, str(root) if here else "", files)
 
 
 def sign(folder: Path, told: Statement, key: Path) -> Path:
@@ -177,7 +187,7 @@ def verify(folder: Path, signers: Path | None, brought: Sequence[Path] = ()) -> 
         return Verified(None, (signature,))
     checks = [signature, Check(f"the verdict that was signed is {told.verdict}", told.verdict == "QUALIFIED")]
     checks += [_same(folder / name, sha256, f"{name} of the report") for name, sha256 in told.files.items()]
-    for judged in told.artifacts:
+    for judged in (x for x in told.artifacts if x.folder):
         for name, sha256 in judged.files.items():
             place = Path(judged.folder) / name
             if not brought or _is_file(place):

@@ -435,6 +435,7 @@ def _show_baselines(folder: Path) -> int:
 
 def _report(options: argparse.Namespace, further: list[str]) -> int:
     import reports
+    from reports.kept import read_all
     from reports.record import EXITS
 
     runs = [Path(r) for r in options.runs]
@@ -453,7 +454,7 @@ def _report(options: argparse.Namespace, further: list[str]) -> int:
     out = Path(options.output) if options.output else (runs[0] if runs[0].is_dir() else runs[0].parent)
     for path in reports.write(runs, out).values():
         print(path)
-    summary = reports.merge([reports.read_record(r) for r in runs])
+    summary = reports.merge(read_all(runs))
     print(summary.headline)
     return EXITS[summary.verdict]
 

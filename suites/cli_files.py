@@ -37,7 +37,7 @@ def add_signature(commands: Any) -> None:
     text = "Sign a run's report with your SSH key: who, when, the verdict, and the digests of every file it speaks of."
     sign = commands.add_parser("sign", help=text, description=text)
     sign.set_defaults(command=_sign)
-    sign.add_argument("run", metavar="RUN", help="folder of the run")
+    sign.add_argument("run", metavar="RUN", help="folder of the run, or of a merged report")
     sign.add_argument("--key", required=True, metavar="FILE", help="your private key, as for ssh-keygen -Y sign")
     sign.add_argument("--who", metavar="NAME", help="as allowed signers name you (default: user@host)")
     text = (
@@ -46,7 +46,7 @@ def add_signature(commands: Any) -> None:
     )
     verify = commands.add_parser("verify", help=text, description=text)
     verify.set_defaults(command=_verify)
-    verify.add_argument("run", metavar="RUN", help="folder of the run")
+    verify.add_argument("run", metavar="RUN", help="folder of the run, or of a merged report")
     verify.add_argument("--signers", metavar="FILE", help="OpenSSH's file of allowed signers: whose key counts")
     verify.add_argument(
         "--artifact",
@@ -81,7 +81,7 @@ def _sign(options: argparse.Namespace, further: list[str]) -> int:
 
     import reports
     from reports import signature
-    from reports.record import NAME
+    from reports.kept import read_all, records_in
 
     folder, key = Path(options.run), Path(options.key).expanduser()
     if not folder.is_dir():
@@ -89,10 +89,10 @@ def _sign(options: argparse.Namespace, further: list[str]) -> int:
     if not key.is_file():
         raise BadRequest(f"key '{key}' is no file", "name your private key, as ~/.ssh/id_ed25519")
     who, when = options.who or f"{getpass.getuser()}@{socket.gethostname()}", signature.now()
-    summary = reports.merge([reports.read_record(folder)])
+    summary = reports.merge(read_all([folder]))
     made = reports.write([folder], folder, f"{who}, {when}")
     try:
-        told = signature.statement(summary, who, when, [folder / NAME, *made.values()])
+        told = signature.statement(summary, who, when, [*records_in(folder), *made.values()])
         print(signature.sign(folder, told, key))
     except ExportgateError:
         reports.write([folder], folder, "")  # which says that nobody did

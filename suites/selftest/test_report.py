@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import MISSING, fields, is_dataclass
@@ -918,15 +919,49 @@ def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path) 
 
 def test_writing_again_replaces_the_files_and_leaves_nothing_else(tmp_path: Path) -> None:
     folder = write_record(tmp_path / "run", every_verdict())
-    reports.write([folder], tmp_path / "out")
+    reports.write([folder, write_record(tmp_path / "other", second_machine("PASS"))], tmp_path / "out")
+    assert (tmp_path / "out" / "record-2.jsonl").is_file()
     paths = reports.write([folder], tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "record-1.jsonl",
         "report.html",
         "report.json",
         "report.md",
         "report.xml",
     ]
     assert set(paths) == {"html", "markdown", "junit", "json"}
+
+
+def test_a_report_is_made_again_of_the_records_beside_it(tmp_path: Path) -> None:
+    runs = [
+        write_record(
+            tmp_path / f"run{n}", one_case("PASS", code=0, run=f"20261122-1705{n:02}", machine={"id": f"m{n}"})
+        )
+        for n in range(11)
+    ]
+    first = {kind: path.read_bytes() for kind, path in reports.write(runs, tmp_path / "out").items()}
+    shutil.move(tmp_path / "out", tmp_path / "elsewhere")
+    again = reports.write([tmp_path / "elsewhere"], tmp_path / "elsewhere")
+    assert {kind: path.read_bytes() for kind, path in again.items()} == first
+    # The order is the one that is asked for, also where a copy takes another one's name.
+    copies = [tmp_path / "elsewhere" / f"record-{n}.jsonl" for n in (11, 1)]
+    records = json.loads(reports.write(copies, tmp_path / "elsewhere")["json"].read_text(encoding="utf-8"))["runs"]
+    assert [(run["run"], run["record"]) for run in records] == [
+        ("20261122-170510", "record-1.jsonl"),
+        ("20261122-170500", "record-2.jsonl"),
+    ]
+    assert not copies[0].exists()
+
+
+def test_a_folder_of_a_run_keeps_its_own_report(tmp_path: Path) -> None:
+    one = write_record(tmp_path / "a", one_case("PASS", code=0))
+    two = write_record(tmp_path / "b", second_machine("FAIL", code=1))
+    reports.write([one], one)
+    before = {path.name: path.read_bytes() for path in one.iterdir()}
+    for runs in ([one, two], [two]):
+        with pytest.raises(BadRequest, match=r"a' is the folder of a run.*--output"):
+            reports.write(runs, one)
+    assert {path.name: path.read_bytes() for path in one.iterdir()} == before
 
 
 @pytest.mark.parametrize(

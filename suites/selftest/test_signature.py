@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from suites.selftest.test_bad_input import assert_refused, run
-from suites.selftest.test_report import case_event, claim_event, end_event, hop, run_event
+from suites.selftest.test_report import case_event, claim_event, end_event, hop, run_event, write_record
 
 pytestmark = pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="there is no ssh-keygen here")
 CASE = "best-onnx-fp32-ort-cpu"
@@ -148,6 +148,45 @@ def test_a_file_is_among_those_that_were_judged_wherever_it_lies(folder: Path) -
     _one_byte(folder / "deployed.onnx")
     done = run(["verify", "run", "--artifact", "deployed.onnx"], folder)
     assert done.returncode == 1 and "'deployed.onnx' is none of the files that were judged" in done.stdout
+
+
+def two_machines(folder: Path) -> Path:
+    """The merged report of the run and of another machine's, whose artifact is not here; only it is left of them."""
+    artifact = [{"path": "best.engine", "bytes": 9, "sha256": hashlib.sha256(b"an engine").hexdigest()}]
+    case = "best-engine-fp16-trt-cuda"
+    events = [
+        run_event(run="20261122-180000-ffee00", machine={"id": "nvidia-h100", "gpu": "NVIDIA H100"}),
+        case_event(case, hops=[hop("engine fp16") | {"files": artifact}], artifact="/runner/cache/1"),
+        claim_event(case, "test_outputs_match_reference", "PASS"),
+        end_event(0),
+    ]
+    write_record(folder / "gpu", events)
+    done = run(["report", "run", "gpu", "--output", "merged"], folder)
+    assert done.returncode == 0 and "on 2 machines" in done.stdout, done.stderr
+    shutil.rmtree(folder / "run")
+    shutil.rmtree(folder / "gpu")
+    return folder / "merged"
+
+
+def test_a_merged_report_is_signed_and_verified_without_its_runs(folder: Path) -> None:
+    merged = two_machines(folder)
+    text = (merged / "report.json").read_bytes()
+    done = run(["report", "merged"], folder)
+    assert done.returncode == 0 and (merged / "report.json").read_bytes() == text  # made of the copies beside it
+    done = run(["sign", "merged", "--key", "jane", "--who", "jane"], folder)
+    assert done.returncode == 0 and "signed by jane: QUALIFIED: 0 of 3 claims failed" in done.stdout, done.stderr
+    told = json.loads((merged / "statement.json").read_text(encoding="utf-8"))
+    assert len(told["runs"]) == 2 and {"record-1.jsonl", "record-2.jsonl", "report.html"} < set(told["files"])
+    assert "Signed by jane" in (merged / "report.md").read_text(encoding="utf-8")
+    assert run(["report", "."], merged).returncode == 0  # from another folder they are the same
+    done = run(["verify", "merged", "--signers", "signers"], folder)
+    assert done.returncode == 0 and "VERIFIED: 0 of 9 checks failed" in done.stdout, done.stdout
+    assert "1 of 2 files that were judged were not there when it was signed" in done.stdout
+    (folder / "deployed.engine").write_bytes(b"an engine")
+    assert run(["verify", "merged", "--artifact", "deployed.engine"], folder).returncode == 0
+    _one_byte(merged / "record-2.jsonl")
+    done = run(["verify", "merged"], folder)
+    assert done.returncode == 1 and "FAIL record-2.jsonl of the report was changed" in done.stdout
 
 
 def test_what_is_no_longer_what_was_judged_is_not_signed(folder: Path) -> None:
