@@ -10,7 +10,7 @@ from pathlib import Path
 
 from exporters.errors import BadRequest
 from reports import as_json, comparison, history, html, junit, kept, markdown, signature
-from reports.record import Row, Run, Summary, merge, read_record, refuse_twice
+from reports.record import Row, Run, Signed, Summary, merge, read_record, refuse_twice
 
 __all__ = ["Row", "Run", "Summary", "merge", "read_record", "write", "write_comparison", "write_history"]
 
@@ -22,24 +22,24 @@ _REPORTS = {
 }
 
 
-def write(runs: Sequence[Path], out: Path, signed: str | None = None) -> dict[str, Path]:
+def write(runs: Sequence[Path], out: Path, signed: Signed | None = None) -> dict[str, Path]:
     """Writes report.html, .md, .xml and .json of these records (run folders or record files) into the folder `out`.
 
     Nothing is run again. Each file appears whole or not at all; the result's keys are html, markdown, junit and json.
     Records that lie elsewhere are copied beside them, so that `out` can be signed and its report made again.
-    `signed` says by whom and when; by default what a signature in `out` says.
+    `signed` says by whom and when; by default what a signature in `out` says, if it holds and is of these records.
 
     Raises:
         BadRequest: a record cannot be read or is given twice, `out` is another run's folder, or cannot be written.
+        ToolchainMissing: there is a signature in `out`, and no ssh-keygen that checks it.
     """
-    signed = signature.signed_by(out) if signed is None else signed
     records = kept.read_all(runs)
     refuse_twice(records)
     try:
         places = kept.named(records, out)
         # A report names its records as they lie beside it: it reads the same wherever its folder is.
         beside = [replace(run, path=Path(name)) for run, name in zip(records, places, strict=True)]
-        summary = replace(merge(beside), signed=signed)
+        summary = replace(merge(beside), signed=signature.signed_by(out, places) if signed is None else signed)
         texts = {kind: (out / name, render(summary)) for kind, (name, render) in _REPORTS.items()}
         copies = kept.copies(places)
         out.mkdir(parents=True, exist_ok=True)

@@ -79,6 +79,14 @@ class Unmet:
 
 
 @dataclass(frozen=True)
+class Signed:
+    """What a report says of its signature: by whom and when, or why the one beside it does not count."""
+
+    by: str = ""
+    wrong: str = ""
+
+
+@dataclass(frozen=True)
 class Summary:
     """Several records as one matrix: rows are cases, columns the names of claims."""
 
@@ -91,7 +99,7 @@ class Summary:
     remarks: tuple[str, ...]
     verdict: Word
     headline: str
-    signed: str = ""  # by whom and when
+    signed: Signed = Signed()
 
     @property
     def gist(self) -> str:

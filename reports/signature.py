@@ -19,7 +19,8 @@ from exporters.artifact import digest
 from exporters.errors import BadRequest, ToolchainMissing
 from reports.decode import FieldError, build
 from reports.events import Waiver
-from reports.record import Run, Summary, Word
+from reports.kept import is_record
+from reports.record import Run, Signed, Summary, Word
 
 STATEMENT = "statement.json"
 NAMESPACE = "exportgate"  # a signature for another purpose does not count
@@ -94,12 +95,27 @@ class Verified:
         return (signed, *waived, *([bring] if elsewhere else []))
 
 
-def signed_by(folder: Path) -> str:
-    """Who signed the report in a folder and when, for the report itself; "" where nobody did."""
+def signed_by(folder: Path, records: Mapping[str, Path]) -> Signed:
+    """Who signed the report in a folder and when, for the report itself.
+
+    Args:
+        records: what is reported, by the names beside the report.
+
+    Raises:
+        ToolchainMissing: there is no ssh-keygen, which checks the signature.
+    """
     if not (folder / f"{STATEMENT}.sig").is_file():
-        return ""
-    _, told = _read(folder)
-    return f"{told.who}, {told.when}"
+        return Signed()
+    try:
+        text, told = _read(folder)
+    except BadRequest:
+        return Signed(wrong="has no statement that can be read")
+    signed = {name: sha256 for name, sha256 in told.files.items() if is_record(name)}
+    if signed != {name: digest(path) for name, path in records.items()}:
+        return Signed(wrong=f"is not of {'this record' if len(records) == 1 else 'these records'}")
+    if not _signature(folder, text, told.who, None).holds:
+        return Signed(wrong="does not hold")
+    return Signed(f"{told.who}, {told.when}")
 
 
 def statement(summary: Summary, who: str, when: str, files: Sequence[Path]) -> Statement:

@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--output",
         metavar="DIR",
-        help="where to (default: the first run's folder, of pages over several the last one's)",
+        help="where to (default: the run's own folder, of --compare and --history the last run's; needed to merge)",
     )
     over = report.add_mutually_exclusive_group()
     over.add_argument(
@@ -451,6 +451,8 @@ def _report(options: argparse.Namespace, further: list[str]) -> int:
         told = reports.write_history(runs, out)
         print(out / "history.html", out / "history.md", told.headline, sep="\n")
         return 0
+    if len(runs) > 1 and not options.output:
+        raise BadRequest(f"{len(runs)} runs are one report, and no --output given", "name a folder of its own")
     out = Path(options.output) if options.output else (runs[0] if runs[0].is_dir() else runs[0].parent)
     for path in reports.write(runs, out).values():
         print(path)

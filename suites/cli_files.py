@@ -82,6 +82,7 @@ def _sign(options: argparse.Namespace, further: list[str]) -> int:
     import reports
     from reports import signature
     from reports.kept import read_all, records_in
+    from reports.record import Signed
 
     folder, key = Path(options.run), Path(options.key).expanduser()
     if not folder.is_dir():
@@ -90,12 +91,12 @@ def _sign(options: argparse.Namespace, further: list[str]) -> int:
         raise BadRequest(f"key '{key}' is no file", "name your private key, as ~/.ssh/id_ed25519")
     who, when = options.who or f"{getpass.getuser()}@{socket.gethostname()}", signature.now()
     summary = reports.merge(read_all([folder]))
-    made = reports.write([folder], folder, f"{who}, {when}")
+    made = reports.write([folder], folder, Signed(f"{who}, {when}"))
     try:
         told = signature.statement(summary, who, when, [*records_in(folder), *made.values()])
         print(signature.sign(folder, told, key))
     except ExportgateError:
-        reports.write([folder], folder, "")  # which says that nobody did
+        reports.write([folder], folder)  # which say what holds: that nobody did, or an earlier signature
         raise
     print(f"signed by {who}: {summary.headline}")
     return 0

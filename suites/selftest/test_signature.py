@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from suites.selftest.conftest import command_line
 from suites.selftest.test_bad_input import assert_refused, run
 from suites.selftest.test_report import case_event, claim_event, end_event, hop, run_event, write_record
 
@@ -187,6 +188,86 @@ def test_a_merged_report_is_signed_and_verified_without_its_runs(folder: Path) -
     _one_byte(merged / "record-2.jsonl")
     done = run(["verify", "merged"], folder)
     assert done.returncode == 1 and "FAIL record-2.jsonl of the report was changed" in done.stdout
+
+
+def said_of_its_signature(report: Path) -> str:
+    """What a report says of its signature, on each of its pages the same."""
+    told = json.loads((report / "report.json").read_text(encoding="utf-8"))
+    said = f"Signed by {told['signed']}" if told["signed"] else "Not signed"
+    if told["signature_wrong"]:
+        assert told["signed"] is None
+        said = f"The signature in this folder {told['signature_wrong']}"
+    others = [w for w in ("The signature in this folder", "Not signed", "Signed by") if not said.startswith(w)]
+    for name in ("report.html", "report.md"):
+        page = (report / name).read_text(encoding="utf-8").replace("<b>", "")
+        assert said in page and not any(words in page for words in others), name
+    return said
+
+
+def test_a_record_that_was_changed_is_not_signed_by_who_signed_it_before(folder: Path) -> None:
+    record = folder / "run" / "record.jsonl"
+    good = record.read_text(encoding="utf-8")
+    record.write_text(good.replace('"PASS"', '"FAIL"'), encoding="utf-8")
+    assert run(["sign", "run", "--key", "jane", "--who", "jane"], folder).returncode == 0
+    assert run(["report", "run"], folder).returncode == 1
+    assert said_of_its_signature(folder / "run").startswith("Signed by jane, ")
+    record.write_text(good, encoding="utf-8")
+    assert run(["report", "run"], folder).returncode == 0
+    assert said_of_its_signature(folder / "run") == "The signature in this folder is not of this record"
+
+
+@pytest.mark.parametrize("how", ["empty", "for another purpose", "of other words", "no statement"])
+def test_a_name_that_nobody_signed_is_no_signature(folder: Path, how: str) -> None:
+    signed(folder)
+    path, signature = (folder / "run" / f"statement.json{end}" for end in ("", ".sig"))
+    said = "does not hold"
+    if how == "empty":
+        signature.write_bytes(b"")
+    elif how == "for another purpose":
+        signature.unlink()
+        subprocess.run(
+            ["ssh-keygen", "-q", "-Y", "sign", "-f", str(folder / "jane"), "-n", "file", str(path)], check=True
+        )
+    elif how == "of other words":
+        path.write_text(path.read_text(encoding="utf-8").replace('"jane"', '"joe"', 1), encoding="utf-8")
+    else:
+        path.write_text("{}", encoding="utf-8")
+        said = "has no statement that can be read"
+    assert run(["report", "run"], folder).returncode == 0
+    assert said_of_its_signature(folder / "run") == f"The signature in this folder {said}"
+
+
+def test_a_signature_is_not_carried_over_to_a_merged_report(folder: Path) -> None:
+    signed(folder)
+    other = [run_event(run="20261122-180000-ffee00"), claim_event(CASE, "test_names", "FAIL"), end_event(1)]
+    write_record(folder / "other", other)
+    before = {path.name: path.read_bytes() for path in (folder / "run").iterdir()}
+    assert_refused(run(["report", "run", "other"], folder), "2 runs", "--output")
+    assert_refused(run(["report", "run", "other", "--output", "run"], folder), "'run' is the folder of a run")
+    assert run(["report", "run", "other", "--output", "merged"], folder).returncode == 1
+    assert said_of_its_signature(folder / "merged") == "Not signed"
+    for name in ("statement.json", "statement.json.sig"):
+        shutil.copy(folder / "run" / name, folder / "merged")
+    assert run(["report", "merged"], folder).returncode == 1
+    assert said_of_its_signature(folder / "merged") == "The signature in this folder is not of these records"
+    assert {path.name: path.read_bytes() for path in (folder / "run").iterdir()} == before
+    assert run(["verify", "run"], folder).returncode == 0
+
+
+def test_a_signature_that_cannot_be_checked_is_one_line_and_nothing_is_written(folder: Path) -> None:
+    signed(folder)
+    page = (folder / "run" / "report.html").read_bytes()
+    done = command_line(folder, "report", "run", PATH=str(folder / "nowhere"))
+    assert done.returncode == 1 and "there is no ssh-keygen here" in done.stderr and "Traceback" not in done.stderr
+    assert (folder / "run" / "report.html").read_bytes() == page
+
+
+def test_a_signature_that_failed_leaves_the_one_before(folder: Path) -> None:
+    signed(folder)
+    first = said_of_its_signature(folder / "run")
+    _one_byte(folder / "cache" / "best.onnx")
+    assert_refused(run(["sign", "run", "--key", "jane", "--who", "joe"], folder), "no longer the file that was judged")
+    assert first and said_of_its_signature(folder / "run") == first
 
 
 def test_what_is_no_longer_what_was_judged_is_not_signed(folder: Path) -> None:
