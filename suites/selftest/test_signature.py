@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from exporters.errors import BadRequest
+from reports import signature
 from suites.selftest.conftest import command_line
 from suites.selftest.test_bad_input import assert_refused, run
 from suites.selftest.test_report import case_event, claim_event, end_event, hop, run_event, write_record
@@ -219,12 +221,12 @@ def test_a_record_that_was_changed_is_not_signed_by_who_signed_it_before(folder:
 @pytest.mark.parametrize("how", ["empty", "for another purpose", "of other words", "no statement"])
 def test_a_name_that_nobody_signed_is_no_signature(folder: Path, how: str) -> None:
     signed(folder)
-    path, signature = (folder / "run" / f"statement.json{end}" for end in ("", ".sig"))
+    path, beside = (folder / "run" / f"statement.json{end}" for end in ("", ".sig"))
     said = "does not hold"
     if how == "empty":
-        signature.write_bytes(b"")
+        beside.write_bytes(b"")
     elif how == "for another purpose":
-        signature.unlink()
+        beside.unlink()
         subprocess.run(
             ["ssh-keygen", "-q", "-Y", "sign", "-f", str(folder / "jane"), "-n", "file", str(path)], check=True
         )
@@ -293,11 +295,14 @@ def test_what_is_no_longer_what_was_judged_is_not_signed(folder: Path) -> None:
         ({"schema": 2}, "statement.schema is 2, this exportgate reads 1"),
     ],
 )
-def test_a_statement_of_another_form_is_one_line(folder: Path, change: dict[str, Any], said: str) -> None:
-    signed(folder)
-    path = folder / "run" / "statement.json"
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | change), encoding="utf-8")
-    assert_refused(run(["verify", "run"], folder), "run/statement.json", said, "sign it again")
+def test_a_statement_of_another_form_is_one_line(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    told = {"schema": 1, "who": "jane", "when": "", "verdict": "QUALIFIED", "headline": "", "runs": [], "waivers": []}
+    path = tmp_path / "statement.json"
+    path.write_text(json.dumps(told | {"files": {}, "artifacts": []} | change), encoding="utf-8")
+    (tmp_path / "statement.json.sig").write_text("none", encoding="utf-8")
+    with pytest.raises(BadRequest) as caught:
+        signature.verify(tmp_path, None)
+    assert str(path) in str(caught.value) and said in str(caught.value) and "\n" not in str(caught.value)
 
 
 def signed_anyway(folder: Path, **changes: Any) -> None:
