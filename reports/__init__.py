@@ -39,7 +39,9 @@ def write(runs: Sequence[Path], out: Path, signed: Signed | None = None) -> dict
         places = kept.named(records, out)
         # A report names its records as they lie beside it: it reads the same wherever its folder is.
         beside = [replace(run, path=Path(name)) for run, name in zip(records, places, strict=True)]
-        summary = replace(merge(beside), signed=signature.signed_by(out, places) if signed is None else signed)
+        summary = merge(beside)
+        signed = signature.signed_by(out, places, summary.verdict) if signed is None else signed
+        summary = replace(summary, signed=signed)
         texts = {kind: (out / name, render(summary)) for kind, (name, render) in _REPORTS.items()}
         copies = kept.copies(places)
         out.mkdir(parents=True, exist_ok=True)

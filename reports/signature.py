@@ -95,11 +95,12 @@ class Verified:
         return (signed, *waived, *([bring] if elsewhere else []))
 
 
-def signed_by(folder: Path, records: Mapping[str, Path]) -> Signed:
+def signed_by(folder: Path, records: Mapping[str, Path], verdict: Word) -> Signed:
     """Who signed the report in a folder and when, for the report itself.
 
     Args:
         records: what is reported, by the names beside the report.
+        verdict: what the report says of them, which another exportgate may have said otherwise.
 
     Raises:
         ToolchainMissing: there is no ssh-keygen, which checks the signature.
@@ -115,6 +116,8 @@ def signed_by(folder: Path, records: Mapping[str, Path]) -> Signed:
         return Signed(wrong=f"is not of {'this record' if len(records) == 1 else 'these records'}")
     if not _signature(folder, text, told.who, None).holds:
         return Signed(wrong="does not hold")
+    if told.verdict != verdict:
+        return Signed(wrong=f"is of another verdict: {told.verdict}")
     return Signed(f"{told.who}, {told.when}")
 
 

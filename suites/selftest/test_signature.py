@@ -239,6 +239,13 @@ def test_a_name_that_nobody_signed_is_no_signature(folder: Path, how: str) -> No
     assert said_of_its_signature(folder / "run") == f"The signature in this folder {said}"
 
 
+def test_a_signature_under_another_verdict_is_not_of_this_report(folder: Path) -> None:
+    """As where another version of exportgate judged the record as a whole otherwise."""
+    signed_anyway(folder, verdict="NOT QUALIFIED")
+    assert run(["report", "run"], folder).returncode == 0
+    assert said_of_its_signature(folder / "run") == "The signature in this folder is of another verdict: NOT QUALIFIED"
+
+
 def test_a_signature_is_not_carried_over_to_a_merged_report(folder: Path) -> None:
     signed(folder)
     other = [run_event(run="20261122-180000-ffee00"), claim_event(CASE, "test_names", "FAIL"), end_event(1)]
