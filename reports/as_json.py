@@ -24,7 +24,8 @@ def render(summary: Summary) -> str:
         "remarks": summary.remarks,
         "counts": summary.counts,
         "release": summary.release,
-        "signed": summary.signed or None,
+        "signed": summary.signed.by or None,
+        "signature_wrong": summary.signed.wrong or None,
         "must_pass": {
             "entries": summary.must_pass,
             "unmet": [

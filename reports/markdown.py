@@ -9,7 +9,7 @@ from reports.accuracy import Score, scores
 from reports.events import FAILING, GOOD
 from reports.findings import Finding, findings
 from reports.latency import Board, boards
-from reports.record import Row, Summary
+from reports.record import Row, Signed, Summary
 from reports.wording import MISSING, change, milliseconds, moment, number, sentence
 
 # Bytes that each section may take; together with what a line may add they stay below LIMIT.
@@ -31,13 +31,19 @@ def render(summary: Summary) -> str:
     for run in summary.runs[:10]:
         gpu = f", {text(str(run.start.machine['gpu']), 60)}" if run.start.machine.get("gpu") else ""
         parts.append(f"Run {code(run.start.run)} on {code(run.machine)}{gpu}, {text(moment(run.start.time), 40)}  ")
-    parts.append(f"Signed by {text(summary.signed)}" if summary.signed else "Not signed")
+    parts.append(_signed(summary.signed))
     parts += [f"- {text(remark)}" for remark in summary.remarks[:10]]
     parts += _failures(findings(summary))
     parts += _matrix(summary)
     parts += _accuracy(scores(summary))
     parts += _latency(boards(summary))
     return "\n".join(parts) + "\n"
+
+
+def _signed(found: Signed) -> str:
+    if found.wrong:
+        return f"**The signature in this folder {text(found.wrong)}**"
+    return f"Signed by {text(found.by)}" if found.by else "Not signed"
 
 
 def text(value: str, limit: int = TEXT) -> str:

@@ -21,6 +21,8 @@ SCHEMA = 1
 NAME = "record.jsonl"
 Word = Literal["QUALIFIED", "NOT QUALIFIED", "NOTHING JUDGED", "INTERRUPTED"]
 
+# What a command that ends with a verdict exits with: pytest's codes.
+EXITS: Mapping[Word, int] = {"QUALIFIED": 0, "NOT QUALIFIED": 1, "INTERRUPTED": 2, "NOTHING JUDGED": 5}
 # pytest's exit codes for a session that was stopped, and for one that broke: both leave claims unjudged.
 _STOPPED = {2: "was interrupted", 3: "broke with an internal error"}
 # Claims that compare what an artifact computes with what PyTorch does.
@@ -77,6 +79,14 @@ class Unmet:
 
 
 @dataclass(frozen=True)
+class Signed:
+    """What a report says of its signature: by whom and when, or why the one beside it does not count."""
+
+    by: str = ""
+    wrong: str = ""
+
+
+@dataclass(frozen=True)
 class Summary:
     """Several records as one matrix: rows are cases, columns the names of claims."""
 
@@ -89,7 +99,7 @@ class Summary:
     remarks: tuple[str, ...]
     verdict: Word
     headline: str
-    signed: str = ""  # by whom and when
+    signed: Signed = Signed()
 
     @property
     def gist(self) -> str:
@@ -247,7 +257,11 @@ def _columns(rows: Sequence[Row]) -> tuple[str, ...]:
 
 def _must_pass(rows: Sequence[Row], runs: Sequence[Run]) -> tuple[int, tuple[Unmet, ...]]:
     """How many entries the release runs want, and those unmet. What one run lacks, another release run may show."""
-    release = {(row.run.start.run, row.case.case): row for row in rows if row.run.start.release}
+    release: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.run.start.release:
+            release.setdefault(row.case.case, []).append(row)
+    shown = {(case, name) for case, found in release.items() for row in found for name in _good(row)}
     wanted: dict[tuple[str, str], None] = {}
     unmet: dict[tuple[str, str, str], Unmet] = {}
     for run in runs:
@@ -255,27 +269,38 @@ def _must_pass(rows: Sequence[Row], runs: Sequence[Run]) -> tuple[int, tuple[Unm
             continue
         entries = [_entry(text) for text in run.start.must_pass]
         for case, claim in entries or sorted({(claim.case, "*") for claim in run.claims}):
-            own = release.get((run.start.run, case))
-            if claim == "*" and own:
-                for name, ran in own.claims.items():
-                    if _by_nature(own, ran):
+            found = [row for row in release.get(case, ()) if (row.claims if claim == "*" else claim in row.claims)]
+            if not found:
+                wanted[case, claim] = None
+                unmet[case, claim, ""] = Unmet(case, claim, None)
+            # Of a claim that this run did not have, what the others say of it counts.
+            for row in [row for row in found if row.run is run] or found:
+                for name in row.claims if claim == "*" else (claim,):
+                    if claim == "*" and _by_nature(row.claims[name], found):
                         continue
                     wanted[case, name] = None
-                    if _rank(ran.verdict) == 1:
-                        unmet[case, name, run.start.run] = Unmet(case, name, own)
-                continue
-            wanted[case, claim] = None
-            if own and claim in own.claims:
-                if _rank(own.claims[claim].verdict) == 1:
-                    unmet[case, claim, run.start.run] = Unmet(case, claim, own)
-            elif not any(name == case and claim in ("*", *row.claims) for (_, name), row in release.items()):
-                unmet[case, claim, ""] = Unmet(case, claim, None)
+                    if not _met(row.claims[name], shown):
+                        unmet[case, name, row.run.start.run] = Unmet(case, name, row)
     return len(wanted), tuple(unmet.values())
 
 
-def _by_nature(row: Row, claim: Claim) -> bool:
+def _good(row: Row) -> set[str]:
+    return {name for name, claim in row.claims.items() if claim.verdict in GOOD}
+
+
+def _met(claim: Claim, shown: set[tuple[str, str]]) -> bool:
+    """Whether an entry needs no line of its own: it is good, a failure already, or shown by another release run.
+
+    Only SKIPPED can be shown elsewhere: the toolchain is missing, so that this machine says nothing of the artifact.
+    The other neutral verdicts are answers of this machine, which another one's do not replace: what its runtime cannot
+    do (NOT_SUPPORTED), and a measurement that its own baseline was to judge (NO_BASELINE, NOT_COMPARABLE).
+    """
+    return _rank(claim.verdict) != 1 or (claim.verdict == "SKIPPED" and (claim.case, claim.claim) in shown)
+
+
+def _by_nature(claim: Claim, rows: Sequence[Row]) -> bool:
     """Whether a claim of a case that is wanted as a whole is let by: its format cannot have it, and others passed."""
-    return claim.verdict == "NOT_SUPPORTED" and any(other.verdict in GOOD for other in row.claims.values())
+    return claim.verdict == "NOT_SUPPORTED" and any(_good(row) for row in rows)
 
 
 def _entry(text: str) -> tuple[str, str]:
@@ -298,7 +323,7 @@ def _remarks(rows: Sequence[Row], runs: Sequence[Run]) -> tuple[list[str], list[
             unfit.append(f"{name} {run.stopped}: claims that it had not reached are missing")
         elif run.end and run.end.exit and not explained and (judged or run.end.exit != 5):
             unfit.append(f"{name} ended with exit {run.end.exit} although none of its claims failed: see its log")
-        elif not judged and not explained and len(runs) > 1:
+        elif not judged and len(runs) > 1:
             unfit.append(f"{name} on {run.machine} judged nothing")
         if run.end and run.end.selftest and run.end.selftest.failed:
             unfit.append(f"{name}: {run.end.selftest.failed} of the suite's own tests failed")

@@ -10,19 +10,56 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
 
 from exporters.artifact import digest
 from exporters.errors import BadRequest, ToolchainMissing
-from reports.record import Run, Summary
+from reports.decode import FieldError, build
+from reports.events import Waiver
+from reports.kept import is_record
+from reports.record import Run, Signed, Summary, Word
 
 STATEMENT = "statement.json"
 NAMESPACE = "exportgate"  # a signature for another purpose does not count
 SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Waived(Waiver):
+    """A waiver in force, and what it is of."""
+
+    case: str
+    claim: str
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The files of a case's artifact by their names in `folder`, with SHA-256.
+
+    `folder` is "" where none of them was there when it was signed: another machine made and judged them.
+    """
+
+    case: str
+    folder: str
+    files: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What is signed; `files` are the record and the reports, by their names beside it, with SHA-256."""
+
+    schema: int
+    who: str
+    when: str
+    verdict: Word
+    headline: str
+    runs: tuple[str, ...]
+    waivers: tuple[Waived, ...]
+    files: Mapping[str, str]
+    artifacts: tuple[Judged, ...]
 
 
 @dataclass(frozen=True)
@@ -33,58 +70,100 @@ class Check:
     holds: bool
 
 
-def signed_by(folder: Path) -> str:
-    """Who signed the report in a folder and when, for the report itself; "" where nobody did."""
+@dataclass(frozen=True)
+class Verified:
+    """What was found of a signed report; `told` is None where the signature does not hold, and nothing is told."""
+
+    told: Statement | None
+    checks: tuple[Check, ...]
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """What was signed, for people: who, when, the headline, each waiver in force, and what was judged elsewhere."""
+        if self.told is None:
+            return ()
+        waived = (
+            f"waived until {x.expires}: {x.case} {x.claim}: {x.reason} ({x.owner}, {x.issue})"
+            for x in self.told.waivers
+        )
+        every = sum(len(x.files) for x in self.told.artifacts)
+        elsewhere = sum(len(x.files) for x in self.told.artifacts if not x.folder)
+        bring = (
+            f"{elsewhere} of {every} files that were judged were not there when it was signed: --artifact checks one"
+        )
+        signed = f"signed by {self.told.who}, {self.told.when}: {self.told.headline}"
+        return (signed, *waived, *([bring] if elsewhere else []))
+
+
+def signed_by(folder: Path, records: Mapping[str, Path], verdict: Word) -> Signed:
+    """Who signed the report in a folder and when, for the report itself.
+
+    Args:
+        records: what is reported, by the names beside the report.
+        verdict: what the report says of them, which another exportgate may have said otherwise.
+
+    Raises:
+        ToolchainMissing: there is no ssh-keygen, which checks the signature.
+    """
     if not (folder / f"{STATEMENT}.sig").is_file():
-        return ""
-    told = _statement(folder)
-    return f"{told['who']}, {told['when']}"
+        return Signed()
+    try:
+        text, told = _read(folder)
+    except BadRequest:
+        return Signed(wrong="has no statement that can be read")
+    signed = {name: sha256 for name, sha256 in told.files.items() if is_record(name)}
+    if signed != {name: digest(path) for name, path in records.items()}:
+        return Signed(wrong=f"is not of {'this record' if len(records) == 1 else 'these records'}")
+    if not _signature(folder, text, told.who, None).holds:
+        return Signed(wrong="does not hold")
+    if told.verdict != verdict:
+        return Signed(wrong=f"is of another verdict: {told.verdict}")
+    return Signed(f"{told.who}, {told.when}")
 
 
-def statement(summary: Summary, who: str, when: str, folder: Path, files: Sequence[Path]) -> dict[str, Any]:
+def statement(summary: Summary, who: str, when: str, files: Sequence[Path]) -> Statement:
     """What is signed.
 
     Args:
-        files: the record and the reports, in `folder`.
+        files: the record and the reports.
 
     Raises:
         BadRequest: an artifact is no longer what was judged.
     """
-    return {
-        "schema": SCHEMA,
-        "who": who,
-        "when": when,
-        "verdict": summary.verdict,
-        "headline": summary.headline,
-        "runs": [run.start.run for run in summary.runs],
-        "waivers": [
-            {"case": row.case.case, "claim": claim.claim, **asdict(claim.waiver)}
+    return Statement(
+        schema=SCHEMA,
+        who=who,
+        when=when,
+        verdict=summary.verdict,
+        headline=summary.headline,
+        runs=tuple(run.start.run for run in summary.runs),
+        waivers=tuple(
+            Waived(**asdict(claim.waiver), case=row.case.case, claim=claim.claim)
             for row in summary.rows
             for claim in row.claims.values()
             if claim.waiver
-        ],
-        "files": {path.name: digest(path) for path in files},
-        "artifacts": [artifact for run in summary.runs for artifact in _artifacts(run)],
-    }
+        ),
+        files={path.name: digest(path) for path in files},
+        artifacts=tuple(judged for run in summary.runs for judged in _artifacts(run)),
+    )
 
 
-def _artifacts(run: Run) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+def _artifacts(run: Run) -> Iterator[Judged]:
     for case in run.cases:
         if not case.hops or not case.artifact:
             continue
         files = {file.path: file.sha256 for file in case.hops[-1].files}
         root = Path(case.artifact)
-        for name, sha256 in files.items():
-            if (root / name).is_file() and digest(root / name) != sha256:
+        here = [name for name in files if (root / name).is_file()]
+        for name in here:
+            if digest(root / name) != files[name]:
                 raise BadRequest(
                     f"'{root / name}' of case {case.case} is no longer the file that was judged", "judge it again"
                 )
-        found.append({"case": case.case, "folder": str(root), "files": files})
-    return found
+        yield Judged(case.case, str(root) if here else "", files)
 
 
-def sign(folder: Path, values: Mapping[str, Any], key: Path) -> Path:
+def sign(folder: Path, told: Statement, key: Path) -> Path:
     """Writes the statement and its signature; returns the signature's path. ssh-keygen asks for the key's passphrase.
 
     Raises:
@@ -95,7 +174,7 @@ def sign(folder: Path, values: Mapping[str, Any], key: Path) -> Path:
     signature = folder / f"{STATEMENT}.sig"
     try:
         signature.unlink(missing_ok=True)
-        path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(asdict(told), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise BadRequest(f"'{path}' cannot be written ({error.strerror})", "name a run of yours") from None
     done = _ssh_keygen(["-Y", "sign", "-f", str(key), "-n", NAMESPACE, str(path)])
@@ -107,8 +186,10 @@ def sign(folder: Path, values: Mapping[str, Any], key: Path) -> Path:
     return signature
 
 
-def verify(folder: Path, signers: Path | None, brought: Sequence[Path] = ()) -> list[Check]:
-    """Whether a signature holds, and everything that it speaks of is still what it was.
+def verify(folder: Path, signers: Path | None, brought: Sequence[Path] = ()) -> Verified:
+    """Whether a signature holds, its verdict is QUALIFIED, and everything that it speaks of is still what it was.
+
+    Where the signature itself does not hold, nothing that it speaks of is looked at.
 
     Args:
         signers: OpenSSH's file of allowed signers; without one a signature shows only that nothing was changed since.
@@ -117,33 +198,32 @@ def verify(folder: Path, signers: Path | None, brought: Sequence[Path] = ()) -> 
     Raises:
         BadRequest: there is no statement or no signature, or they cannot be read.
     """
-    path, signature = folder / STATEMENT, folder / f"{STATEMENT}.sig"
-    if not signature.is_file():
+    if not (folder / f"{STATEMENT}.sig").is_file():
         raise BadRequest(f"the report in '{folder}' is not signed", "sign it: exportgate sign RUN --key KEY")
-    told = _statement(folder)
-    checks = [_signature(path, signature, str(told["who"]), signers)]
-    for name, sha256 in cast("dict[str, str]", told["files"]).items():
-        checks.append(_same(folder / name, sha256, f"{name} of the report"))
-    digests = set[str]()
-    for artifact in cast("list[dict[str, Any]]", told["artifacts"]):
-        for name, sha256 in cast("dict[str, str]", artifact["files"]).items():
-            digests.add(sha256)
-            place = Path(artifact["folder"]) / name
-            if place.is_file():
-                checks.append(_same(place, sha256, f"{name} of case {artifact['case']}"))
-            elif not brought:
-                checks.append(Check(f"{name} of case {artifact['case']} is not there any more ({place})", False))
+    text, told = _read(folder)
+    signature = _signature(folder, text, told.who, signers)
+    if not signature.holds:
+        return Verified(None, (signature,))
+    checks = [signature, Check(f"the verdict that was signed is {told.verdict}", told.verdict == "QUALIFIED")]
+    checks += [_same(folder / name, sha256, f"{name} of the report") for name, sha256 in told.files.items()]
+    for judged in (x for x in told.artifacts if x.folder):
+        for name, sha256 in judged.files.items():
+            place = Path(judged.folder) / name
+            if not brought or _is_file(place):
+                checks.append(_same(place, sha256, f"{name} of case {judged.case}"))
+    digests = {sha256 for judged in told.artifacts for sha256 in judged.files.values()}
     for file in brought:
-        is_judged = file.is_file() and digest(file) in digests
+        is_judged = _is_file(file) and digest(file) in digests
         checks.append(Check(f"'{file}' is {'' if is_judged else 'none '}of the files that were judged", is_judged))
-    return checks
+    return Verified(told, tuple(checks))
 
 
-def _signature(path: Path, signature: Path, who: str, signers: Path | None) -> Check:
-    words = ["-Y", "check-novalidate", "-n", NAMESPACE, "-s", str(signature)]
+def _signature(folder: Path, text: bytes, who: str, signers: Path | None) -> Check:
+    signature = str(folder / f"{STATEMENT}.sig")
+    words = ["-Y", "check-novalidate", "-n", NAMESPACE, "-s", signature]
     if signers is not None:
-        words = ["-Y", "verify", "-f", str(signers), "-I", who, "-n", NAMESPACE, "-s", str(signature)]
-    done = _ssh_keygen(words, path.read_bytes())
+        words = ["-Y", "verify", "-f", str(signers), "-I", who, "-n", NAMESPACE, "-s", signature]
+    done = _ssh_keygen(words, text)
     if done.returncode:
         return Check(f"the signature does not hold for {who} ({_said(done)})", False)
     vouched = "" if signers else "; name the allowed signers with --signers to know whose key it is"
@@ -151,30 +231,39 @@ def _signature(path: Path, signature: Path, who: str, signers: Path | None) -> C
 
 
 def _same(path: Path, sha256: str, what: str) -> Check:
-    if not path.is_file():
-        return Check(f"{what} is not there any more", False)
-    here = digest(path)
+    if not _is_file(path):
+        return Check(f"{what} is not there any more ({path})", False)
+    try:
+        here = digest(path)
+    except OSError as error:
+        return Check(f"{what} cannot be read ({error.strerror})", False)
     holds = here == sha256
     return Check(what + ("" if holds else f" was changed: SHA-256 {here[:12]}, signed {sha256[:12]}"), holds)
 
 
-def _statement(folder: Path) -> dict[str, Any]:
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False
+
+
+def _read(folder: Path) -> tuple[bytes, Statement]:
+    """The statement as it was signed, and what it says: text from anybody until its signature is checked.
+
+    Raises:
+        BadRequest: it is none.
+    """
     path = folder / STATEMENT
     try:
-        told: Any = json.loads(path.read_text(encoding="utf-8"))
-        kinds = {"who": str, "when": str, "verdict": str, "files": dict, "artifacts": list}
-        wrong = next((k for k, kind in kinds.items() if not isinstance(told[k], kind)), None)
-        if (
-            wrong
-            or told["schema"] != SCHEMA
-            or any(not {"case", "folder", "files"} <= set(a) for a in told["artifacts"])
-        ):
-            raise ValueError(f"wrong '{wrong or 'schema'}'")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadRequest(
-            f"'{path}' is no statement of exportgate ({type(error).__name__}: {error})", "sign it again"
-        ) from None
-    return cast("dict[str, Any]", told)
+        text = path.read_bytes()
+        told = build(Statement, json.loads(text), "statement")
+        if told.schema != SCHEMA:
+            raise FieldError(f"statement.schema is {told.schema}, this exportgate reads {SCHEMA}")
+    except (OSError, ValueError, RecursionError) as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+        raise BadRequest(f"'{path}' is no statement of exportgate ({said})", "sign it again") from None
+    return text, told
 
 
 def now() -> str:

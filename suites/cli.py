@@ -103,12 +103,17 @@ def _parser() -> argparse.ArgumentParser:
     shown.add_argument("--json", action="store_true", help="as JSON")
 
     add_baseline(commands)
-    report = add("report", _report, "Write the reports of run records again, or merge several into one.")
+    report = add(
+        "report",
+        _report,
+        "Write the reports of run records again, or merge several into one. Exits as their verdict says: 0 QUALIFIED, "
+        "1 NOT QUALIFIED, 2 INTERRUPTED, 5 NOTHING JUDGED.",
+    )
     report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     report.add_argument(
         "--output",
         metavar="DIR",
-        help="where to (default: the first run's folder, of pages over several the last one's)",
+        help="where to (default: the run's own folder, of --compare and --history the last run's; needed to merge)",
     )
     over = report.add_mutually_exclusive_group()
     over.add_argument(
@@ -316,6 +321,8 @@ def _formats(options: argparse.Namespace, further: list[str]) -> int:
 
 def _report(options: argparse.Namespace, further: list[str]) -> int:
     import reports
+    from reports.kept import read_all
+    from reports.record import EXITS
 
     runs = [Path(r) for r in options.runs]
     if options.compare:
@@ -330,11 +337,14 @@ def _report(options: argparse.Namespace, further: list[str]) -> int:
         told = reports.write_history(runs, out)
         print(out / "history.html", out / "history.md", told.headline, sep="\n")
         return 0
+    if len(runs) > 1 and not options.output:
+        raise BadRequest(f"{len(runs)} runs are one report, and no --output given", "name a folder of its own")
     out = Path(options.output) if options.output else (runs[0] if runs[0].is_dir() else runs[0].parent)
     for path in reports.write(runs, out).values():
         print(path)
-    print(reports.merge([reports.read_record(r) for r in runs]).headline)
-    return 0
+    summary = reports.merge(read_all(runs))
+    print(summary.headline)
+    return EXITS[summary.verdict]
 
 
 def _toolchain(options: argparse.Namespace, further: list[str]) -> int:

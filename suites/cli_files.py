@@ -37,13 +37,16 @@ def add_signature(commands: Any) -> None:
     text = "Sign a run's report with your SSH key: who, when, the verdict, and the digests of every file it speaks of."
     sign = commands.add_parser("sign", help=text, description=text)
     sign.set_defaults(command=_sign)
-    sign.add_argument("run", metavar="RUN", help="folder of the run")
+    sign.add_argument("run", metavar="RUN", help="folder of the run, or of a merged report")
     sign.add_argument("--key", required=True, metavar="FILE", help="your private key, as for ssh-keygen -Y sign")
     sign.add_argument("--who", metavar="NAME", help="as allowed signers name you (default: user@host)")
-    text = "Check a signed report later: the signature, and that nothing of what it speaks of was changed since."
+    text = (
+        "Check a signed report later: the signature, that its verdict is QUALIFIED, and that nothing of what it speaks "
+        "of was changed since. Says who signed what, and exits 1 unless all of it holds."
+    )
     verify = commands.add_parser("verify", help=text, description=text)
     verify.set_defaults(command=_verify)
-    verify.add_argument("run", metavar="RUN", help="folder of the run")
+    verify.add_argument("run", metavar="RUN", help="folder of the run, or of a merged report")
     verify.add_argument("--signers", metavar="FILE", help="OpenSSH's file of allowed signers: whose key counts")
     verify.add_argument(
         "--artifact",
@@ -78,7 +81,8 @@ def _sign(options: argparse.Namespace, further: list[str]) -> int:
 
     import reports
     from reports import signature
-    from reports.record import NAME
+    from reports.kept import read_all, records_in
+    from reports.record import Signed
 
     folder, key = Path(options.run), Path(options.key).expanduser()
     if not folder.is_dir():
@@ -86,13 +90,13 @@ def _sign(options: argparse.Namespace, further: list[str]) -> int:
     if not key.is_file():
         raise BadRequest(f"key '{key}' is no file", "name your private key, as ~/.ssh/id_ed25519")
     who, when = options.who or f"{getpass.getuser()}@{socket.gethostname()}", signature.now()
-    summary = reports.merge([reports.read_record(folder)])
-    made = reports.write([folder], folder, f"{who}, {when}")
+    summary = reports.merge(read_all([folder]))
+    made = reports.write([folder], folder, Signed(f"{who}, {when}"))
     try:
-        told = signature.statement(summary, who, when, folder, [folder / NAME, *made.values()])
+        told = signature.statement(summary, who, when, [*records_in(folder), *made.values()])
         print(signature.sign(folder, told, key))
     except ExportgateError:
-        reports.write([folder], folder, "")  # which says that nobody did
+        reports.write([folder], folder)  # which say what holds: that nobody did, or an earlier signature
         raise
     print(f"signed by {who}: {summary.headline}")
     return 0
@@ -104,11 +108,14 @@ def _verify(options: argparse.Namespace, further: list[str]) -> int:
     signers = Path(options.signers).expanduser() if options.signers else None
     if signers is not None and not signers.is_file():
         raise BadRequest(f"signers '{signers}' is no file", "name one in the form of ssh-keygen's ALLOWED SIGNERS")
-    checks = signature.verify(Path(options.run), signers, [Path(a) for a in options.artifact])
-    for check in checks:
-        print(f"{'ok  ' if check.holds else 'FAIL'} {check.line}")
-    wrong = sum(not check.holds for check in checks)
-    print(f"{'NOT VERIFIED' if wrong else 'VERIFIED'}: {wrong} of {len(checks)} checks failed")
+    found = signature.verify(Path(options.run), signers, [Path(a) for a in options.artifact])
+    # One line each, whatever names a statement of a stranger has.
+    for line in found.lines:
+        print(*line.split())
+    for check in found.checks:
+        print("ok  " if check.holds else "FAIL", *check.line.split())
+    wrong = sum(not check.holds for check in found.checks)
+    print(f"{'NOT VERIFIED' if wrong else 'VERIFIED'}: {wrong} of {len(found.checks)} checks failed")
     return 1 if wrong else 0
 
 

@@ -19,8 +19,8 @@ from exporters.cuda.nvml import gpu_facts
 from exporters.errors import BadRequest
 from exporters.models.checkpoint import read_checkpoint
 from reports.events import Measurement
+from suites.selftest import sabotage_runs
 from suites.selftest.conftest import ROOT, command_line
-from suites.selftest.sabotage_runs import GOOD_WAIVER, PROJECT, WAIVER
 from suites.support.acceptance import propose, write
 from suites.support.cases import Selection, matrix
 from suites.support.config import read_project
@@ -421,8 +421,8 @@ def test_a_release_that_leaves_claims_out_is_refused(trained: Path, words: list[
 def test_a_waived_claim_that_is_not_judged_fails_the_run(tmp_path: Path) -> None:
     """A waiver is of a FAIL: what pytest takes for an expected failure may be an ERROR."""
     (tmp_path / "small_model.py").write_text("def make():\n    raise RuntimeError('no')\n", encoding="utf-8")
-    waiver = GOOD_WAIVER | {"claim": "test_outputs_match_reference"}
-    (tmp_path / "exportgate.toml").write_text(PROJECT + WAIVER.format(**waiver), encoding="utf-8")
+    waiver = sabotage_runs.WAIVER.format(**sabotage_runs.GOOD_WAIVER | {"claim": "test_outputs_match_reference"})
+    (tmp_path / "exportgate.toml").write_text(sabotage_runs.PROJECT + waiver, encoding="utf-8")
     done = run(["qualify", "--claim", "test_outputs_match_reference"], tmp_path)
     assert done.returncode == 1 and "NOT QUALIFIED: 1 of 1 claim failed (1 ERROR)" in done.stdout, done.stdout[-500:]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,6 @@ def test_bad_requests_are_one_line(tmp_path: Path) -> None:
     record(tmp_path, "before", BEFORE)
     assert_refused(run(["report", "before", "--compare"], tmp_path), "--compare takes two runs", "1 given")
     assert_refused(run(["report", "before", "gone", "--compare"], tmp_path), "gone")
+    shutil.copytree(tmp_path / "before", tmp_path / "copy")
+    done = run(["report", "before", "copy", "--compare"], tmp_path)
+    assert_refused(done, "20261122-170501-before is given 2 times", "'before/record.jsonl'", "'copy/record.jsonl'")

@@ -49,5 +49,14 @@ def test_its_commands_are_ours(path: Path) -> None:
         assert sum("--release" in words for words in found) == (what == "--release")
 
 
+def test_the_merged_report_is_kept_whatever_its_verdict() -> None:
+    """`report` exits 1 where the verdict failed, and somebody has to read why."""
+    github, gitlab = (yaml.safe_load(path.read_text(encoding="utf-8")) for path in RECIPES)
+    steps = github["jobs"]["together"]["steps"]
+    made = next(i for i, step in enumerate(steps) if "exportgate report" in step.get("run", ""))
+    assert [step.get("if") for step in steps[made + 1 :]] == ["always()"]
+    assert gitlab["together"]["artifacts"]["when"] == "always"
+
+
 def test_there_is_one_for_each_server() -> None:
     assert [path.stem for path in RECIPES] == ["github", "gitlab"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import MISSING, fields, is_dataclass
@@ -23,7 +24,8 @@ from exporters.errors import BadRequest
 from reports import events, findings, html, latency, markdown, picture, wording
 from reports.decode import build
 from reports.events import FAILING, GOOD, NEUTRAL, Claim, Comparison, Verdict
-from reports.record import Summary, merge, read_record
+from reports.record import EXITS, Summary, Word, merge, read_record
+from suites.selftest.conftest import command_line
 
 SCHEMA = json.loads((Path(reports.__file__).parent / "schema.json").read_text(encoding="utf-8"))
 VERDICTS: tuple[str, ...] = get_args(Verdict)
@@ -389,6 +391,10 @@ def test_the_overall_verdict(tmp_path: Path, verdicts: list[str], code: int, hea
     assert summarize(tmp_path, one_case(*verdicts, code=code)).headline.startswith(headline)
 
 
+def test_each_verdict_has_an_exit_code_of_its_own() -> None:
+    assert set(EXITS) == set(get_args(Word)) and len(set(EXITS.values())) == len(EXITS)
+
+
 def test_a_run_without_an_end_is_interrupted(tmp_path: Path) -> None:
     summary = summarize(tmp_path, one_case("PASS", code=0)[:-1])
     assert summary.headline.startswith("INTERRUPTED: ") and "has no end event" in summary.headline
@@ -479,10 +485,107 @@ def test_a_must_pass_claim_may_run_on_another_machine(tmp_path: Path) -> None:
     assert merge([one, two]).verdict == "QUALIFIED"
 
 
+def two_releases(tmp_path: Path, mine: list[str], other: list[str], entries: str = "listed", **second: Any) -> Summary:
+    """Release runs of two machines, whose claims end with these verdicts; the first one wants all or what is listed."""
+    case = "best-onnx-fp32-ort-cpu"
+    listed = [f"{case}::test_{index}" for index in range(len(mine))] if entries == "listed" else [entries]
+    start = {"release": True, "must_pass": listed}
+    codes = [0 if {"PASS", "WAIVED", "NOT_SUPPORTED"}.issuperset(verdicts) else 1 for verdicts in (mine, other)]
+    one = read_record(write_record(tmp_path / "a", one_case(*mine, code=codes[0], **start)))
+    two = read_record(write_record(tmp_path / "b", second_machine(*other, code=codes[1], **(start | second))))
+    return merge([one, two])
+
+
+@pytest.mark.parametrize("entries", ["listed", "best-onnx-fp32-ort-cpu::*"])
+@pytest.mark.parametrize("shown", ["PASS", "WAIVED"])
+def test_what_one_release_run_skipped_another_may_show(tmp_path: Path, shown: str, entries: str) -> None:
+    summary = two_releases(tmp_path, ["PASS", "SKIPPED"], ["PASS", shown], entries)
+    assert summary.verdict == "QUALIFIED" and not summary.unmet, summary.headline
+    assert summary.must_pass == 2
+
+
+@pytest.mark.parametrize("entries", ["listed", "best-onnx-fp32-ort-cpu::*"])
+@pytest.mark.parametrize(
+    ("mine", "other", "unmet"),
+    [
+        ("SKIPPED", "SKIPPED", ["SKIPPED", "SKIPPED"]),
+        ("SKIPPED", "NOT_COMPARABLE", ["SKIPPED", "NOT_COMPARABLE"]),
+        ("SKIPPED", "FAIL", ["SKIPPED"]),
+        ("FAIL", "PASS", []),  # a failure of its own
+        ("NO_BASELINE", "PASS", ["NO_BASELINE"]),  # how fast this machine is another one does not show
+        ("NOT_COMPARABLE", "PASS", ["NOT_COMPARABLE"]),
+    ],
+)
+def test_what_a_release_run_answered_no_other_replaces(
+    tmp_path: Path, mine: str, other: str, unmet: list[str], entries: str
+) -> None:
+    summary = two_releases(tmp_path, ["PASS", mine], ["PASS", other], entries)
+    assert summary.verdict == "NOT QUALIFIED"
+    assert [entry.verdict for entry in summary.unmet] == unmet
+
+
+def test_a_run_that_is_no_release_shows_nothing(tmp_path: Path) -> None:
+    summary = two_releases(tmp_path, ["PASS", "SKIPPED"], ["PASS", "PASS"], release=False)
+    assert [entry.verdict for entry in summary.unmet] == ["SKIPPED"]
+
+
+def test_what_another_run_does_not_want_is_shown_by_a_pass_alone(tmp_path: Path) -> None:
+    """The second run's list names neither claim: that it met them without a verdict shows nothing."""
+    case = "best-onnx-fp32-ort-cpu"
+    start = {"release": True, "must_pass": [f"{case}::test_0", f"{case}::test_1"]}
+    one = read_record(write_record(tmp_path / "a", one_case("PASS", code=1, **start)))
+    lines = second_machine("PASS", "SKIPPED", code=1, release=True, must_pass=[f"{case}::test_0"])
+    two = read_record(write_record(tmp_path / "b", lines))
+    assert [(entry.claim, entry.verdict) for entry in merge([one, two]).unmet] == [("test_1", "SKIPPED")]
+
+
+def test_a_format_without_a_claim_is_let_by_where_its_toolchain_is_missing_too(tmp_path: Path) -> None:
+    whole = "best-onnx-fp32-ort-cpu::*"
+    elsewhere = case_event("best-onnx-fp16-ort-cpu")
+    summary = two_releases(tmp_path, ["NOT_SUPPORTED", "SKIPPED", "PASS"], ["NOT_SUPPORTED", "PASS", "PASS"], whole)
+    assert summary.verdict == "QUALIFIED", summary.headline
+    lines = one_case("NOT_SUPPORTED", "SKIPPED", code=1, release=True, must_pass=[whole])
+    claim = claim_event(elsewhere["case"], "test_0", "PASS")
+    one = read_record(write_record(tmp_path / "c", [*lines[:-1], elsewhere, claim, lines[-1]]))
+    assert merge([one, summary.runs[1]]).verdict == "QUALIFIED"
+
+
+def test_a_whole_case_without_any_claim_never_ran(tmp_path: Path) -> None:
+    lines = one_case("PASS", code=1, release=True, must_pass=["best-onnx-fp16-ort-cpu::*"])
+    lines.insert(2, case_event("best-onnx-fp16-ort-cpu"))
+    assert [entry.verdict for entry in summarize(tmp_path, lines).unmet] == ["NEVER RAN"]
+
+
+def test_a_release_run_that_judged_nothing_does_not_hide_behind_another(tmp_path: Path) -> None:
+    summary = two_releases(tmp_path, ["SKIPPED"], ["PASS"])
+    assert not summary.unmet
+    assert summary.verdict == "NOT QUALIFIED" and "on amd-epyc-2c-1a2b3c judged nothing" in summary.headline
+
+
 def test_a_run_given_twice_is_refused(tmp_path: Path) -> None:
     run = read_record(write_record(tmp_path, one_case("PASS", code=0)))
     with pytest.raises(BadRequest, match="run 20261122-170501-ab12cd is given 2 times"):
         merge([run, run])
+
+
+@pytest.mark.parametrize(
+    ("mine", "other", "code", "verdict"),
+    [
+        (one_case("PASS", code=0), second_machine("PASS"), 0, "QUALIFIED"),
+        (one_case("PASS", code=0), second_machine("FAIL", code=1), 1, "NOT QUALIFIED"),
+        (one_case("PASS", code=0), second_machine("PASS")[:-1], 2, "INTERRUPTED"),
+        (one_case("FAIL", code=1), None, 1, "NOT QUALIFIED"),
+        (one_case("PASS", code=0)[:-1], None, 2, "INTERRUPTED"),
+        (one_case("SKIPPED", code=5), None, 5, "NOTHING JUDGED"),
+    ],
+)
+def test_the_command_exits_as_the_verdict_says(
+    tmp_path: Path, mine: list[Event], other: list[Event] | None, code: int, verdict: str
+) -> None:
+    names = [write_record(tmp_path / name, lines).name for name, lines in (("a", mine), ("b", other)) if lines]
+    done = command_line(tmp_path, "report", *names, "--output", "out")
+    assert (done.returncode, done.stdout.splitlines()[-1].partition(":")[0]) == (code, verdict), done.stderr
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
 # ---- what decided --------------------------------------------------------------------------------------------------
@@ -816,15 +919,49 @@ def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path) 
 
 def test_writing_again_replaces_the_files_and_leaves_nothing_else(tmp_path: Path) -> None:
     folder = write_record(tmp_path / "run", every_verdict())
-    reports.write([folder], tmp_path / "out")
+    reports.write([folder, write_record(tmp_path / "other", second_machine("PASS"))], tmp_path / "out")
+    assert (tmp_path / "out" / "record-2.jsonl").is_file()
     paths = reports.write([folder], tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "record-1.jsonl",
         "report.html",
         "report.json",
         "report.md",
         "report.xml",
     ]
     assert set(paths) == {"html", "markdown", "junit", "json"}
+
+
+def test_a_report_is_made_again_of_the_records_beside_it(tmp_path: Path) -> None:
+    runs = [
+        write_record(
+            tmp_path / f"run{n}", one_case("PASS", code=0, run=f"20261122-1705{n:02}", machine={"id": f"m{n}"})
+        )
+        for n in range(11)
+    ]
+    first = {kind: path.read_bytes() for kind, path in reports.write(runs, tmp_path / "out").items()}
+    shutil.move(tmp_path / "out", tmp_path / "elsewhere")
+    again = reports.write([tmp_path / "elsewhere"], tmp_path / "elsewhere")
+    assert {kind: path.read_bytes() for kind, path in again.items()} == first
+    # The order is the one that is asked for, also where a copy takes another one's name.
+    copies = [tmp_path / "elsewhere" / f"record-{n}.jsonl" for n in (11, 1)]
+    records = json.loads(reports.write(copies, tmp_path / "elsewhere")["json"].read_text(encoding="utf-8"))["runs"]
+    assert [(run["run"], run["record"]) for run in records] == [
+        ("20261122-170510", "record-1.jsonl"),
+        ("20261122-170500", "record-2.jsonl"),
+    ]
+    assert not copies[0].exists()
+
+
+def test_a_folder_of_a_run_keeps_its_own_report(tmp_path: Path) -> None:
+    one = write_record(tmp_path / "a", one_case("PASS", code=0))
+    two = write_record(tmp_path / "b", second_machine("FAIL", code=1))
+    reports.write([one], one)
+    before = {path.name: path.read_bytes() for path in one.iterdir()}
+    for runs in ([one, two], [two]):
+        with pytest.raises(BadRequest, match=r"a' is the folder of a run.*--output"):
+            reports.write(runs, one)
+    assert {path.name: path.read_bytes() for path in one.iterdir()} == before
 
 
 @pytest.mark.parametrize(

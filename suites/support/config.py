@@ -37,7 +37,7 @@ class Latency:
     """The latency gate: `delta` is the slow-down that is let pass; FAIL only where the interval lies above it."""
 
     delta: float = 0.02
-    processes: int = 5
+    processes: int = 10
     seconds: float = 1.0
     must_detect: float | None = None
 
