@@ -16,6 +16,7 @@ from typing import Any
 
 from exporters.errors import BadRequest, ExportgateError, NotSupported
 from exporters.version import __version__
+from suites.interrupt import EXIT, TOLD, end_at_once, end_in_order
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -25,24 +26,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 good, 1 a verdict failed, 2 interrupted, 4 bad request, 5 nothing judged.
     """
-    from suites.options import refuse_empty, stop_when_terminated
+    end_at_once()
+    from suites.options import refuse_empty
 
     words = list(sys.argv[1:] if arguments is None else arguments)
     words, further = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     options = _parser().parse_args(words)
-    stop_when_terminated()
     try:
         command: Callable[[argparse.Namespace, list[str]], int] = options.command
         refuse_empty(vars(options))
-        if further and command not in (_qualify, _check, _compare):
-            raise BadRequest(f"'-- {' '.join(further)}' is for pytest, which this command does not run", "leave it out")
+        if command not in (_qualify, _check, _compare):  # with these pytest begins, and imports more: see the plugin
+            end_in_order()
+            if further:
+                raise BadRequest(
+                    f"'-- {' '.join(further)}' is for pytest, which this command does not run", "leave it out"
+                )
         return command(options, further)
     except ExportgateError as error:
         print(f"exportgate: error: {error}", file=sys.stderr)
         return 4 if isinstance(error, (BadRequest, NotSupported)) else 1
     except KeyboardInterrupt:
-        print("exportgate: interrupted; nothing half-made was left", file=sys.stderr)
-        return 2
+        print(TOLD, file=sys.stderr)
+        return EXIT
     except BrokenPipeError:
         return 1
 

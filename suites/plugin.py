@@ -23,13 +23,13 @@ from exporters.errors import BadRequest, ExportgateError, NotSupported
 from exporters.pool import Pool
 from exporters.spec import ExportSpec
 from exporters.tensorrt import timing
+from suites.interrupt import end_in_order
 from suites.options import (
     add_options,
     brought_path,
     count_of,
     environments_of,
     selection_of,
-    stop_when_terminated,
     with_replicates,
 )
 from suites.support import record as records
@@ -122,7 +122,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
     if config.getoption("help", False) or config.getoption("version", 0):
         return
-    stop_when_terminated()
     try:
         state = config.stash[STATE] = State(config)
         if state.release:
@@ -334,15 +333,17 @@ def _open_record(state: State) -> None:
     if state.record is None:
         must_pass = must_pass_of(state.project, state.claims) if state.release else []
         project = state.project.folder / "exportgate.toml"
-        state.record = records.Record(
-            state.folder, records.run_head(state.identity, _command(), project, state.release, must_pass)
-        )
+        head = records.run_head(state.identity, _command(), project, state.release, must_pass)
+        end_in_order()  # from now on there is something to end
+        state.record = records.Record(state.folder, head)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Before any work: a folder that cannot be written costs none, and a run that is killed early has a record."""
     state = _active.get("state")
-    if state is not None and state.claims and not session.config.option.collectonly:
+    if state is None or not state.claims:
+        end_in_order()
+    elif not session.config.option.collectonly:
         try:
             if state.release:
                 check_complete(state.cases, {(c.id, _claim_of(i)) for i in session.items if (c := _case_of(i))})

@@ -66,6 +66,8 @@ class House:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # A test run in a shell's background inherits that Ctrl-C is ignored; the user's command does not.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (no thread runs here)
         )
 
     def run(self, *words: str, **variables: str) -> tuple[int, str]:
@@ -181,6 +183,47 @@ def test_a_killed_run_loses_what_it_was_doing_and_nothing_else(house: House, fin
     assert not list((house.cache / "tmp").iterdir())
     left = [p for p in house.temporary.rglob("*") if p.is_file()]
     assert all(p.suffix == ".log" and p.stat().st_size for p in left), left
+
+
+# ---- interrupted ---------------------------------------------------------------------------------------------------
+
+# A module that is imported when Ctrl-C comes, and makes something else of it, as hypothesis does.
+IMPORTED = """
+import pathlib, time
+pathlib.Path("importing").touch()
+try:
+    time.sleep(60)
+except BaseException:
+    raise ImportError("half of it is there") from None
+"""
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("shlex.py", ("-m", "suites", "report", "out")),  # which the command line imports first of all
+        ("psutil.py", ("-m", "suites.cli", "qualify", "--format", "onnx", "--report", "out")),
+        ("late.py", ("-m", "suites.cli", "qualify", "--format", "onnx", "--report", "out", "--", "-p", "late")),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_who_interrupts_an_import_gets_one_line(
+    house: House, module: str, words: tuple[str, ...], by: signal.Signals
+) -> None:
+    (house.folder / "first").mkdir()
+    (house.folder / "first" / module).write_text(IMPORTED, encoding="utf-8")
+    path = os.pathsep.join([str(house.folder / "first"), str(ROOT)])
+    process = house.process(sys.executable, *words, PYTHONPATH=path)
+    deadline = time.monotonic() + 60
+    while not (house.folder / "importing").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(by)
+    text, _ = process.communicate(timeout=30)
+    assert (process.returncode, text) == (2, "exportgate: interrupted; nothing half-made was left\n")
+    assert not (house.folder / "out").exists()
 
 
 # ---- two at once ---------------------------------------------------------------------------------------------------
