@@ -162,6 +162,10 @@ def _check(options: argparse.Namespace, further: list[str]) -> int:
     return _pytest(options, words, further)
 
 
+# Options of pytest's cache, which a run from the command line has not.
+CACHED = ("--lf", "--last-failed", "--ff", "--failed-first", "--nf", "--new-first", "--sw", "--stepwise")
+
+
 def _pytest(options: argparse.Namespace, words: list[str], further: list[str]) -> int:
     """Starts pytest on the claims, with the options given; a user's own pytest settings stay out of it."""
     import tempfile
@@ -171,6 +175,11 @@ def _pytest(options: argparse.Namespace, words: list[str], further: list[str]) -
     from exporters.toolchain import cache_root
     from suites.options import MATRIX, REQUEST, RUN, dest
 
+    cached = next((word for word in further if word in CACHED), None)
+    if cached:
+        raise BadRequest(
+            f"'-- {cached}' goes by an earlier run, and exportgate judges every claim anew", "leave it out"
+        )
     for name, settings in (*MATRIX, *REQUEST, *RUN):
         value = getattr(options, dest(name, settings))
         if settings.get("action", "").startswith("store_"):

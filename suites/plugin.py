@@ -127,7 +127,15 @@ def pytest_configure(config: pytest.Config) -> None:
         if state.release:
             check_release(config)
     except ExportgateError as error:
-        raise pytest.UsageError(str(error)) from None
+        raise _refused(error) from None
+
+
+def _refused(error: ExportgateError) -> pytest.UsageError:
+    """What ends the run by one line: the command line's, where that started it, or else pytest's."""
+    if "EXPORTGATE_COMMAND" not in os.environ or "PYTEST_XDIST_WORKER" in os.environ:
+        return pytest.UsageError(str(error))
+    print(f"exportgate: error: {error}", file=sys.stderr)
+    return pytest.UsageError()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -151,17 +159,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if wanted:
         names = {getattr(i, "originalname", i.name) for i in items}
         if wanted not in names:
-            raise pytest.UsageError(
-                f"claim '{wanted}' is not known; claims: "
-                + ", ".join(sorted(n for n in names if n.startswith("test_")))
-            )
+            known = ", ".join(sorted(n for n in names if n.startswith("test_")))
+            raise _refused(BadRequest(f"claim '{wanted}' is not known", f"claims: {known}"))
         dropped = [i for i in items if getattr(i, "originalname", "") != wanted]
         items[:] = [i for i in items if getattr(i, "originalname", "") == wanted]
         config.hook.pytest_deselected(items=dropped)
     try:
         check_waivers(state.project, state.cases if any(_case_of(i) for i in items) else None, items, _case_of)
     except ExportgateError as error:
-        raise pytest.UsageError(str(error)) from None
+        raise _refused(error) from None
     state.claims = {(case.id, _claim_of(item)) for item in items if (case := _case_of(item))}
     if hasattr(config, "workerinput"):  # one of pytest-xdist's: nobody else may work while latency is measured
         there = len(items)
@@ -349,7 +355,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
                 check_complete(state.cases, {(c.id, _claim_of(i)) for i in session.items if (c := _case_of(i))})
             _open_record(state)
         except ExportgateError as error:
-            raise pytest.UsageError(str(error)) from None
+            raise _refused(error) from None
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -82,6 +82,7 @@ def check_release(config: pytest.Config) -> None:
         ("--ignore-glob", "ignore_glob"),
         ("--sw", "stepwise"),
         ("-n", "numprocesses"),
+        ("--collect-only", "collectonly"),
     )
     for name, option in refused:
         if getattr(config.option, option, None):
