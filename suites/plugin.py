@@ -77,12 +77,6 @@ class State:
             if given
             else Path(config.invocation_params.dir) / "reports" / "runs" / self.identity
         )
-        try:
-            there = (self.folder / "record.jsonl").exists()
-        except OSError as error:
-            raise BadRequest(f"--report '{given}' cannot be used ({error.strerror})", "give another folder") from None
-        if there and not hasattr(config, "workerinput"):
-            raise BadRequest(f"--report '{given}' holds a run already", "give another folder, or delete that one")
         self.lines: list[str] = []  # the last ones that the run prints
         self.run: Run | None = None
         self.record: records.Record | None = None
@@ -334,7 +328,7 @@ def _open_record(state: State) -> None:
     """Begins the run record, unless it has begun.
 
     Raises:
-        BadRequest: its folder cannot be written.
+        BadRequest: its folder cannot be written, or holds a run already.
     """
     if state.record is None:
         must_pass = must_pass_of(state.project, state.claims) if state.release else []
@@ -396,6 +390,19 @@ def _command() -> list[str]:
     """The command line as the user typed it."""
     given = os.environ.get("EXPORTGATE_COMMAND")
     return json.loads(given) if given else [Path(sys.argv[0]).name, *sys.argv[1:]]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
+    """Before any work of pytest-xdist's processes, as `pytest_collection_finish` in a run that has none."""
+    state = _active.get("state")
+    if state is None or not any(f"[{case.id}]" in name for case in state.cases for name in ids):
+        end_in_order()
+    else:
+        try:
+            _open_record(state)
+        except ExportgateError as error:
+            raise _refused(error) from None
 
 
 @pytest.hookimpl(optionalhook=True)

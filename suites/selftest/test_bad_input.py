@@ -206,7 +206,7 @@ def test_a_report_folder_that_holds_a_run_is_refused(trained: Path, tmp_path: Pa
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "record.jsonl").write_text("{}\n")
     done = run(["qualify", str(trained), "--format", "onnx", "--report", "run"], tmp_path)
-    assert_refused(done, "--report 'run'", "holds a run already")
+    assert_refused(done, f"--report '{tmp_path / 'run'}'", "holds a run already")
     assert (tmp_path / "run" / "record.jsonl").read_text() == "{}\n"
 
 

@@ -271,6 +271,17 @@ def test_two_runs_at_once_make_whole_artifacts_and_measure_in_turn(house: House)
         assert (first, second, one) == ("begin", "end", other), f"two runs measured at once: {notes}"
 
 
+def test_of_two_runs_at_once_with_one_report_folder_one_is_refused(house: House) -> None:
+    words = qualify("same", "--format", "pytorch", "--claim", "test_outputs_are_finite")
+    runs = [house.start(*words) for _ in range(2)]
+    said = [process.communicate(timeout=300)[0] for process in runs]
+    codes = [process.returncode for process in runs]
+    assert sorted(codes) == [0, 4], said
+    one_error(said[codes.index(4)], "--report", "same", "holds a run already")
+    assert len(verdicts(house.events("same"))) == 1
+    assert "QUALIFIED: 0 of 1 claim failed" in house.run("report", "same")[1]
+
+
 MEASURES = """
 import sys, time
 from exporters.pool import Pool

@@ -37,6 +37,10 @@ def test_latency_is_judged_afterwards_and_alone(folder: Path) -> None:
     assert len(claims) == len(set(claims)) == 34 and set(claims) >= LATENCY
     assert set(claims[-len(LATENCY) :]) == LATENCY, "they come last"
     assert not (folder / "out" / "latency").exists()
+    before = (folder / "out" / "record.jsonl").read_bytes()
+    done = command_line(folder, "qualify", "--report", "out", "--", "-n", "2")
+    assert done.returncode == 4 and "holds a run already" in done.stderr, done.stdout + done.stderr
+    assert (folder / "out" / "record.jsonl").read_bytes() == before
 
     # A baseline that nothing meets: the run fails, and says by what.
     latency = next(c for c in run.claims if c.measurement)
