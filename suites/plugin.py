@@ -500,15 +500,12 @@ def _summary(state: State) -> Any:
     return reports.merge([reports.read_record(state.folder)])
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """The report's lines, after pytest's own."""
-    state = _active.get("state")
-    if state is None:
-        return
-    for line in state.lines:
-        terminalreporter.write_line(line, bold=line is state.lines[-1])
-
-
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if _active.get("state") is config.stash.get(STATE, None):
-        _active.clear()
+    """The report's lines, behind all that pytest says: the headline is a log's last."""
+    state = config.stash.get(STATE, None)
+    if state is None or state is not _active.get("state"):
+        return
+    _active.clear()
+    reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
+    for line in state.lines if reporter else ():
+        reporter.write_line(line, bold=line is state.lines[-1])

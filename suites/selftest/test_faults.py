@@ -226,6 +226,17 @@ def test_who_interrupts_an_import_gets_one_line(
     assert not (house.folder / "out").exists()
 
 
+def test_an_interrupted_run_ends_with_its_headline(house: House) -> None:
+    process = house.start(*qualify("out", "--format", "pytorch"))
+    while len(house.events("out")) < 3 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and "Traceback" not in text, text
+    assert text.splitlines()[-1].startswith("INTERRUPTED: "), text
+    assert text.splitlines()[-2].startswith("report: "), text
+
+
 # ---- two at once ---------------------------------------------------------------------------------------------------
 
 WATCH = '''
