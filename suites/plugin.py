@@ -413,24 +413,38 @@ def pytest_testnodedown(node: Any, error: object) -> None:
         state.afterwards = max(state.afterwards, getattr(node, "workeroutput", {}).get(PROPERTY, 0))
 
 
+# Files that options name are of the run itself: where pytest's option finds the name -> the option.
+FILES = {"xmlpath": "--junitxml", "log_file": "--log-file", "htmlpath": "--html", "report_log": "--report-log"}
+
+
 def _latency_alone(state: State, session: pytest.Session) -> None:
     """Latency, judged by a run of its own in the conditions of this one; its lines become part of this record."""
     given, expression = session.config.invocation_params, session.config.getoption("markexpr")
     folder = state.folder / "latency"
+    _open_record(state)
     only = f"({expression}) and latency" if expression else "latency"
     words = [*given.args, "-n", "0", "--report", str(folder), "-m", only]  # of an option given twice the last counts
-    variables = {k: v for k, v in os.environ.items() if k != "EXPORTGATE_JSON"}
-    done = subprocess.run(
+    for name, option in FILES.items():
+        if session.config.getoption(name, None):
+            words += [option, str(folder / name)]
+    child = subprocess.Popen(
         [sys.executable, "-m", "pytest", *words],
         cwd=given.dir,
-        env=variables,
-        capture_output=True,
+        env={k: v for k, v in os.environ.items() if k != "EXPORTGATE_JSON"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        check=False,
+        errors="replace",
+        start_new_session=os.name != "nt",  # Ctrl-C reaches it through us, once
     )
-    _open_record(state)
+    try:
+        said, _ = child.communicate()
+        ended = child.returncode
+    except KeyboardInterrupt:
+        said, ended = "", pytest.ExitCode.INTERRUPTED
+        _end(child)
     with suppress(FileNotFoundError):
-        for line in (folder / "record.jsonl").read_text(encoding="utf-8").splitlines():
+        for line in (folder / "record.jsonl").read_bytes().split(b"\n")[:-1]:  # a line without an end is half a line
             event = json.loads(line)
             kind = event.pop("event")
             if kind in ("case", "claim") and state.record is not None:
@@ -438,11 +452,21 @@ def _latency_alone(state: State, session: pytest.Session) -> None:
             if kind == "claim":
                 state.verdicts[Verdict(event["verdict"])] += 1
     shutil.rmtree(folder, ignore_errors=True)
-    if done.returncode not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
-        session.exitstatus = done.returncode
-        print(done.stdout + done.stderr)
+    if ended not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        session.exitstatus = ended
+        print(said)
     elif session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
         session.exitstatus = pytest.ExitCode.OK
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """Lets a run of pytest end its workers and close its record, but not for long."""
+    child.terminate()
+    try:
+        child.communicate(timeout=30)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        child.kill()
+        child.communicate()
 
 
 @pytest.hookimpl(trylast=True)
