@@ -116,6 +116,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
     if config.getoption("help", False) or config.getoption("version", 0):
         return
+    if config.getoption("dist", "no") != "no" or hasattr(config, "workerinput"):
+        config.option.benchmark_disable = True  # pytest-benchmark does it itself, with a warning in every run
     try:
         state = config.stash[STATE] = State(config)
         if state.release:

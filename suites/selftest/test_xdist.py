@@ -40,6 +40,7 @@ def test_latency_is_judged_afterwards_and_alone(folder: Path) -> None:
     done = command_line(folder, *words)
     assert done.returncode == 0, done.stdout[-2000:]
     assert done.stdout.splitlines()[-1].startswith("QUALIFIED: 0 of 34 claims failed"), done.stdout[-2000:]
+    assert "automatically disabled" not in done.stdout + done.stderr
     # Files that pytest was asked for: what the processes judged, and what the one alone measured.
     assert (folder / "pytest.xml").read_text(encoding="utf-8").count("<testcase") == 34 - len(LATENCY)
     assert len(json.loads((folder / "times.json").read_text(encoding="utf-8"))["benchmarks"]) == 1
