@@ -8,15 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import reports
 from reports.events import Measurement
+from suites import plugin
 from suites.selftest.conftest import ROOT, command_line
 from suites.selftest.sabotage_runs import MODULE, PROJECT
 from suites.support.baseline import accept
+from suites.support.verdict import Verdict
 
 pytest.importorskip("xdist", reason="pytest-xdist is not installed")
 LATENCY = {
@@ -97,6 +102,43 @@ def test_an_interrupted_measurement_leaves_a_whole_report(folder: Path, by: sign
     assert run.end and run.end.exit == 2
     assert 0 < len(run.claims) < 9 and any(c.measurement for c in run.claims)
     assert {p.name for p in out.iterdir()} == {"record.jsonl", *(f"report.{e}" for e in ("html", "md", "xml", "json"))}
+
+
+def test_a_line_that_its_process_did_not_finish_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that did not end when it was told to, and was killed while it wrote."""
+    claim = json.dumps({"event": "claim", "case": "a", "claim": "test_a", "verdict": "PASS"})
+    told: list[str] = []
+
+    class Child:
+        def __init__(self, *given: object, **settings: object) -> None:
+            (tmp_path / "latency").mkdir()
+            (tmp_path / "latency" / "record.jsonl").write_text(f"{claim}\n{claim[:-9]}", encoding="utf-8")
+
+        def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+            told.append(f"wait {timeout}")
+            if timeout:
+                raise subprocess.TimeoutExpired("pytest", timeout)
+            if len(told) == 1:
+                raise KeyboardInterrupt
+            return "", ""
+
+        def terminate(self) -> None:
+            told.append("end")
+
+        def kill(self) -> None:
+            told.append("kill")
+
+    events: list[str] = []
+    record = SimpleNamespace(write=lambda event, **values: events.append(event))
+    state: Any = SimpleNamespace(folder=tmp_path, record=record, verdicts=Counter[Verdict]())
+    given = SimpleNamespace(args=(), dir=tmp_path)
+    config = SimpleNamespace(invocation_params=given, getoption=lambda *names: None)
+    session: Any = SimpleNamespace(config=config, exitstatus=pytest.ExitCode.OK)
+    monkeypatch.setattr(plugin.subprocess, "Popen", Child)
+    plugin._latency_alone(state, session)
+    assert told == ["wait None", "end", "wait 30", "kill", "wait None"]
+    assert events == ["claim"] and state.verdicts == {Verdict.PASS: 1}
+    assert session.exitstatus == pytest.ExitCode.INTERRUPTED and not (tmp_path / "latency").exists()
 
 
 def test_a_release_is_judged_by_one_process(folder: Path) -> None:
