@@ -21,6 +21,7 @@ from exporters.errors import ExportError, ExportgateError, WorkerCrash, WorkerTi
 
 Json = dict[str, Any]
 PACKAGE = Path(__file__).parent
+ENDING = 5.0  # seconds from the end of a worker's pipe to its own, which may have a GPU to let go of
 # Imports exportgate's package from its own folder without adding that folder's neighbours (another environment's
 # site-packages) to the import path. Not isolated (-I): PYTHONPATH may carry TensorRT. -P: no surprises from the folder.
 # numpy first, with one thread for its OpenBLAS: starting one for each core is half of its import time, and nothing here
@@ -132,6 +133,7 @@ class Worker(Caller):
                 stderr=sink,
                 text=True,
                 encoding="utf-8",
+                errors="replace",  # what is no UTF-8 is no answer either, and is told as such
                 cwd=log.parent,
                 env={**os.environ, **(variables or {})},
                 start_new_session=os.name != "nt",
@@ -176,17 +178,13 @@ class Worker(Caller):
                 line = self.answers.get(timeout=0.2)
                 if not line:
                     raise self._crashed(operation)
-                try:
-                    answer: Json = json.loads(line)
-                    number = answer["id"]
-                except (ValueError, KeyError, TypeError):
+                answer = _answer(line, self.count)
+                if answer is None:
                     self.close()
                     raise WorkerCrash(
                         f"worker {self.name} answered {operation} with {line[:80]!r}, which is no answer",
                         f"its log is {self.log}",
-                    ) from None
-                if number != self.count:
-                    continue
+                    )
                 if "error" in answer:
                     raise error_from(answer["error"], self.log)
                 return answer["result"]
@@ -218,7 +216,15 @@ class Worker(Caller):
                 )
 
     def _crashed(self, operation: str) -> WorkerCrash:
-        code = self.process.wait()
+        """What a worker died of whose pipe has ended; one that lives on without it is stopped."""
+        try:
+            code = self.process.wait(ENDING)
+        except subprocess.TimeoutExpired:
+            self.close()
+            return WorkerCrash(
+                f"worker {self.name} closed its pipe during {operation}, went on and was stopped",
+                f"its log is {self.log}",
+            )
         cause = f"exit code {code}"
         if code < 0:
             with suppress(ValueError):
@@ -255,6 +261,18 @@ class Worker(Caller):
             with suppress(OSError, ValueError):
                 if pipe:
                     pipe.close()
+
+
+def _answer(line: str, number: int) -> Json | None:
+    """What a worker wrote, if it is the answer to the call of this number: a result, or an error in our words."""
+    try:
+        answer: Any = json.loads(line)
+        failed = "error" in answer
+        body = answer["error" if failed else "result"]
+        told = not failed or all(isinstance(body[word], str) for word in ("type", "what", "fix"))
+        return answer if answer["id"] == number and isinstance(body, dict) and told else None
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return None
 
 
 def error_from(data: Mapping[str, Any], log: Path | None = None) -> ExportgateError:

@@ -16,6 +16,7 @@ from typing import Any
 
 from exporters.errors import BadRequest, ExportgateError, NotSupported
 from exporters.version import __version__
+from suites.interrupt import EXIT, TOLD, end_at_once, end_in_order
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -25,24 +26,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 good, 1 a verdict failed, 2 interrupted, 4 bad request, 5 nothing judged.
     """
-    from suites.options import refuse_empty, stop_when_terminated
+    end_at_once()
+    from suites.options import refuse_empty
 
     words = list(sys.argv[1:] if arguments is None else arguments)
     words, further = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     options = _parser().parse_args(words)
-    stop_when_terminated()
     try:
         command: Callable[[argparse.Namespace, list[str]], int] = options.command
         refuse_empty(vars(options))
-        if further and command not in (_qualify, _check, _compare):
-            raise BadRequest(f"'-- {' '.join(further)}' is for pytest, which this command does not run", "leave it out")
+        if command not in (_qualify, _check, _compare):  # with these pytest begins, and imports more: see the plugin
+            end_in_order()
+            if further:
+                raise BadRequest(
+                    f"'-- {' '.join(further)}' is for pytest, which this command does not run", "leave it out"
+                )
         return command(options, further)
     except ExportgateError as error:
         print(f"exportgate: error: {error}", file=sys.stderr)
         return 4 if isinstance(error, (BadRequest, NotSupported)) else 1
     except KeyboardInterrupt:
-        print("exportgate: interrupted; nothing half-made was left", file=sys.stderr)
-        return 2
+        print(TOLD, file=sys.stderr)
+        return EXIT
     except BrokenPipeError:
         return 1
 
@@ -151,6 +156,10 @@ def _check(options: argparse.Namespace, further: list[str]) -> int:
     return _pytest(options, words, further)
 
 
+# Options of pytest's cache, which a run from the command line has not.
+CACHED = ("--lf", "--last-failed", "--ff", "--failed-first", "--nf", "--new-first", "--sw", "--stepwise")
+
+
 def _pytest(options: argparse.Namespace, words: list[str], further: list[str]) -> int:
     """Starts pytest on the claims, with the options given; a user's own pytest settings stay out of it."""
     import tempfile
@@ -160,6 +169,11 @@ def _pytest(options: argparse.Namespace, words: list[str], further: list[str]) -
     from exporters.toolchain import cache_root
     from suites.options import MATRIX, REQUEST, RUN, dest
 
+    cached = next((word for word in further if word in CACHED), None)
+    if cached:
+        raise BadRequest(
+            f"'-- {cached}' goes by an earlier run, and exportgate judges every claim anew", "leave it out"
+        )
     for name, settings in (*MATRIX, *REQUEST, *RUN):
         value = getattr(options, dest(name, settings))
         if settings.get("action", "").startswith("store_"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -193,16 +191,6 @@ def request_words(spec: ExportSpec) -> list[str]:
         else:
             words += [name, f"{value:g}" if isinstance(value, float) else str(value)]
     return words
-
-
-def stop_when_terminated() -> None:
-    """SIGTERM, by which a CI server cancels a job, ends a command as Ctrl-C does: workers ended, the record closed."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt("SIGTERM")
-
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, interrupt)
 
 
 def add_options(parser: pytest.Parser) -> None:

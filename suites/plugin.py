@@ -23,13 +23,13 @@ from exporters.errors import BadRequest, ExportgateError, NotSupported
 from exporters.pool import Pool
 from exporters.spec import ExportSpec
 from exporters.tensorrt import timing
+from suites.interrupt import end_in_order
 from suites.options import (
     add_options,
     brought_path,
     count_of,
     environments_of,
     selection_of,
-    stop_when_terminated,
     with_replicates,
 )
 from suites.support import record as records
@@ -77,12 +77,6 @@ class State:
             if given
             else Path(config.invocation_params.dir) / "reports" / "runs" / self.identity
         )
-        try:
-            there = (self.folder / "record.jsonl").exists()
-        except OSError as error:
-            raise BadRequest(f"--report '{given}' cannot be used ({error.strerror})", "give another folder") from None
-        if there and not hasattr(config, "workerinput"):
-            raise BadRequest(f"--report '{given}' holds a run already", "give another folder, or delete that one")
         self.lines: list[str] = []  # the last ones that the run prints
         self.run: Run | None = None
         self.record: records.Record | None = None
@@ -122,13 +116,22 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
     if config.getoption("help", False) or config.getoption("version", 0):
         return
-    stop_when_terminated()
+    if config.getoption("dist", "no") != "no" or hasattr(config, "workerinput"):
+        config.option.benchmark_disable = True  # pytest-benchmark does it itself, with a warning in every run
     try:
         state = config.stash[STATE] = State(config)
         if state.release:
             check_release(config, state.project, state.cases)
     except ExportgateError as error:
-        raise pytest.UsageError(str(error)) from None
+        raise _refused(error) from None
+
+
+def _refused(error: ExportgateError) -> pytest.UsageError:
+    """What ends the run by one line: the command line's, where that started it, or else pytest's."""
+    if "EXPORTGATE_COMMAND" not in os.environ or "PYTEST_XDIST_WORKER" in os.environ:
+        return pytest.UsageError(str(error))
+    print(f"exportgate: error: {error}", file=sys.stderr)
+    return pytest.UsageError()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -152,10 +155,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if wanted:
         names = {getattr(i, "originalname", i.name) for i in items}
         if wanted not in names:
-            raise pytest.UsageError(
-                f"claim '{wanted}' is not known; claims: "
-                + ", ".join(sorted(n for n in names if n.startswith("test_")))
-            )
+            known = ", ".join(sorted(n for n in names if n.startswith("test_")))
+            raise _refused(BadRequest(f"claim '{wanted}' is not known", f"claims: {known}"))
         dropped = [i for i in items if getattr(i, "originalname", "") != wanted]
         items[:] = [i for i in items if getattr(i, "originalname", "") == wanted]
         config.hook.pytest_deselected(items=dropped)
@@ -164,7 +165,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             state.project, state.cases if any(_case_of(i) for i in items) else None, items, _case_of, state.release
         )
     except ExportgateError as error:
-        raise pytest.UsageError(str(error)) from None
+        raise _refused(error) from None
     state.claims = {(case.id, _claim_of(item)) for item in items if (case := _case_of(item))}
     if hasattr(config, "workerinput"):  # one of pytest-xdist's: nobody else may work while latency is measured
         there = len(items)
@@ -331,26 +332,28 @@ def _open_record(state: State) -> None:
     """Begins the run record, unless it has begun.
 
     Raises:
-        BadRequest: its folder cannot be written.
+        BadRequest: its folder cannot be written, or holds a run already.
     """
     if state.record is None:
         must_pass = must_pass_of(state.project, state.claims) if state.release else []
         project = state.project.folder / "exportgate.toml"
-        state.record = records.Record(
-            state.folder, records.run_head(state.identity, _command(), project, state.release, must_pass)
-        )
+        head = records.run_head(state.identity, _command(), project, state.release, must_pass)
+        end_in_order()  # from now on there is something to end
+        state.record = records.Record(state.folder, head)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Before any work: a folder that cannot be written costs none, and a run that is killed early has a record."""
     state = _active.get("state")
-    if state is not None and state.claims and not session.config.option.collectonly:
+    if state is None or not state.claims:
+        end_in_order()
+    elif not session.config.option.collectonly:
         try:
             if state.release:
                 check_complete(state.cases, {(c.id, _claim_of(i)) for i in session.items if (c := _case_of(i))})
             _open_record(state)
         except ExportgateError as error:
-            raise pytest.UsageError(str(error)) from None
+            raise _refused(error) from None
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -394,6 +397,19 @@ def _command() -> list[str]:
 
 
 @pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
+    """Before any work of pytest-xdist's processes, as `pytest_collection_finish` in a run that has none."""
+    state = _active.get("state")
+    if state is None or not any(f"[{case.id}]" in name for case in state.cases for name in ids):
+        end_in_order()
+    else:
+        try:
+            _open_record(state)
+        except ExportgateError as error:
+            raise _refused(error) from None
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
     """A process of pytest-xdist has ended: how much latency it set aside."""
     state = _active.get("state")
@@ -401,24 +417,38 @@ def pytest_testnodedown(node: Any, error: object) -> None:
         state.afterwards = max(state.afterwards, getattr(node, "workeroutput", {}).get(PROPERTY, 0))
 
 
+# Files that options name are of the run itself: where pytest's option finds the name -> the option.
+FILES = {"xmlpath": "--junitxml", "log_file": "--log-file", "htmlpath": "--html", "report_log": "--report-log"}
+
+
 def _latency_alone(state: State, session: pytest.Session) -> None:
     """Latency, judged by a run of its own in the conditions of this one; its lines become part of this record."""
     given, expression = session.config.invocation_params, session.config.getoption("markexpr")
     folder = state.folder / "latency"
+    _open_record(state)
     only = f"({expression}) and latency" if expression else "latency"
     words = [*given.args, "-n", "0", "--report", str(folder), "-m", only]  # of an option given twice the last counts
-    variables = {k: v for k, v in os.environ.items() if k != "EXPORTGATE_JSON"}
-    done = subprocess.run(
+    for name, option in FILES.items():
+        if session.config.getoption(name, None):
+            words += [option, str(folder / name)]
+    child = subprocess.Popen(
         [sys.executable, "-m", "pytest", *words],
         cwd=given.dir,
-        env=variables,
-        capture_output=True,
+        env={k: v for k, v in os.environ.items() if k != "EXPORTGATE_JSON"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        check=False,
+        errors="replace",
+        start_new_session=os.name != "nt",  # Ctrl-C reaches it through us, once
     )
-    _open_record(state)
+    try:
+        said, _ = child.communicate()
+        ended = child.returncode
+    except KeyboardInterrupt:
+        said, ended = "", pytest.ExitCode.INTERRUPTED
+        _end(child)
     with suppress(FileNotFoundError):
-        for line in (folder / "record.jsonl").read_text(encoding="utf-8").splitlines():
+        for line in (folder / "record.jsonl").read_bytes().split(b"\n")[:-1]:  # a line without an end is half a line
             event = json.loads(line)
             kind = event.pop("event")
             if kind in ("case", "claim") and state.record is not None:
@@ -426,11 +456,21 @@ def _latency_alone(state: State, session: pytest.Session) -> None:
             if kind == "claim":
                 state.verdicts[Verdict(event["verdict"])] += 1
     shutil.rmtree(folder, ignore_errors=True)
-    if done.returncode not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
-        session.exitstatus = done.returncode
-        print(done.stdout + done.stderr)
+    if ended not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        session.exitstatus = ended
+        print(said)
     elif session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
         session.exitstatus = pytest.ExitCode.OK
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """Lets a run of pytest end its workers and close its record, but not for long."""
+    child.terminate()
+    try:
+        child.communicate(timeout=30)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        child.kill()
+        child.communicate()
 
 
 @pytest.hookimpl(trylast=True)
@@ -489,15 +529,12 @@ def _summary(state: State) -> Any:
     return reports.merge([reports.read_record(state.folder)])
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """The report's lines, after pytest's own."""
-    state = _active.get("state")
-    if state is None:
-        return
-    for line in state.lines:
-        terminalreporter.write_line(line, bold=line is state.lines[-1])
-
-
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if _active.get("state") is config.stash.get(STATE, None):
-        _active.clear()
+    """The report's lines, behind all that pytest says: the headline is a log's last."""
+    state = config.stash.get(STATE, None)
+    if state is None or state is not _active.get("state"):
+        return
+    _active.clear()
+    reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
+    for line in state.lines if reporter else ():
+        reporter.write_line(line, bold=line is state.lines[-1])

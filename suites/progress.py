@@ -23,10 +23,10 @@ class Progress:
 
             # pytest captures the standard streams while a test runs; its reporter writes to a copy made before.
             self.status = Console(file=reporter._tw._file, force_terminal=True).status("starting")
-            self.status.start()
 
     def doing(self, text: str) -> None:
         if self.status is not None:
+            self.status.start()  # not before: it hides the cursor, and until the first claim Ctrl-C ends the process
             self.status.update(text)
 
     def pytest_exportgate_export_start(self, description: str) -> None:

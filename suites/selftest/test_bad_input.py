@@ -146,6 +146,11 @@ def test_an_option_that_cannot_be_met_is_refused(
         (["qualify", "a" * 300 + ".pt"], ("name too long",)),
         (["export", "best.pt", "--format", "onnx", "--", "-x"], ("-x", "for pytest")),
         (["toolchain", "sync", "nosuch"], ("'nosuch'", "onnx")),
+        # One form, whoever found it: the command line, pytest's start, or the collection.
+        (["qualify", "--release", "--", "--lf"], ("exportgate: error: '-- --lf'", "leave it out")),
+        (["qualify", "--release", "--", "-x"], ("exportgate: error: a release run was given -x",)),
+        (["qualify", "--release", "--", "--collect-only"], ("exportgate: error: ", "--collect-only")),
+        (["qualify", "--claim", "test_nosuch"], ("exportgate: error: claim 'test_nosuch'", "test_p50_within_baseline")),
     ],
 )
 def test_an_argument_that_names_nothing_is_refused(
@@ -202,7 +207,7 @@ def test_a_report_folder_that_holds_a_run_is_refused(trained: Path, tmp_path: Pa
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "record.jsonl").write_text("{}\n")
     done = run(["qualify", str(trained), "--format", "onnx", "--report", "run"], tmp_path)
-    assert_refused(done, "--report 'run'", "holds a run already")
+    assert_refused(done, f"--report '{tmp_path / 'run'}'", "holds a run already")
     assert (tmp_path / "run" / "record.jsonl").read_text() == "{}\n"
 
 

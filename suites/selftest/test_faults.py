@@ -66,6 +66,8 @@ class House:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # A test run in a shell's background inherits that Ctrl-C is ignored; the user's command does not.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (no thread runs here)
         )
 
     def run(self, *words: str, **variables: str) -> tuple[int, str]:
@@ -183,6 +185,58 @@ def test_a_killed_run_loses_what_it_was_doing_and_nothing_else(house: House, fin
     assert all(p.suffix == ".log" and p.stat().st_size for p in left), left
 
 
+# ---- interrupted ---------------------------------------------------------------------------------------------------
+
+# A module that is imported when Ctrl-C comes, and makes something else of it, as hypothesis does.
+IMPORTED = """
+import pathlib, time
+pathlib.Path("importing").touch()
+try:
+    time.sleep(60)
+except BaseException:
+    raise ImportError("half of it is there") from None
+"""
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("shlex.py", ("-m", "suites", "report", "out")),  # which the command line imports first of all
+        ("psutil.py", ("-m", "suites.cli", "qualify", "--format", "onnx", "--report", "out")),
+        ("late.py", ("-m", "suites.cli", "qualify", "--format", "onnx", "--report", "out", "--", "-p", "late")),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_who_interrupts_an_import_gets_one_line(
+    house: House, module: str, words: tuple[str, ...], by: signal.Signals
+) -> None:
+    (house.folder / "first").mkdir()
+    (house.folder / "first" / module).write_text(IMPORTED, encoding="utf-8")
+    path = os.pathsep.join([str(house.folder / "first"), str(ROOT)])
+    process = house.process(sys.executable, *words, PYTHONPATH=path)
+    deadline = time.monotonic() + 60
+    while not (house.folder / "importing").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(by)
+    text, _ = process.communicate(timeout=30)
+    assert (process.returncode, text) == (2, "exportgate: interrupted; nothing half-made was left\n")
+    assert not (house.folder / "out").exists()
+
+
+def test_an_interrupted_run_ends_with_its_headline(house: House) -> None:
+    process = house.start(*qualify("out", "--format", "pytorch"))
+    while len(house.events("out")) < 3 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and "Traceback" not in text, text
+    assert text.splitlines()[-1].startswith("INTERRUPTED: "), text
+    assert text.splitlines()[-2].startswith("report: "), text
+
+
 # ---- two at once ---------------------------------------------------------------------------------------------------
 
 WATCH = '''
@@ -226,6 +280,17 @@ def test_two_runs_at_once_make_whole_artifacts_and_measure_in_turn(house: House)
     assert len(notes) == 8 and len({n[2] for n in notes}) == 2, notes
     for (_, first, one), (_, second, other) in zip(notes[::2], notes[1::2], strict=True):
         assert (first, second, one) == ("begin", "end", other), f"two runs measured at once: {notes}"
+
+
+def test_of_two_runs_at_once_with_one_report_folder_one_is_refused(house: House) -> None:
+    words = qualify("same", "--format", "pytorch", "--claim", "test_outputs_are_finite")
+    runs = [house.start(*words) for _ in range(2)]
+    said = [process.communicate(timeout=300)[0] for process in runs]
+    codes = [process.returncode for process in runs]
+    assert sorted(codes) == [0, 4], said
+    one_error(said[codes.index(4)], "--report", "same", "holds a run already")
+    assert len(verdicts(house.events("same"))) == 1
+    assert "QUALIFIED: 0 of 1 claim failed" in house.run("report", "same")[1]
 
 
 MEASURES = """

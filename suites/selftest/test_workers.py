@@ -22,10 +22,10 @@ import psutil
 import pytest
 
 import suites
-from exporters import formats
+from exporters import client, formats
 from exporters.artifact import MANIFEST, Artifact, read_manifest
 from exporters.client import Limits, Worker
-from exporters.errors import ArtifactError, ExportError, UnsafeFile
+from exporters.errors import ArtifactError, ExportError, UnsafeFile, WorkerCrash, WorkerTimeout
 from exporters.keys import factory_digest
 from exporters.models.catalog import from_checkpoint, from_table
 from exporters.models.spec import ModelSpec, OutputSpec
@@ -171,6 +171,37 @@ def test_a_worker_that_misbehaves_costs_its_case_and_no_other(
     for claim in claims:
         assert judge(claim, good) == (Verdict.PASS, "")
     good.close()
+
+
+# What the worker does after it has read its call; then it lives on.
+GARBAGE = {
+    "no-utf-8": ('os.write(1, b"\\xff\\xfe garbage\\n")', WorkerCrash, "which is no answer"),
+    "closed-pipe": ("os.close(1)", WorkerCrash, "closed its pipe during run, went on and was stopped"),
+    "no-line": ('os.write(1, b"no end")', WorkerTimeout, "took longer than 2 s"),
+    "other-id": ('os.write(1, b\'{"id": 0, "result": {}}\\n\' * 9999)', WorkerCrash, "which is no answer"),
+    "no-result": ("os.write(1, b'{\"id\": 1}\\n')", WorkerCrash, "which is no answer"),
+    "no-object": ('os.write(1, b\'{"id": 1, "result": 1}\\n\')', WorkerCrash, "which is no answer"),
+    "odd-error": ('os.write(1, b\'{"id": 1, "error": {"type": []}}\\n\')', WorkerCrash, "which is no answer"),
+    "null-error": ('os.write(1, b\'{"id": 1, "error": null}\\n\')', WorkerCrash, "which is no answer"),
+    "deep": ('os.write(1, b"[" * 50000 + b"\\n")', WorkerCrash, "which is no answer"),
+}
+
+
+@pytest.mark.parametrize("kind", GARBAGE)
+def test_a_worker_that_answers_with_garbage_and_lives_on_is_stopped(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    does, error, words = GARBAGE[kind]
+    monkeypatch.setattr(client, "ENDING", 0.5)
+    source = f"import os, sys, time\nsys.stdin.readline()\n{does}\ntime.sleep(20)\n"
+    monkeypatch.setattr(client, "BOOTSTRAP", source)
+    worker = Worker("odd", Path(sys.executable), (), tmp_path / "log", Limits(run=2.0))
+    begin = time.monotonic()
+    with pytest.raises(error, match=words):
+        worker.call("run")
+    assert time.monotonic() - begin < 10, "it was waited for"
+    assert not worker.alive
+    worker.close()
 
 
 def test_what_a_model_prints_does_not_disturb_the_answers(run: Run, folder: Path, judge: Judge) -> None:

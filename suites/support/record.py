@@ -42,26 +42,33 @@ def run_id() -> str:
 
 
 class Record:
-    """Makes `folder` and appends events to `folder`/record.jsonl.
+    """Makes `folder` and `folder`/record.jsonl, to which it appends events; a record is of one run alone.
 
     Raises:
-        BadRequest: the folder or the file cannot be written.
+        BadRequest: the folder or the file cannot be written, or holds a run already.
     """
 
     def __init__(self, folder: Path, head: Mapping[str, Any]) -> None:
         self.folder = folder
         self.path = folder / "record.jsonl"
-        self.write("run", schema=1, **head)
+        self._add("x", "run", schema=1, **head)  # made here or not at all: another run may have begun meanwhile
 
     def write(self, event: str, **values: Any) -> None:
         """One line, flushed, so that a killed run loses at most the line being written."""
+        self._add("a", event, **values)
+
+    def _add(self, mode: str, event: str, **values: Any) -> None:
         values = {"event": event, "time": now(), **values}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
+            with self.path.open(mode, encoding="utf-8") as file:
                 file.write(json.dumps(values, ensure_ascii=False, default=str) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
+        except FileExistsError:
+            raise BadRequest(
+                f"--report '{self.folder}' holds a run already", "give another folder, or delete that one"
+            ) from None
         except OSError as error:
             raise BadRequest(
                 f"the run record {self.path} cannot be written ({error.strerror})",

@@ -83,6 +83,7 @@ def check_release(config: pytest.Config, project: Project, cases: Sequence[Case]
         ("--ignore-glob", "ignore_glob"),
         ("--sw", "stepwise"),
         ("-n", "numprocesses"),
+        ("--collect-only", "collectonly"),
     )
     for name, option in refused:
         if getattr(config.option, option, None):
