@@ -65,11 +65,11 @@ class Record:
                 file.write(json.dumps(values, ensure_ascii=False, default=str) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-        except FileExistsError:
-            raise BadRequest(
-                f"--report '{self.folder}' holds a run already", "give another folder, or delete that one"
-            ) from None
         except OSError as error:
+            if isinstance(error, FileExistsError) and self.folder.is_dir():  # a file in the folder's place is another
+                raise BadRequest(
+                    f"--report '{self.folder}' holds a run already", "give another folder, or delete that one"
+                ) from None
             raise BadRequest(
                 f"the run record {self.path} cannot be written ({error.strerror})",
                 "make room, or give another folder with --report",
