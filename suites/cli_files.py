@@ -90,6 +90,8 @@ def _sign(options: argparse.Namespace, further: list[str]) -> int:
     if not key.is_file():
         raise BadRequest(f"key '{key}' is no file", "name your private key, as ~/.ssh/id_ed25519")
     who, when = options.who or f"{getpass.getuser()}@{socket.gethostname()}", signature.now()
+    if not who.isprintable():
+        raise BadRequest(f"--who {who!r} has characters that do not print", "give the name that allowed signers use")
     summary = reports.merge(read_all([folder]))
     made = reports.write([folder], folder, Signed(f"{who}, {when}"))
     try:

@@ -32,18 +32,37 @@ def end_at_once() -> None:
         signal.signal(signal.SIGTERM, _AtOnce())
 
 
+class _InOrder:
+    """A handler that raises, and remembers that it did: a library's `finally` may make another exception of it."""
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def __call__(self, number: int, frame: object) -> None:
+        self.came = True
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+_in_order = _InOrder()
+
+
 def end_in_order() -> None:
     """From here on as a KeyboardInterrupt: workers are ended, the record is closed."""
-    if _is_main() and isinstance(signal.getsignal(signal.SIGINT), _AtOnce):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    now = signal.getsignal(signal.SIGTERM)
-    if _is_main() and (now == signal.SIG_DFL or isinstance(now, _AtOnce)):
-        signal.signal(signal.SIGTERM, _raise)
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        now = signal.getsignal(number)
+        if _is_main() and (now == usual or isinstance(now, _AtOnce)):
+            signal.signal(number, _in_order)
+
+
+def go_on() -> None:
+    """Raises what the user asked for once more, where it got lost on its way here.
+
+    Raises:
+        KeyboardInterrupt: the run was interrupted since `end_in_order`.
+    """
+    if _in_order.came:
+        raise KeyboardInterrupt
 
 
 def _is_main() -> bool:
     return threading.current_thread() is threading.main_thread()
-
-
-def _raise(number: int, frame: object) -> None:
-    raise KeyboardInterrupt("SIGTERM")

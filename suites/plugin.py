@@ -23,7 +23,7 @@ from exporters.errors import BadRequest, ExportgateError, NotSupported
 from exporters.pool import Pool
 from exporters.spec import ExportSpec
 from exporters.tensorrt import timing
-from suites.interrupt import end_in_order
+from suites.interrupt import end_in_order, go_on
 from suites.options import (
     add_options,
     brought_path,
@@ -242,6 +242,7 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Turns an exception into a verdict, and what the claim observed into a property of its report."""
     report = yield
+    go_on()  # a claim that was interrupted may end in anything, a library's AssertionError or nothing at all
     case = _case_of(item)
     error = call.excinfo.value if call.excinfo else None
     if case is None or (call.when != "call" and error is None):

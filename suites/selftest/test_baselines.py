@@ -308,6 +308,27 @@ def test_where_one_baseline_cannot_be_written_none_is(tmp_path: Path, capsys: py
     assert not list((tmp_path / "baselines").glob("*/*"))
 
 
+def test_where_the_last_cannot_take_its_place_the_others_are_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of three the first had one, the second had none, and the third's folder can take no more."""
+    run = recorded(tmp_path, {"measurement": MEASURED})
+    assert baseline(tmp_path, "accept", str(run), "--reason", "first") == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "baselines").glob("*/*")}
+    run = recorded(tmp_path, *({"case": c, "measurement": MEASURED} for c in (CASE, OTHER, "last-onnx-fp32-ort-cpu")))
+    replace = Path.replace
+
+    def full(path: Path, target: Path) -> Path:
+        if path.name.startswith("last"):
+            raise OSError(28, "No space left on device")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    assert baseline(tmp_path, "accept", str(run), "--reason", "second") == 4
+    assert "cannot be written (No space left on device)" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in (tmp_path / "baselines").glob("*/*")}
+
+
 def test_what_is_accepted_is_read_again(tmp_path: Path) -> None:
     run = recorded(tmp_path, {"measurement": MEASURED}, {"case": "a b-onnx-fp32-ort-cpu", "measurement": MEASURED})
     assert baseline(tmp_path, "accept", str(run), "--reason", "first") == 0

@@ -237,6 +237,35 @@ def test_an_interrupted_run_ends_with_its_headline(house: House) -> None:
     assert text.splitlines()[-2].startswith("report: "), text
 
 
+# Ctrl-C comes while a claim is judged, and somebody's `finally` makes something else of it, as hypothesis's engine does
+# where it has not begun yet.
+LOST = """
+import os, pytest, signal
+from contextlib import suppress
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    try:
+        return (yield)
+    finally:
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIG{0})
+            signal.sigtimedwait([], 1)
+        {1}
+"""
+
+
+@pytest.mark.parametrize("by", ["INT", "TERM"])
+@pytest.mark.parametrize("made", ["raise AssertionError('half of it is there')", "pass"])
+def test_an_interruption_is_not_lost_on_its_way(house: House, by: str, made: str) -> None:
+    """Or the claim that it came to fails, or even passes, and the run goes on."""
+    (house.folder / "lost.py").write_text(LOST.format(by, made), encoding="utf-8")
+    path = os.pathsep.join([str(house.folder), str(ROOT)])
+    code, text = house.run("qualify", "--report", "out", "--format", "pytorch", "--", "-p", "lost", PYTHONPATH=path)
+    assert code == 2 and text.splitlines()[-1].startswith("INTERRUPTED: 0 of 0 claims failed"), text
+    assert not verdicts(house.events("out"))
+
+
 # ---- two at once ---------------------------------------------------------------------------------------------------
 
 WATCH = '''

@@ -279,6 +279,13 @@ def test_a_signature_that_failed_leaves_the_one_before(folder: Path) -> None:
     assert first and said_of_its_signature(folder / "run") == first
 
 
+def test_a_name_that_does_not_print_is_refused(folder: Path) -> None:
+    """A terminal would show another one."""
+    done = run(["sign", "run", "--key", "jane", "--who", "joe\rjane"], folder)
+    assert_refused(done, "--who 'joe\\rjane'", "allowed signers")
+    assert not (folder / "run" / "statement.json").exists()
+
+
 def test_what_is_no_longer_what_was_judged_is_not_signed(folder: Path) -> None:
     _one_byte(folder / "cache" / "best.onnx")
     done = run(["sign", "run", "--key", "jane", "--who", "jane"], folder)

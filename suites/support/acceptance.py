@@ -156,16 +156,21 @@ def write(proposals: Sequence[Proposal]) -> None:
         BadRequest: names the file.
     """
     made: list[tuple[Path, Path]] = []
+    replaced: list[tuple[Path, bytes | None]] = []
     path = Path()
     try:
-        for one in proposals:
-            path = one.now.path
+        for proposal in proposals:
+            path = proposal.now.path
             path.parent.mkdir(parents=True, exist_ok=True)
             made.append((path.with_suffix(".tmp"), path))
-            made[-1][0].write_text(one.text, encoding="utf-8")
+            made[-1][0].write_text(proposal.text, encoding="utf-8")
         for temporary, path in made:
+            before = path.read_bytes() if path.exists() else None
             temporary.replace(path)
+            replaced.append((path, before))
     except OSError as error:
+        for one, before in replaced:
+            one.unlink() if before is None else one.write_bytes(before)
         raise BadRequest(
             f"baseline {path} cannot be written ({error.strerror})", "correct 'baselines' in exportgate.toml"
         ) from None
