@@ -11,12 +11,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, cast
 
-from exporters.errors import ArtifactError, BadRequest
+from exporters.errors import ArtifactError, BadRequest, first_line
 from exporters.models.spec import class_names
 from exporters.spec import NMS, ExportSpec, Precision
 from exporters.version import __version__
+
+SIDE_CAR = "metadata.yaml"  # in the folder, or beside the file, of formats that hold no metadata
+LARGEST = 16 << 20  # bytes of a side-car
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,35 @@ class Metadata:
     def as_strings(self) -> dict[str, str]:
         """ONNX's metadata_props and CoreML's user_defined_metadata: each value as Python's str()."""
         return {key: str(value) for key, value in self.values().items()}
+
+    def as_yaml(self) -> str:
+        """The side-car's text."""
+        import yaml
+
+        return yaml.safe_dump(self.values(), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: Path) -> Metadata:
+    """Metadata from a side-car.
+
+    Raises:
+        ArtifactError: it is missing, or no YAML of metadata.
+    """
+    import yaml
+
+    again = "export the artifact again"
+    try:
+        with path.open("rb") as file:
+            text = file.read(LARGEST + 1)
+    except OSError as error:
+        raise ArtifactError(f"'{path}' cannot be read ({error.strerror})", again) from None
+    if len(text) > LARGEST:
+        raise ArtifactError(f"'{path}' is larger than {LARGEST >> 20} MiB", again)
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"'{path}' is not YAML ({first_line(error)})", again) from None
+    return normalize(values, str(path))
 
 
 def read_json(text: str, where: str) -> Metadata:

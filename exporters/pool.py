@@ -312,7 +312,7 @@ class Pool:
         self.progress(f"exporting {spec.model.name} to {entry.title} {spec.precision.value}")
         source = _source(spec)
         workers = [
-            self.worker(entry.chain(spec.device), entry.id, step.role, step.imports, source)
+            self.worker(step.toolchain or entry.chain(spec.device), entry.id, step.role, step.imports, source)
             for step in entry.steps(spec)
         ]
         with cache.temporary_folder() as folder:

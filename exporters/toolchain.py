@@ -45,6 +45,7 @@ TOOLCHAINS: Mapping[str, Toolchain] = {
         Toolchain("pytorch", ("torch", "numpy", "safetensors")),
         Toolchain("onnx", ("onnx", "onnxruntime", "onnxscript", "onnxslim")),
         Toolchain("tensorrt", ("onnx", "onnxruntime", "tensorrt", "pycuda", "nvidia-ml-py")),
+        Toolchain("openvino", ("openvino", "nncf")),
         Toolchain("rtx", ("onnx", "onnxruntime", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs")),
     )
 }

@@ -43,6 +43,7 @@ from suites.support.verdict import Judged, Verdict, one_line, verdict_of
 MARKERS = {
     "trt": "runs on TensorRT",
     "cuda": "needs an NVIDIA GPU",
+    "formats": "a format with a toolchain or a job of its own: tox -e formats",
     "values": "compares outputs with PyTorch's",
     "accuracy": "judges a task metric on data",
     "latency": "measures time",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from exporters.arrays import load, save
 from exporters.artifact import digest
 from exporters.calibration.images import list_images, prepare_image, read_image
 from exporters.errors import BadRequest
@@ -39,7 +40,7 @@ def check(spec: ExportSpec) -> None:
             raise BadRequest(f"data '{spec.data}': module '{module}' is not found", "give an importable module:factory")
         return
     found = images_of(spec)
-    fixed = not spec.dynamic and spec.format == "onnx"
+    fixed = not spec.dynamic and spec.format != "engine"  # whose ONNX file has an axis for the batch
     if fixed and len(found) < spec.batch:
         raise BadRequest(
             f"data '{spec.data}' has {len(found)} images, and a calibration batch of this fixed graph has {spec.batch}",
@@ -107,6 +108,27 @@ def feeds_from(factory: str, spec: ExportSpec) -> Iterator[dict[str, Array]]:
             yield {key: np.asarray(value) for key, value in feeds.items()}
     if empty:
         raise BadRequest(f"feeds '{factory}' yielded nothing", "yield mappings from input name to array")
+
+
+def whole_batches(spec: ExportSpec, *, varies: bool) -> tuple[int, Iterator[dict[str, Array]]]:
+    """How many samples a calibration batch has, and the batches. A graph whose batch does not vary is calibrated with
+    that batch; a short last one is left out there."""
+    size = calibration_batch(spec.batch) if varies else spec.batch
+    made = batches(spec, size)
+    return size, made if varies else (b for b in made if len(next(iter(b.values()))) == size)
+
+
+def keep_batches(spec: ExportSpec, folder: Path) -> None:
+    """Writes the calibration batches below `folder`, for a step whose toolchain lacks what the user's code imports."""
+    _, made = whole_batches(spec, varies=spec.dynamic)
+    for number, feeds in enumerate(made):
+        save(feeds, folder / f"{number:06}")
+
+
+def kept_batches(spec: ExportSpec, folder: Path) -> list[dict[str, Array]]:
+    """What `keep_batches` wrote, memory-mapped."""
+    names = [i.name for i in spec.model.inputs]
+    return [load({name: str(one / f"{n}.npy") for n, name in enumerate(names)}) for one in sorted(folder.iterdir())]
 
 
 def batches(spec: ExportSpec, size: int) -> Iterator[dict[str, Array]]:

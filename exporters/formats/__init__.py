@@ -68,12 +68,14 @@ class Made:
 class Step:
     """One part of an export, run in a worker of its own role, so that each imports only what it needs.
 
-    Steps of one export share the job's folder; the last one's `Made` counts.
+    Steps of one export share the job's folder; the last one's `Made` counts. A step may have another toolchain than its
+    format, as what runs the user's own code has.
     """
 
     role: str
     run: Callable[[Job], Made]
     imports: tuple[str, ...] = ()
+    toolchain: str = ""
 
 
 def no_parents(spec: ExportSpec) -> tuple[ExportSpec, ...]:
@@ -84,6 +86,11 @@ def no_parents(spec: ExportSpec) -> tuple[ExportSpec, ...]:
 def nothing_further(spec: ExportSpec) -> Mapping[str, str]:
     """A format whose artifact depends on nothing but what every format's depends on."""
     return {}
+
+
+def nothing_left_out(spec: ExportSpec) -> tuple[str, ...]:
+    """A format that leaves out no module but those that the model names and the request keeps."""
+    return ()
 
 
 def no_contradiction(path: Path, spec: ExportSpec) -> str:
@@ -133,6 +140,7 @@ class Format:
             otherwise, beside what metadata holds; or "".
         parents: what it is made from.
         refusal: why a combination is not supported by its nature, or "".
+        keeps: modules that its INT8 leaves in floating point, beside those that the model names and the request keeps.
         is_code: loading it runs code that is in it.
         keeps_metadata: whether the file holds metadata.
         keeps_signature: whether the file holds names and shapes of its inputs, so that its runtime refuses others.
@@ -156,6 +164,7 @@ class Format:
     refusal: Callable[[ExportSpec], str] = no_refusal
     metadata: Callable[[Path], Metadata] = no_metadata
     contradiction: Callable[[Path, ExportSpec], str] = no_contradiction
+    keeps: Callable[[ExportSpec], tuple[str, ...]] = nothing_left_out
     aliases: tuple[str, ...] = ()
     is_code: bool = False
     keeps_metadata: bool = True

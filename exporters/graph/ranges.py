@@ -61,9 +61,7 @@ def calibrated(parent: Path, folder: Path, spec: ExportSpec, tensors: Sequence[s
     Raises:
         ExportError: the calibrator failed.
     """
-    # A graph with a fixed batch is calibrated with that batch; a short last batch is left out there.
-    varies = spec.dynamic or spec.batch_axis
-    size = calibration.calibration_batch(spec.batch) if varies else spec.batch
+    size, batches = calibration.whole_batches(spec, varies=spec.dynamic or spec.batch_axis)
     path = _kept_path(parent, spec, tensors, size)
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -73,9 +71,6 @@ def calibrated(parent: Path, folder: Path, spec: ExportSpec, tensors: Sequence[s
     if kept is not None:
         touch(path)
         return kept
-    batches = calibration.batches(spec, size)
-    if not varies:
-        batches = (b for b in batches if len(next(iter(b.values()))) == size)
     made = _measured(parent, folder, spec.calibrator, tensors, _Feeds(batches))
     with writing():
         place(json.dumps({"largest": dict(made.largest), "images": made.images}).encode(), path)

@@ -16,7 +16,7 @@ import numpy as np
 from exporters import formats
 from exporters.formats.onnx import plain
 from exporters.measure import MeasurementPlan
-from exporters.spec import CALIBRATORS, ExportSpec, Precision
+from exporters.spec import CALIBRATED, CALIBRATORS, ExportSpec, Precision
 from suites.accuracy.budget import Budget
 from suites.accuracy.gate import Outcome
 from suites.support.bench import Bench, cast
@@ -143,8 +143,12 @@ def _fewest(ranked: Sequence[str], keeping: Callable[[Sequence[str]], Step]) -> 
 
 
 def in_onnx(spec: ExportSpec) -> ExportSpec:
-    """The ONNX request in 8 bits that another format's is made from."""
-    return plain(spec if spec.format == "onnx" else formats.get(spec.format).parents(spec)[0])
+    """The ONNX request in 8 bits that another format's is made from, or one on the same calibration set."""
+    if spec.format == "onnx":
+        return plain(spec)
+    parent = formats.get(spec.format).parents(spec)[0]
+    names = ("precision", "data", "split", "fraction", "keep")
+    return plain(parent.but(**{} if parent.precision in CALIBRATED else {n: getattr(spec, n) for n in names}))
 
 
 def _median(case: Bench, spec: ExportSpec) -> float:

@@ -27,7 +27,7 @@ def test_achieved_precision_is_the_requested(case: Bench) -> None:
     # On a CPU it makes no difference, but our own file is one for both.
     rounded = achieved.counts.get(ALLOW_TF32, 0) if case.brought is None or case.case.device != "cpu" else 0
     assert not rounded or asked != "fp32", f"asked for fp32, but a GPU may round to TF32 in {rounded} convolutions"
-    kept = [*(path for path, _ in case.model.fp32), *case.spec.keep]
+    kept = [*(path for path, _ in case.model.fp32), *case.spec.keep, *formats.get(case.spec.format).keeps(case.spec)]
     wrong = [name for name in achieved.exceptions if not belongs(name, kept)]
     assert not wrong, f"asked for {asked}, but {len(wrong)} operators are not: {', '.join(wrong[:5])} ({evidence})"
     # What our request keeps in FP32 is to be kept between its operators too; others' files promise nothing there.

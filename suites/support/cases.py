@@ -28,6 +28,8 @@ from exporters.spec import (
 )
 from suites.support.config import Project
 
+MAIN = ("pytorch", "torchscript", "onnx", "engine")  # formats of the main job; others have a job of their own
+
 
 @dataclass(frozen=True)
 class Case:
@@ -59,9 +61,12 @@ class Case:
 
     @property
     def marks(self) -> tuple[str, ...]:
-        return (("cuda",) if self.runtime.device == "cuda" else ()) + (
-            ("trt",) if "trt" in self.runtime.id.split("-") else ()
-        )
+        told = {
+            "cuda": self.runtime.device == "cuda",
+            "trt": "trt" in self.runtime.id.split("-"),
+            "formats": self.spec.format not in MAIN,
+        }
+        return tuple(mark for mark, holds in told.items() if holds)
 
     @property
     def device(self) -> str:
@@ -260,6 +265,11 @@ def _budgeted(case: Case, budget: float) -> Case:
         raise BadRequest(
             f"int8-budget {budget:g} with {chosen}: the search chooses calibrator and modules itself",
             "leave one of them out",
+        )
+    if "calibrator" not in formats.get(case.spec.format).options:
+        raise BadRequest(
+            f"int8-budget {budget:g} with format {case.spec.format}: the search tries calibrators, and it has none",
+            "leave it out, or search in onnx or engine",
         )
     if not named_pictures(case.spec.model):
         raise BadRequest(
