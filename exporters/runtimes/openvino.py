@@ -49,7 +49,7 @@ def xml_of(path: Path) -> Path:
     """The one .xml of a model's folder, or the file itself.
 
     Raises:
-        ArtifactError: there is none, or more than one; or it has no .bin beside it.
+        ArtifactError: there is none, or more than one; it is something else, or has no .bin beside it.
     """
     found = sorted(path.glob("*.xml")) if path.is_dir() else [path]
     if len(found) != 1:
@@ -57,6 +57,9 @@ def xml_of(path: Path) -> Path:
         raise ArtifactError(f"'{path}' holds {len(found)} .xml files ({names}), expected one", "export it again")
     if not found[0].with_suffix(".bin").is_file():
         raise ArtifactError(f"'{found[0]}' has no weights: {found[0].stem}.bin is missing", "export it again")
+    with found[0].open("rb") as file:
+        if b"<net" not in file.read(512):  # OpenVINO goes by the content, and reads ONNX and others under this name
+            raise ArtifactError(f"'{found[0]}' is no OpenVINO IR: it does not begin with <net>", "export it again")
     return found[0]
 
 

@@ -328,6 +328,7 @@ class Workshop:
         options |= {"data": model.feeds} if "int8" in words else {}
         if "int8" in words and model.feeds == "suites.reference.scenes:feeds":
             options |= {"data": "suites.reference.scenes:training", "calibrator": "percentile"}
+        options = {k: v for k, v in options.items() if k in formats.get(words[0]).options | {"imgsz"}}
         options |= {"device": "cuda:0"} if "cuda" in words else {}
         options |= {"compute_capability": "8.6,8.9,12.0"} if words[0] == "engine" and "cuda" not in words else {}
         spec = request(model, words[0], precision=words[1], **options)
