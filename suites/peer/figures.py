@@ -32,6 +32,7 @@ class Figures:
 
     found: list[Figure] = field(default_factory=list[Figure])
     notes: list[str] = field(default_factory=list[str])
+    medians: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])  # seconds
 
     def add(self, name: str, ratio: float, low: float, high: float) -> Figure:
         made = Figure(name, ratio, low, high)
@@ -41,6 +42,7 @@ class Figures:
     def compare(self, name: str, ours: Sequence[float], theirs: Sequence[float]) -> Figure:
         """The figure of paired repeats in seconds; the medians are kept as a note."""
         a, b = float(np.median(ours)), float(np.median(theirs))
+        self.medians[name] = a, b
         self.notes.append(f"{name}: {a:.3f} s against {b:.3f} s, medians of {len(ours)} repeats")
         return self.add(name, *interval(np.asarray(ours) / np.asarray(theirs)))
 

@@ -32,6 +32,8 @@ WIDTH, LONGEST = 0.06, 120.0  # of the interval of the latency's ratio, and seco
 PASSING = (
     "test_outputs_match_reference", "test_detections_match_reference", "test_class_names_survive_the_round_trip",
 )  # fmt: skip
+FURTHER = ("openvino", "ncnn", "mnn", "executorch", "coreml")  # that both have beside ONNX and TorchScript
+EXCHANGED = ("onnx", "torchscript", "openvino")  # whose files each reads of the other
 QUADS, BLOCK = 6, 3  # blocks ABBA in one pair of processes, and inferences in a block
 
 
@@ -49,7 +51,7 @@ class Files:
 @pytest.fixture(scope="module")
 def specs(bench: Bench) -> dict[str, ExportSpec]:
     model = from_checkpoint(bench.checkpoint)
-    return {name: request(model, name, imgsz=640) for name in ("pytorch", "onnx", "torchscript")}
+    return {name: request(model, name, imgsz=640) for name in ("pytorch", *EXCHANGED)}
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +62,10 @@ def pool(bench: Bench) -> Iterator[Pool]:
 
 @pytest.fixture(scope="module")
 def files(bench: Bench, pool: Pool, specs: dict[str, ExportSpec]) -> Files:
-    """Both formats of both sides at 640."""
+    """Each format of both sides at 640."""
     theirs: dict[str, Path] = {}
     with bench.side("export-theirs") as side:
-        for name in ("onnx", "torchscript"):
+        for name in EXCHANGED:
             theirs[name] = Path(side.call(checkpoint=bench.copy(bench.folder(f"theirs-{name}")), format=name)["path"])
     return Files({name: pool.export(specs[name]).path for name in theirs}, theirs)
 
@@ -152,6 +154,25 @@ def test_torchscript_export(bench: Bench, figures: Figures, repeats: int) -> Non
     """The export alone in a warm process: no slower than the peer's."""
     found, _, _ = _exports(bench, figures, repeats, "torchscript")
     assert found.ratio <= 1.0, found.line()
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_further_export(bench: Bench, figures: Figures, repeats: int, name: str) -> None:
+    """The export alone in a warm process, what it is made from included: at most 1.1 of the peer's; again, a tenth."""
+    found, ours, _ = _exports(bench, figures, repeats, name)
+    again = [a["again"] for a in ours[1:]]
+    second = figures.compare(f"second_{name}_export", again, [a["seconds"] for a in ours[1:]])
+    assert found.ratio <= 1.1, found.line()
+    assert second.ratio <= 0.1, second.line()
+
+
+def test_further_exports_together(figures: Figures) -> None:
+    """The sum of their medians: at most 0.9 of the peer's."""
+    pairs = [figures.medians.get(f"{name}_export") for name in FURTHER]
+    assert None not in pairs, "not all were measured"
+    ours, theirs = (sum(p[side] for p in pairs if p) for side in (0, 1))
+    figures.notes.append(f"further exports together: {ours:.1f} s against {theirs:.1f} s")
+    assert ours <= 0.9 * theirs, figures.notes[-1]
 
 
 def test_onnx_bytes(files: Files, figures: Figures) -> None:
@@ -266,7 +287,7 @@ def test_stored_outputs_are_the_peers(bench: Bench) -> None:
         pytest.fail(f"the peer's outputs changed: see why, then copy {folder / STORED.name} to {STORED}")
 
 
-@pytest.mark.parametrize("name", ["onnx", "torchscript"])
+@pytest.mark.parametrize("name", EXCHANGED)
 def test_peer_loads_our_file(
     bench: Bench, files: Files, feeds: list[FeedSet], specs: dict[str, ExportSpec], name: str
 ) -> None:
@@ -284,7 +305,7 @@ def test_peer_loads_our_file(
     assert np.abs(np.array(ours["scores"]) - theirs["scores"]).max() <= 1e-4
 
 
-@pytest.mark.parametrize("name", ["onnx", "torchscript"])
+@pytest.mark.parametrize("name", EXCHANGED)
 def test_we_check_the_peers_file(bench: Bench, files: Files, figures: Figures, name: str) -> None:
     """`exportgate check` passes the peer's file; whose name it carries is not ours to say."""
     folder = bench.folder(f"check-{name}")
