@@ -46,6 +46,7 @@ TOOLCHAINS: Mapping[str, Toolchain] = {
         Toolchain("onnx", ("onnx", "onnxruntime", "onnxscript", "onnxslim")),
         Toolchain("tensorrt", ("onnx", "onnxruntime", "tensorrt", "pycuda", "nvidia-ml-py")),
         Toolchain("openvino", ("openvino", "nncf")),
+        Toolchain("mnn", ("mnn",)),
         Toolchain("rtx", ("onnx", "onnxruntime", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs")),
     )
 }

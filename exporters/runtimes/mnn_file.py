@@ -1,0 +1,232 @@
+"""What an .mnn file says of itself: a reader of the fields that matter here, by MNN's published schema (FlatBuffers).
+
+Slots are the fields' numbers in the tables of schema/default/*.fbs, where a union takes two; MNN adds fields at the end.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exporters.errors import ArtifactError
+from exporters.session import Array
+
+CONVOLUTIONS = {12: "Convolution", 13: "ConvolutionDepthwise", 17: "Deconvolution", 18: "DeconvolutionDepthwise"}
+INTEGER = {513: "ConvInt8", 515: "DepthwiseConvInt8"}  # of activations in 8 bits, too
+PRODUCTS = {33: "InnerProduct", 39: "MatMul", 106: "BatchMatMul", 113: "Convolution3D"}
+CONST, INPUT = 11, 34  # of OpType; the rest are of OpParameter and DataType
+BLOB, CONVOLUTION, INPUT_PARAMETER = 7, 9, 21
+TYPES = {1: "float32", 2: "float64", 3: "int32", 4: "uint8", 6: "int8", 9: "int64", 19: "float16"}
+
+
+class Table:
+    """One table of the buffer. Whatever lies outside raises struct.error, IndexError or ValueError."""
+
+    def __init__(self, data: bytes | bytearray, position: int) -> None:
+        if not 0 <= position <= len(data):
+            raise ValueError(f"a table at byte {position} of {len(data)}")
+        self.data, self.position = data, position
+        self.slots = position - self._read("i", position)
+        self.size = self._read("H", self.slots)
+
+    def _read(self, kind: str, position: int) -> Any:
+        if position < 0:
+            raise ValueError(f"a value at byte {position}")
+        return struct.unpack_from(f"<{kind}", self.data, position)[0]
+
+    def _field(self, slot: int) -> int:
+        at = 4 + 2 * slot
+        offset = self._read("H", self.slots + at) if at < self.size else 0
+        return self.position + offset if offset else 0
+
+    def _target(self, slot: int) -> int:
+        field = self._field(slot)
+        return field + self._read("I", field) if field else 0
+
+    def number(self, slot: int, kind: str, default: int = 0) -> Any:
+        """A scalar of struct's `kind`."""
+        field = self._field(slot)
+        return self._read(kind, field) if field else default
+
+    def vector(self, slot: int) -> tuple[int, int]:
+        """Where a vector's (or a text's) first element lies, and how many there are; (0, 0) where it has none."""
+        target = self._target(slot)
+        return (target + 4, self._read("I", target)) if target else (0, 0)
+
+    def array(self, slot: int, dtype: str) -> Array:
+        """A vector of numbers, as it lies in the buffer."""
+        start, count = self.vector(slot)
+        return np.frombuffer(self.data, dtype, count, start) if count else np.zeros(0, dtype)
+
+    def text(self, slot: int) -> str:
+        return self.array(slot, "u1").tobytes().decode()
+
+    def table(self, slot: int) -> Table | None:
+        target = self._target(slot)
+        return Table(self.data, target) if target else None
+
+    def tables(self, slot: int) -> Iterator[Table]:
+        """The tables of a vector of them."""
+        start, count = self.vector(slot)
+        for field in range(start, start + 4 * count, 4):
+            yield Table(self.data, field + self._read("I", field))
+
+    def texts(self, slot: int) -> Iterator[str]:
+        """The texts of a vector of them."""
+        start, count = self.vector(slot)
+        for field in range(start, start + 4 * count, 4):
+            at = field + self._read("I", field)
+            yield np.frombuffer(self.data, "u1", self._read("I", at), at + 4).tobytes().decode()
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operator: its name and type (a number of OpType), names of what it takes, its parameters' type and table."""
+
+    name: str
+    type: int
+    inputs: tuple[str, ...]
+    kind: int
+    parameters: Table | None
+
+    def parameters_of(self, kind: int) -> Table | None:
+        return self.parameters if self.kind == kind else None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A convolution's weights: (outputs, inputs of a group, height, width), padding, and where they lie in the file."""
+
+    shape: tuple[int, int, int, int]
+    is_plain: bool  # without stride, padding, groups and an activation in it
+    stored: str  # "fp32", "fp16", "int8", "int4" ...; "" where they are not in the file
+    table: Table
+
+
+@dataclass(frozen=True)
+class MnnFile:
+    """The buffer, `code` (bizCode), inputs by name with their sizes (-1 where one varies) and dtype, outputs, operators."""
+
+    data: bytearray
+    code: str
+    inputs: dict[str, tuple[tuple[int, ...], str]]
+    outputs: tuple[str, ...]
+    ops: tuple[Op, ...]
+
+
+def read(path: Path) -> MnnFile:
+    """The parts of a file.
+
+    Raises:
+        ArtifactError: it cannot be read, is no MNN model, or holds no operators.
+    """
+    try:
+        data = bytearray(path.read_bytes())
+    except OSError as error:
+        raise ArtifactError(f"'{path}' cannot be read ({error.strerror})", "export it again") from None
+    try:
+        net = Table(data, struct.unpack_from("<I", data)[0])
+        graphs = [(list(net.texts(7)), net, 3), *((list(g.texts(3)), g, 4) for g in net.tables(10))]
+        ops = tuple(_op(table, names) for names, graph, slot in graphs for table in graph.tables(slot))
+        inputs: dict[str, tuple[tuple[int, ...], str]] = {}
+        for op in ops:
+            given = op.parameters_of(INPUT_PARAMETER)
+            if op.type == INPUT and given is not None:
+                kind = given.number(1, "i", 1)
+                inputs[op.name] = tuple(int(n) for n in given.array(0, "<i4")), TYPES.get(kind, f"type {kind}")
+        found = MnnFile(data, net.text(0), inputs, tuple(net.texts(4)), ops)
+    except (struct.error, IndexError, ValueError, OverflowError) as error:  # UnicodeDecodeError is a ValueError
+        size = f"{len(data)} bytes, " if len(data) < 64 else ""
+        raise ArtifactError(f"'{path}' is not an MNN model ({size}{error})", "export it again") from None
+    if not found.ops or not found.inputs:
+        raise ArtifactError(f"'{path}' is not an MNN model (it holds no graph)", "export it again")
+    return found
+
+
+def _op(table: Table, names: list[str]) -> Op:
+    inputs = tuple(names[n] for n in table.array(0, "<i4").tolist() if n >= 0)
+    return Op(table.text(3), table.number(5, "i"), inputs, table.number(1, "B"), table.table(2))
+
+
+def kernel(op: Op) -> Kernel | None:
+    """The weights of a convolution; None of other operators, and of one whose weights are computed."""
+    table = op.parameters_of(CONVOLUTION)
+    common = table.table(0) if table is not None else None
+    if table is None or common is None or len(op.inputs) > 1:
+        return None
+    width, height = common.number(2, "i", 1), common.number(3, "i", 1)
+    group, outputs, inputs = common.number(9, "i", 1), common.number(10, "i"), common.number(11, "i")
+    shape = (outputs, max(1, inputs // max(group, 1)), height, width)
+    spread = [common.number(n, "i", 1) for n in (4, 5, 6, 7)]
+    padded = [common.number(n, "i") for n in (0, 1)] + common.array(14, "<i4").tolist()
+    clipped = common.number(12, "?") or common.number(13, "?")
+    plain = group == 1 and set(spread) == {1} and not any(padded) and not clipped
+    return Kernel(shape, plain, _stored(table, int(np.prod(shape, dtype=np.int64))), table)
+
+
+def _stored(table: Table, count: int) -> str:
+    """Type that so many weights are stored in; for quantized ones by the bytes that there are of them."""
+    if table.vector(1)[1]:
+        return "fp32"
+    packed = table.table(3)
+    if packed is None:
+        return "int8" if table.table(4) is not None else ""
+    size, kind = packed.vector(0)[1], packed.number(2, "i")
+    if kind == 3:
+        return "fp16" if size == 2 * count else ""
+    if not size or not packed.vector(1)[1]:  # the scales
+        return ""
+    return "int8" if size >= count else f"int{max(1, 8 * size // count)}"
+
+
+def weights(found: Kernel) -> Array | None:
+    """Values of floating-point weights, in the kernel's shape; None of others."""
+    if found.stored == "fp32":
+        return found.table.array(1, "<f4").reshape(found.shape)
+    packed = found.table.table(3)
+    if found.stored == "fp16" and packed is not None:
+        return packed.array(0, "i1").view("<f2").reshape(found.shape)
+    return None
+
+
+def floats(model: MnnFile) -> Iterator[tuple[str, int, int]]:
+    """Every vector of FP32 weights and constants that MNN can store in 16 bits: (operator, first byte, count)."""
+    for op in model.ops:
+        constant, convolution = op.parameters_of(BLOB), op.parameters_of(CONVOLUTION)
+        if convolution is not None and op.type in CONVOLUTIONS:
+            yield op.name, *convolution.vector(1)
+        if constant is not None and op.type == CONST and constant.number(2, "i", 1) == 1:
+            yield op.name, *constant.vector(7)
+
+
+def round_to_half(model: MnnFile) -> str:
+    """Rounds weights and constants to what FP16 holds, to nearest even, in place; what does not fit, or "".
+
+    MNN's converter cuts off the bits that FP16 lacks (half.hpp without a rounding mode), which errs twice as far and to
+    one side: of weights that are rounded before it has nothing to cut off.
+    """
+    for name, start, count in floats(model):
+        values = np.frombuffer(model.data, "<f4", count, start)
+        with np.errstate(over="ignore"):  # told below
+            rounded = values.astype(np.float16).astype("<f4")
+        lost = np.isfinite(values) & ~np.isfinite(rounded)
+        if lost.any():
+            return f"{name} holds {values[lost][0]:g}"
+        model.data[start : start + 4 * count] = rounded.tobytes()
+    return ""
+
+
+def let_vary(model: MnnFile, axes: dict[str, tuple[int, ...]]) -> None:
+    """Writes -1 for axes of inputs, in place: the converter makes 1 of a batch that varies."""
+    for op in model.ops:
+        given = op.parameters_of(INPUT_PARAMETER)
+        if op.type == INPUT and given is not None:
+            start, count = given.vector(0)
+            for axis in axes.get(op.name, ()):
+                if axis < count:
+                    struct.pack_into("<i", model.data, start + 4 * axis, -1)
