@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from exporters import formats
 from exporters.calibration.images import prepare_image, read_image
 from exporters.errors import NotSupported
 from exporters.session import Array
@@ -45,11 +46,14 @@ def test_calibration_fits_the_pictures(case: Bench) -> None:
     """The evaluation pictures neither go beyond the calibrated ranges nor leave half of them empty, and are as red."""
     if case.spec.precision not in CALIBRATED:
         raise NotSupported(f"{case.spec.precision} is not calibrated")
+    entry = formats.get(case.spec.format)
+    if "data" not in entry.options:
+        raise NotSupported(f"{entry.title} takes no calibration set: it has no ranges of activations")
     if case.brought is not None or case.spec.trt_quant_algo:
         raise NotSupported("somebody else took the ranges")
-    spec, entry = in_onnx(case.case.spec).but(calibrator="max"), case.model.inputs[0]
+    spec, first = in_onnx(case.case.spec).but(calibrator="max"), case.model.inputs[0]
     images = list(_pictures(case, PICTURES))
-    feeds = [{entry.name: np.stack([image] * spec.batch).astype(entry.dtype)} for image in images]
+    feeds = [{first.name: np.stack([image] * spec.batch).astype(first.dtype)} for image in images]
     found = case.guard(lambda: case.run.pool.reached(spec, feeds))
     names = sorted(found["calibrated"])
     largest = np.array([found["calibrated"][n] for n in names])
