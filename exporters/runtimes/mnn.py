@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import struct
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +19,7 @@ from exporters.artifact import UNQUANTIZED, Achieved, TensorInfo
 from exporters.errors import ArtifactError, ExportError, first_line
 from exporters.metadata import Metadata, read_json
 from exporters.runtimes import mnn_file
+from exporters.runtimes.rounding import rounding
 from exporters.session import Array, Execution, Feeds, Session
 from exporters.spec import ExportSpec
 
@@ -26,7 +29,7 @@ library: Any = importlib.import_module("MNN")
 
 THREADS = 4  # of MNN's codes of what a session tells
 WINOGRAD, SMALL_TILES = 3, 2  # of MNN's hints, and a value that leaves tiles of 2 x 2
-TERMS = 1024  # of a sum whose rounding still shows in which precision it was made
+MOST_TERMS = 256  # of a sum that is looked at: the bound grows with them
 
 
 def convert(source: Path, target: Path, framework: str, *options: str) -> None:
@@ -51,7 +54,7 @@ def convert(source: Path, target: Path, framework: str, *options: str) -> None:
         said = log.read().decode(errors="replace")
     print(said, file=sys.stderr)
     if not target.is_file() or "Converted Success" not in said:
-        lines = [line.strip() for line in said.splitlines() if line.strip()]
+        lines = [re.sub(r"^\[[\d:]+\] :\d+: ", "", line.strip()) for line in said.splitlines() if line.strip()]
         told = next((line for line in lines if "Not Support" in line or "rror" in line), (lines or ["no word"])[-1])
         raise ExportError(f"MNN's converter failed ({told[:300]})", "see which operators MNN has, or export to onnx")
 
@@ -114,10 +117,10 @@ class MnnSession(Session):
 
     def execution(self) -> Execution:
         found, told = self._rounding(), self.net.getSessionInfo(self.session, THREADS)
-        notes = ("Winograd's tiles of 2 x 2",)
+        notes = ("Winograd's algorithm in tiles of 2 x 2",)
         if found is not None:
             name, error, bound = found
-            notes = (f"{name} errs by {error:.1g} of its terms, FP32's bound is {bound:.1g}", *notes)
+            notes = (f"{name} rounds by {error:.1g} of its terms, FP32's bound is {bound:.1g}", *notes)
         return Execution(
             "mnn",
             str(library.version()),
@@ -128,40 +131,30 @@ class MnnSession(Session):
         )
 
     def _rounding(self) -> tuple[str, float, float] | None:
-        """A convolution of 1 x 1, the largest error of its outputs as a share of the sum of their terms' magnitudes,
-        and n x 2^-24, by which FP32 may err in a sum of n terms (Higham, Accuracy and Stability, 3.1).
+        """A convolution that sums over one point, how it rounds (see `rounding`), and the bound; None without such.
 
-        MNN does not tell in which precision it computes, but it shows what goes into an operator and comes out.
+        MNN does not tell in which precision it computes, but shows what goes into an operator and what comes out.
         """
-        plain = {op.name: k for op in self.file.ops if op.type == 12 and (k := mnn_file.kernel(op)) and k.is_plain}
-        point = {n: k for n, k in plain.items() if k.shape[2:] == (1, 1) and mnn_file.weights(k) is not None}
-        chosen = min(point, key=lambda n: point[n].shape[1], default="")
-        if not chosen or point[chosen].shape[1] > TERMS:
+        kernels = {op.name: op.kernel for op in self.file.ops if op.type == mnn_file.PLAIN and op.kernel is not None}
+        named = {n: k.terms for n, k in kernels.items() if k.is_pointwise and k.terms <= MOST_TERMS}
+        shapes = {i.name: self.spec.model.shape(i, self.spec.batch, self.spec.imgsz) for i in self.spec.model.inputs}
+        if not named or any(i.name not in shapes for i in self.inputs):
             return None
-        seen: dict[str, Array] = {}
+        chosen, seen = min(named, key=lambda n: named[n]), dict[str, Array]()
 
-        def look(word: str, tensors: Any, info: Any) -> bool:
-            if info.getName() == chosen and info.getType() == "Convolution":
-                seen[word] = _values(tensors[0]).astype(np.float64)
-            return True
+        def look(word: str) -> Callable[[Any, Any], bool]:
+            def see(tensors: Any, info: Any) -> bool:
+                if info.getName() == chosen and info.getType() == "Convolution":
+                    seen[word] = _values(tensors[0])
+                return True
+
+            return see
 
         random = np.random.default_rng(0)
-        shapes = {i.name: self.spec.model.shape(i, self.spec.batch, self.spec.imgsz) for i in self.spec.model.inputs}
-        fits = all(i.name in shapes and i.dtype == "float32" for i in self.inputs)
-        if not fits:
-            return None
-        self._feed({i.name: random.random(shapes[i.name], np.float32) for i in self.inputs})
-        self.net.runSessionWithCallBackInfo(
-            self.session, lambda t, i: look("in", t, i), lambda t, i: look("out", t, i)
-        )
-        if set(seen) != {"in", "out"}:
-            return None
-        values = cast("Array", mnn_file.weights(point[chosen])).astype(np.float64)[:, :, 0, 0]
-        bias = point[chosen].table.array(2, "<f4").astype(np.float64)[:, None, None]
-        expected = np.einsum("oi,bihw->bohw", values, seen["in"]) + bias
-        terms = np.einsum("oi,bihw->bohw", abs(values), abs(seen["in"])) + abs(bias)
-        error = float(np.max(abs(seen["out"] - expected) / np.maximum(terms, 1e-30)))
-        return chosen, error, (values.shape[1] + 1) * 2.0**-24
+        self._feed({i.name: random.random(shapes[i.name]).astype(i.dtype) for i in self.inputs})
+        self.net.runSessionWithCallBackInfo(self.session, look("in"), look("out"))
+        found = rounding(seen["in"], seen["out"]) if set(seen) == {"in", "out"} else None
+        return found and (chosen, *found)
 
     def metadata(self) -> Metadata:
         return read_metadata(self.file, self.path)
@@ -199,11 +192,7 @@ def read_metadata(model: mnn_file.MnnFile, path: Path) -> Metadata:
 def read_precision(path: Path) -> Achieved:
     """Each convolution and matrix product by the type that its weights are stored in; `exceptions` names the others."""
     model = mnn_file.read(path)
-    constants = {
-        op.name: mnn_file.TYPES.get(table.number(2, "i", 1), "")
-        for op in model.ops
-        if op.type == mnn_file.CONST and (table := op.parameters_of(mnn_file.BLOB)) is not None
-    }
+    constants = {op.name: op.constant for op in model.ops if op.constant}
     short = {"float32": "fp32", "float16": "fp16"}
     kinds: dict[str, str] = {}
     left: list[str] = []
@@ -211,9 +200,8 @@ def read_precision(path: Path) -> Achieved:
         if op.type in mnn_file.INTEGER:
             kinds[op.name] = "int8"
         elif op.type in mnn_file.CONVOLUTIONS or op.type in mnn_file.PRODUCTS:
-            found = mnn_file.kernel(op)
-            stored = found.stored if found else next((constants[n] for n in op.inputs if n in constants), "")
-            if stored or found:
+            stored = op.kernel.stored if op.kernel else next((constants[n] for n in op.inputs if n in constants), "")
+            if stored or op.kernel:
                 kinds[op.name] = short.get(stored, stored or "unknown")
             else:  # both are computed
                 left.append(op.name)

@@ -1,13 +1,13 @@
 """What an .mnn file says of itself: a reader of the fields that matter here, by MNN's published schema (FlatBuffers).
 
-Slots are the fields' numbers in the tables of schema/default/*.fbs, where a union takes two; MNN adds fields at the end.
+Slots are the fields' numbers in the tables of schema/default/*.fbs, where a union takes two; new fields come last.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +16,26 @@ import numpy as np
 from exporters.errors import ArtifactError
 from exporters.session import Array
 
-CONVOLUTIONS = {12: "Convolution", 13: "ConvolutionDepthwise", 17: "Deconvolution", 18: "DeconvolutionDepthwise"}
-INTEGER = {513: "ConvInt8", 515: "DepthwiseConvInt8"}  # of activations in 8 bits, too
-PRODUCTS = {33: "InnerProduct", 39: "MatMul", 106: "BatchMatMul", 113: "Convolution3D"}
+PLAIN = 12  # Convolution; the others are ConvolutionDepthwise, Deconvolution and DeconvolutionDepthwise
+CONVOLUTIONS = (PLAIN, 13, 17, 18)
+INTEGER = (513, 515)  # ConvInt8 and DepthwiseConvInt8: activations are in 8 bits, too
+PRODUCTS = (33, 39, 106, 113)  # InnerProduct, MatMul, BatchMatMul and Convolution3D
 CONST, INPUT = 11, 34  # of OpType; the rest are of OpParameter and DataType
 BLOB, CONVOLUTION, INPUT_PARAMETER = 7, 9, 21
 TYPES = {1: "float32", 2: "float64", 3: "int32", 4: "uint8", 6: "int8", 9: "int64", 19: "float16"}
 
 
 class Table:
-    """One table of the buffer. Whatever lies outside raises struct.error, IndexError or ValueError."""
+    """One table of the buffer. Whatever lies outside raises ValueError."""
 
     def __init__(self, data: bytes | bytearray, position: int) -> None:
-        if not 0 <= position <= len(data):
-            raise ValueError(f"a table at byte {position} of {len(data)}")
         self.data, self.position = data, position
         self.slots = position - self._read("i", position)
         self.size = self._read("H", self.slots)
 
     def _read(self, kind: str, position: int) -> Any:
-        if position < 0:
-            raise ValueError(f"a value at byte {position}")
+        if not 0 <= position <= len(self.data) - struct.calcsize(f"<{kind}"):
+            raise ValueError(f"byte {position} is asked for, and it has {len(self.data)}")
         return struct.unpack_from(f"<{kind}", self.data, position)[0]
 
     def _field(self, slot: int) -> int:
@@ -85,32 +84,34 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Kernel:
+    """A convolution's weights: how they are stored, and whether each output is a sum over one point."""
+
+    terms: int  # of each output's sum
+    is_pointwise: bool  # 1 x 1, without stride, padding, groups and an activation in it
+    stored: str  # "fp32", "fp16", "int8", "int4" ...; "" where they are not in the file
+
+
+@dataclass(frozen=True)
 class Op:
-    """One operator: its name and type (a number of OpType), names of what it takes, its parameters' type and table."""
+    """One operator: its name and type (a number of OpType), names of what it takes, its parameters' type and table; the
+    kernel of a convolution (None where its weights are computed), and the dtype of a constant."""
 
     name: str
     type: int
     inputs: tuple[str, ...]
     kind: int
     parameters: Table | None
+    kernel: Kernel | None = None
+    constant: str = ""
 
     def parameters_of(self, kind: int) -> Table | None:
         return self.parameters if self.kind == kind else None
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """A convolution's weights: (outputs, inputs of a group, height, width), padding, and where they lie in the file."""
-
-    shape: tuple[int, int, int, int]
-    is_plain: bool  # without stride, padding, groups and an activation in it
-    stored: str  # "fp32", "fp16", "int8", "int4" ...; "" where they are not in the file
-    table: Table
-
-
-@dataclass(frozen=True)
 class MnnFile:
-    """The buffer, `code` (bizCode), inputs by name with their sizes (-1 where one varies) and dtype, outputs, operators."""
+    """The buffer, `code` (bizCode), inputs by name (sizes, -1 where one varies, and dtype), outputs, operators."""
 
     data: bytearray
     code: str
@@ -130,7 +131,7 @@ def read(path: Path) -> MnnFile:
     except OSError as error:
         raise ArtifactError(f"'{path}' cannot be read ({error.strerror})", "export it again") from None
     try:
-        net = Table(data, struct.unpack_from("<I", data)[0])
+        net = Table(data, struct.unpack_from("<I", data)[0] if len(data) >= 4 else 0)
         graphs = [(list(net.texts(7)), net, 3), *((list(g.texts(3)), g, 4) for g in net.tables(10))]
         ops = tuple(_op(table, names) for names, graph, slot in graphs for table in graph.tables(slot))
         inputs: dict[str, tuple[tuple[int, ...], str]] = {}
@@ -140,33 +141,34 @@ def read(path: Path) -> MnnFile:
                 kind = given.number(1, "i", 1)
                 inputs[op.name] = tuple(int(n) for n in given.array(0, "<i4")), TYPES.get(kind, f"type {kind}")
         found = MnnFile(data, net.text(0), inputs, tuple(net.texts(4)), ops)
-    except (struct.error, IndexError, ValueError, OverflowError) as error:  # UnicodeDecodeError is a ValueError
-        size = f"{len(data)} bytes, " if len(data) < 64 else ""
-        raise ArtifactError(f"'{path}' is not an MNN model ({size}{error})", "export it again") from None
+    except (IndexError, ValueError, OverflowError) as error:  # UnicodeDecodeError is a ValueError
+        what = f"'{path}' is not an MNN model, or one that was cut off" if data else f"'{path}' is empty"
+        raise ArtifactError(f"{what} ({error})", "export it again") from None
     if not found.ops or not found.inputs:
         raise ArtifactError(f"'{path}' is not an MNN model (it holds no graph)", "export it again")
     return found
 
 
 def _op(table: Table, names: list[str]) -> Op:
-    inputs = tuple(names[n] for n in table.array(0, "<i4").tolist() if n >= 0)
-    return Op(table.text(3), table.number(5, "i"), inputs, table.number(1, "B"), table.table(2))
+    inputs = tuple(names[int(n)] for n in table.array(0, "<i4") if n >= 0)
+    op = Op(table.text(3), table.number(5, "i"), inputs, table.number(1, "B"), table.table(2))
+    held = op.parameters_of(BLOB) if op.type == CONST else None
+    constant = TYPES.get(held.number(2, "i", 1), "") if held is not None else ""
+    return replace(op, kernel=_kernel(op), constant=constant)
 
 
-def kernel(op: Op) -> Kernel | None:
-    """The weights of a convolution; None of other operators, and of one whose weights are computed."""
+def _kernel(op: Op) -> Kernel | None:
     table = op.parameters_of(CONVOLUTION)
     common = table.table(0) if table is not None else None
     if table is None or common is None or len(op.inputs) > 1:
         return None
     width, height = common.number(2, "i", 1), common.number(3, "i", 1)
     group, outputs, inputs = common.number(9, "i", 1), common.number(10, "i"), common.number(11, "i")
-    shape = (outputs, max(1, inputs // max(group, 1)), height, width)
-    spread = [common.number(n, "i", 1) for n in (4, 5, 6, 7)]
+    terms = max(1, inputs // max(group, 1)) * height * width
+    ones = {width, height, group, *(common.number(n, "i", 1) for n in (4, 5, 6, 7))}  # strides and dilations
     padded = [common.number(n, "i") for n in (0, 1)] + common.array(14, "<i4").tolist()
     clipped = common.number(12, "?") or common.number(13, "?")
-    plain = group == 1 and set(spread) == {1} and not any(padded) and not clipped
-    return Kernel(shape, plain, _stored(table, int(np.prod(shape, dtype=np.int64))), table)
+    return Kernel(terms, ones == {1} and not any(padded) and not clipped, _stored(table, outputs * terms))
 
 
 def _stored(table: Table, count: int) -> str:
@@ -182,16 +184,6 @@ def _stored(table: Table, count: int) -> str:
     if not size or not packed.vector(1)[1]:  # the scales
         return ""
     return "int8" if size >= count else f"int{max(1, 8 * size // count)}"
-
-
-def weights(found: Kernel) -> Array | None:
-    """Values of floating-point weights, in the kernel's shape; None of others."""
-    if found.stored == "fp32":
-        return found.table.array(1, "<f4").reshape(found.shape)
-    packed = found.table.table(3)
-    if found.stored == "fp16" and packed is not None:
-        return packed.array(0, "i1").view("<f2").reshape(found.shape)
-    return None
 
 
 def floats(model: MnnFile) -> Iterator[tuple[str, int, int]]:
@@ -216,7 +208,7 @@ def round_to_half(model: MnnFile) -> str:
             rounded = values.astype(np.float16).astype("<f4")
         lost = np.isfinite(values) & ~np.isfinite(rounded)
         if lost.any():
-            return f"{name} holds {values[lost][0]:g}"
+            return f"{name} holds {values[lost][np.argmax(abs(values[lost]))]:g}"
         model.data[start : start + 4 * count] = rounded.tobytes()
     return ""
 
