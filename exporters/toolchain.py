@@ -47,6 +47,7 @@ TOOLCHAINS: Mapping[str, Toolchain] = {
         Toolchain("tensorrt", ("onnx", "onnxruntime", "tensorrt", "pycuda", "nvidia-ml-py")),
         Toolchain("openvino", ("openvino", "nncf")),
         Toolchain("mnn", ("mnn",)),
+        Toolchain("ncnn", ("ncnn", "pnnx")),
         Toolchain("rtx", ("onnx", "onnxruntime", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs")),
     )
 }

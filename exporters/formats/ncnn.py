@@ -1,0 +1,215 @@
+"""ncnn: a text of layers and a file of weights, converted from TorchScript by pnnx. Weights in 32 or 16 bits."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exporters.artifact import Achieved, Artifact
+from exporters.errors import ArtifactError, ExportError
+from exporters.formats import Format, Job, Made, Runtime, Step
+from exporters.metadata import SIDE_CAR
+from exporters.models.spec import belongs
+from exporters.session import Session
+from exporters.spec import ExportSpec, Precision
+
+if TYPE_CHECKING:
+    from exporters.runtimes.ncnn import Layer, Weights
+
+MODULE = "exporters.runtimes.ncnn"
+FOLDER = "_ncnn_model"
+NAME = "model.ncnn"  # of both files, whatever the model is called
+TYPES = {"float32": "f32", "int32": "i32", "int64": "i64"}  # of inputs, as pnnx says
+MOST_AXES = 4  # of an ncnn blob, beside the batch
+NO_BATCH = 233  # pnnx's word for it
+WEIGHT = re.compile(
+    r"(?P<kind>nn\.\w+) +(?P<path>\S+) .*?@(?:weight|weight_ih_l0|in_proj_weight)=\((?P<shape>[\d,]+)\)"
+)
+
+
+def parents(spec: ExportSpec) -> tuple[ExportSpec, ...]:
+    """TorchScript in FP32: what pnnx was made for. It keeps the modules' paths, and of ONNX it joins fewer layers."""
+    return (ExportSpec(spec.model, "torchscript", Precision.FP32, spec.imgsz, spec.batch),)
+
+
+def export(job: Job) -> Made:
+    """Converts the TorchScript file, in FP16 but for the modules that the model keeps in FP32.
+
+    Raises:
+        ExportError: pnnx failed, or made what ncnn cannot run.
+    """
+    spec, scratch = job.spec, job.folder / "pnnx"
+    made = _convert(job, scratch / "whole", half=spec.precision is Precision.FP16)
+    layers, parts = _read(made)
+    layers = _with_sizes(_with_paths(layers, parts, made, job), made, spec)
+    data = (made / f"{NAME}.bin").read_bytes()
+    kept = [path for path, _ in spec.model.fp32]
+    spared = [belongs(layer.name, kept) and bool(part.tagged) for layer, part in zip(layers, parts, strict=True)]
+    if spec.precision is Precision.FP16 and any(spared):
+        wide = _convert(job, scratch / "kept", half=False)
+        _, own = _read(wide)
+        whole = (wide / f"{NAME}.bin").read_bytes()
+        data = b"".join(
+            whole[w.start : w.stop] if spare else data[p.start : p.stop]
+            for w, p, spare in zip(own, parts, spared, strict=True)
+        )
+    folder = job.folder / f"{job.stem}{FOLDER}"
+    folder.mkdir()
+    first = (made / f"{NAME}.param").read_text(encoding="utf-8").splitlines()[:2]
+    text = "\n".join([*first, *(layer.line() for layer in layers)]) + "\n"
+    (folder / f"{NAME}.param").write_text(text, encoding="utf-8")
+    (folder / f"{NAME}.bin").write_bytes(data)
+    (folder / SIDE_CAR).write_text(job.metadata.as_yaml(), encoding="utf-8")
+    shutil.rmtree(scratch)
+    return Made(folder.name)
+
+
+def _convert(job: Job, scratch: Path, *, half: bool) -> Path:
+    """Runs pnnx in a folder of its own, where it leaves a dozen files beside the two."""
+    spec = job.spec
+    found = importlib.util.find_spec("pnnx")  # not imported: the package brings torch, and the program needs none
+    assert found is not None
+    assert found.origin is not None
+    program = next(p for p in (Path(found.origin).with_name(n) for n in ("pnnx", "pnnx.exe")) if p.is_file())
+    scratch.mkdir(parents=True)
+    shutil.copyfile(job.parents[0].path, scratch / "model.pt")
+    shapes = (
+        f"[{','.join(map(str, spec.model.shape(i, spec.batch, spec.imgsz)))}]{TYPES[i.dtype]}"
+        for i in spec.model.inputs
+    )
+    command = [str(program), "model.pt", f"inputshape={','.join(shapes)}", f"fp16={int(half)}"]
+    done = subprocess.run(
+        command, cwd=scratch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, check=False
+    )
+    told = [line.strip() for line in done.stdout.decode(errors="replace").splitlines() if line.strip()]
+    wrong = next((line for line in told if "not supported yet" in line), "")
+    if done.returncode or wrong or not (scratch / f"{NAME}.bin").is_file():
+        causes = [line for line in told if re.search(r"[Ee]rror|what\(\)|fail|expect", line)]
+        line = wrong or (causes or told or ["it said nothing"])[-1]
+        raise ExportError(f"pnnx failed ({line[:300]}, exit code {done.returncode})", "export to another format")
+    return scratch
+
+
+def _read(folder: Path) -> tuple[tuple[Layer, ...], tuple[Weights, ...]]:
+    """What pnnx made, which it does whether or not ncnn has the layers for it."""
+    from exporters.runtimes.ncnn import read_param, read_weights
+
+    param = folder / f"{NAME}.param"
+    try:
+        layers = read_param(param)
+        return layers, read_weights(param, param.with_suffix(".bin"), layers)
+    except ArtifactError as error:
+        raise ExportError(
+            f"ncnn cannot run what pnnx made of the model ({error.what.partition(': ')[2] or error.what})",
+            "export to another format, or replace the operator",
+        ) from None
+
+
+def _with_paths(layers: Sequence[Layer], parts: Sequence[Weights], made: Path, job: Job) -> tuple[Layer, ...]:
+    """Layers with weights by the names of their modules, which pnnx knows, instead of conv_59."""
+    graph = (made / "model.pnnx.param").read_text(encoding="utf-8")
+    modules = [found for line in graph.splitlines() if (found := WEIGHT.match(line))]
+    heavy = [n for n, part in enumerate(parts) if part.tagged]
+    width = 2 if job.spec.precision is Precision.FP16 else 4
+    sizes = [_product(m["shape"]) * width for m in modules]
+    if [-(-size // 4) * 4 for size in sizes] != [parts[n].tagged[0][1] for n in heavy]:
+        return tuple(layers)  # of some modules it makes other layers: which is whose is not certain
+    paths = dict(zip(heavy, (m["path"] for m in modules), strict=True))
+    return tuple(replace(layer, name=paths.get(n, layer.name)) for n, layer in enumerate(layers))
+
+
+def _product(shape: str) -> int:
+    """Values of an array of this shape, as in 8,3,3,3."""
+    count = 1
+    for size in shape.split(","):
+        count *= int(size)
+    return count
+
+
+def _with_sizes(layers: Sequence[Layer], made: Path, spec: ExportSpec) -> tuple[Layer, ...]:
+    """Inputs with their sizes, so that the file itself says what it is made for: pnnx leaves them out.
+
+    Raises:
+        ExportError: pnnx took another axis than the first for the batch.
+    """
+    told = (made / "model_ncnn.py").read_text(encoding="utf-8")
+    axes = [int(n) for n in re.findall(r"batch_index=(\d+)", told)]
+    if len(set(axes)) != 1 or axes[0] not in (0, NO_BATCH):
+        raise ExportError(
+            f"pnnx takes axes {axes} of the inputs and outputs for the batch", "give all a first axis that is the batch"
+        )
+    sizes = {
+        f"in{n}": spec.model.shape(entry, spec.batch, spec.imgsz)[int(axes[0] == 0) :]
+        for n, entry in enumerate(spec.model.inputs)
+    }
+    numbers = {1: (0,), 2: (1, 0), 3: (2, 1, 0), 4: (2, 11, 1, 0)}  # of c, d, h, w
+    return tuple(
+        replace(layer, values=dict(zip(numbers[len(size)], map(str, size), strict=True)))
+        if layer.kind == "Input" and (size := sizes.get(layer.tops[0]))
+        else layer
+        for layer in layers
+    )
+
+
+def load(artifact: Artifact, spec: ExportSpec, runtime: Runtime, device: str) -> Session:
+    """Opens the two files in ncnn: in FP32 nothing is narrower; in FP16 with its own options."""
+    from exporters.runtimes.ncnn import NcnnSession
+
+    return NcnnSession(artifact.path, spec)
+
+
+def inspect(path: Path) -> Achieved:
+    """See exporters.runtimes.ncnn."""
+    from exporters.runtimes.ncnn import read_precision
+
+    return read_precision(path)
+
+
+def refusal(spec: ExportSpec) -> str:
+    """Why a combination cannot be: sizes are numbers in the file, and blobs have few types and axes."""
+    if spec.dynamic:
+        return "dynamic: a .param file of ncnn holds what depends on the image size (anchors, reshapes) as numbers"
+    for entry in spec.model.inputs:
+        if entry.dtype not in TYPES:
+            return f"input '{entry.name}' is {entry.dtype}: ncnn takes {', '.join(TYPES)}"
+        if not 1 <= len(entry.shape) <= MOST_AXES + ("batch" in entry.shape):
+            return f"input '{entry.name}' has {len(entry.shape)} axes: ncnn takes 1 to {MOST_AXES} beside the batch"
+    return ""
+
+
+def steps(spec: ExportSpec) -> tuple[Step, ...]:
+    """One step: pnnx is a program, and what it made is read with ncnn."""
+    return (Step("convert", export, (MODULE,)),)
+
+
+FORMAT = Format(
+    id="ncnn",
+    title="ncnn",
+    suffix=FOLDER,
+    precisions=(Precision.FP32, Precision.FP16),
+    options=frozenset({"batch", "dynamic", "device"}),
+    toolchain="ncnn",
+    runtimes=(
+        Runtime(
+            "ncnn",
+            "cpu",
+            (Precision.FP32,),
+            "ncnn tells how it holds the values between layers, not in which precision an operator computes",
+            imports=(MODULE,),
+        ),
+    ),
+    steps=steps,
+    load=load,
+    inspect=inspect,
+    parents=parents,
+    refusal=refusal,
+    gone={
+        Precision.INT8: "ncnn's Python package holds none of its quantization tools (ncnn2table, ncnn2int8)",
+    },
+)
