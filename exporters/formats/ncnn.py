@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,9 +29,7 @@ NAME = "model.ncnn"  # of both files, whatever the model is called
 TYPES = {"float32": "f32", "int32": "i32", "int64": "i64"}  # of inputs, as pnnx says
 MOST_AXES = 4  # of an ncnn blob, beside the batch
 NO_BATCH = 233  # pnnx's word for it
-WEIGHT = re.compile(
-    r"(?P<kind>nn\.\w+) +(?P<path>\S+) .*?@(?:weight|weight_ih_l0|in_proj_weight)=\((?P<shape>[\d,]+)\)"
-)
+WEIGHT = re.compile(r"nn\.(?!\w*Norm|PReLU)\w+ +(?P<path>\S+) .*?@weight=\((?P<shape>[\d,]+)\)")  # in pnnx's own graph
 
 
 def parents(spec: ExportSpec) -> tuple[ExportSpec, ...]:
@@ -44,14 +43,18 @@ def export(job: Job) -> Made:
     Raises:
         ExportError: pnnx failed, or made what ncnn cannot run.
     """
-    spec, scratch = job.spec, job.folder / "pnnx"
-    made = _convert(job, scratch / "whole", half=spec.precision is Precision.FP16)
+    spec, scratch, notes = job.spec, job.folder / "pnnx", list[str]()
+    half = spec.precision is Precision.FP16
+    made = _convert(job, scratch / "whole", half=half)
     layers, parts = _read(made)
-    layers = _with_sizes(_with_paths(layers, parts, made, job), made, spec)
+    named = _named(layers, parts, _paths(job, made, scratch / "apart"), 2 if half else 4)
+    layers = _with_sizes(named or layers, made, spec)
     data = (made / f"{NAME}.bin").read_bytes()
     kept = [path for path, _ in spec.model.fp32]
-    spared = [belongs(layer.name, kept) and bool(part.tagged) for layer, part in zip(layers, parts, strict=True)]
-    if spec.precision is Precision.FP16 and any(spared):
+    if half and kept and not named:
+        notes = ["warning: which layers are modules that stay in FP32 is not certain: all weights are in FP16"]
+    spared = [bool(part.tagged) and belongs(layer.name, kept) for layer, part in zip(layers, parts, strict=True)]
+    if half and any(spared):
         wide = _convert(job, scratch / "kept", half=False)
         _, own = _read(wide)
         whole = (wide / f"{NAME}.bin").read_bytes()
@@ -67,11 +70,26 @@ def export(job: Job) -> Made:
     (folder / f"{NAME}.bin").write_bytes(data)
     (folder / SIDE_CAR).write_text(job.metadata.as_yaml(), encoding="utf-8")
     shutil.rmtree(scratch)
-    return Made(folder.name)
+    return Made(folder.name, tuple(notes))
 
 
 def _convert(job: Job, scratch: Path, *, half: bool) -> Path:
-    """Runs pnnx in a folder of its own, where it leaves a dozen files beside the two."""
+    """A folder with the two files, and a dozen more that pnnx leaves beside them.
+
+    Raises:
+        ExportError: pnnx failed, or says that it cannot do something.
+    """
+    code, told = _pnnx(job, scratch, f"fp16={int(half)}")
+    wrong = next((line for line in told if "not supported yet" in line), "")
+    if code or wrong or not (scratch / f"{NAME}.bin").is_file():
+        causes = [line for line in told if re.search(r"[Ee]rror|what\(\)|fail|expect", line)]
+        line = wrong or (causes or told or ["it said nothing"])[-1]
+        raise ExportError(f"pnnx failed ({line[:300]}, exit code {code})", "export to another format")
+    return scratch
+
+
+def _pnnx(job: Job, scratch: Path, option: str) -> tuple[int, list[str]]:
+    """Runs pnnx on the parent in a new folder: its exit code, and the lines that it said."""
     spec = job.spec
     found = importlib.util.find_spec("pnnx")  # not imported: the package brings torch, and the program needs none
     assert found is not None
@@ -83,17 +101,16 @@ def _convert(job: Job, scratch: Path, *, half: bool) -> Path:
         f"[{','.join(map(str, spec.model.shape(i, spec.batch, spec.imgsz)))}]{TYPES[i.dtype]}"
         for i in spec.model.inputs
     )
-    command = [str(program), "model.pt", f"inputshape={','.join(shapes)}", f"fp16={int(half)}"]
     done = subprocess.run(
-        command, cwd=scratch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, check=False
+        [str(program), "model.pt", f"inputshape={','.join(shapes)}", option],
+        cwd=scratch,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
     )
-    told = [line.strip() for line in done.stdout.decode(errors="replace").splitlines() if line.strip()]
-    wrong = next((line for line in told if "not supported yet" in line), "")
-    if done.returncode or wrong or not (scratch / f"{NAME}.bin").is_file():
-        causes = [line for line in told if re.search(r"[Ee]rror|what\(\)|fail|expect", line)]
-        line = wrong or (causes or told or ["it said nothing"])[-1]
-        raise ExportError(f"pnnx failed ({line[:300]}, exit code {done.returncode})", "export to another format")
-    return scratch
+    lines = done.stdout.decode(errors="replace").splitlines()
+    return done.returncode, [line.strip() for line in lines if line.strip()]
 
 
 def _read(folder: Path) -> tuple[tuple[Layer, ...], tuple[Weights, ...]]:
@@ -111,25 +128,36 @@ def _read(folder: Path) -> tuple[tuple[Layer, ...], tuple[Weights, ...]]:
         ) from None
 
 
-def _with_paths(layers: Sequence[Layer], parts: Sequence[Weights], made: Path, job: Job) -> tuple[Layer, ...]:
-    """Layers with weights by the names of their modules, which pnnx knows, instead of conv_59."""
-    graph = (made / "model.pnnx.param").read_text(encoding="utf-8")
-    modules = [found for line in graph.splitlines() if (found := WEIGHT.match(line))]
+def _paths(job: Job, made: Path, scratch: Path) -> list[tuple[str, str]]:
+    """(path, shape) of each weight of a module, in order. What pnnx joined of two modules has a name of pnnx's, and
+    that of the first in what it makes when it joins nothing."""
+    found = _modules(made)
+    if any(re.search(r"_\d+$", path) for path, _ in found):
+        _pnnx(job, scratch, "optlevel=0")  # it may fail where it writes for ncnn, after the graph that is read here
+        before = _modules(scratch)
+        own = {path for path, _ in before}
+        differs = [path in own - {b} or shape != s for (path, shape), (b, s) in zip(found, before, strict=False)]
+        found = before if len(found) == len(before) and not any(differs) else found
+    return found
+
+
+def _modules(made: Path) -> list[tuple[str, str]]:
+    """Paths and shapes of the weights in pnnx's own graph."""
+    graph = made / "model.pnnx.param"
+    lines = graph.read_text(encoding="utf-8").splitlines() if graph.is_file() else []
+    return [(m["path"], m["shape"]) for line in lines if (m := WEIGHT.match(line))]
+
+
+def _named(
+    layers: Sequence[Layer], parts: Sequence[Weights], paths: Sequence[tuple[str, str]], width: int
+) -> tuple[Layer, ...]:
+    """Layers with weights by the names of their modules, instead of conv_59; () where which is whose is not certain."""
     heavy = [n for n, part in enumerate(parts) if part.tagged]
-    width = 2 if job.spec.precision is Precision.FP16 else 4
-    sizes = [_product(m["shape"]) * width for m in modules]
-    if [-(-size // 4) * 4 for size in sizes] != [parts[n].tagged[0][1] for n in heavy]:
-        return tuple(layers)  # of some modules it makes other layers: which is whose is not certain
-    paths = dict(zip(heavy, (m["path"] for m in modules), strict=True))
-    return tuple(replace(layer, name=paths.get(n, layer.name)) for n, layer in enumerate(layers))
-
-
-def _product(shape: str) -> int:
-    """Values of an array of this shape, as in 8,3,3,3."""
-    count = 1
-    for size in shape.split(","):
-        count *= int(size)
-    return count
+    sizes = [(prod(map(int, shape.split(","))) * width + 3) // 4 * 4 for _, shape in paths]  # whole words
+    if sizes != [parts[n].tagged[0][1] for n in heavy] or len({path for path, _ in paths}) < len(paths):
+        return ()
+    names = dict(zip(heavy, (path for path, _ in paths), strict=True))
+    return tuple(replace(layer, name=names.get(n, layer.name)) for n, layer in enumerate(layers))
 
 
 def _with_sizes(layers: Sequence[Layer], made: Path, spec: ExportSpec) -> tuple[Layer, ...]:

@@ -10,6 +10,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -284,7 +285,9 @@ class NcnnSession(Session):
         sizes, dtype = self.sizes[blob], entry.dtype if entry.dtype in TAKEN else "float32"
         if number >= len(known) or len(sizes) == len(entry.shape):
             return TensorInfo(entry.name, sizes, dtype)
-        found = read_yaml(self.folder / SIDE_CAR)  # that of others may stand where the file says no size
+        found = Metadata()
+        with suppress(ArtifactError):  # that claims about metadata tell
+            found = read_yaml(self.folder / SIDE_CAR)
         whole = self.spec.model.shape(entry, found.batch, found.imgsz)
         if not sizes and all(whole):
             return TensorInfo(entry.name, whole, dtype)
@@ -305,7 +308,7 @@ class NcnnSession(Session):
                 code, mat = extractor.extract(blob, type=1)  # as it is held
                 if code or mat.empty():
                     raise ArtifactError(
-                        f"'{self.param}': ncnn cannot compute layer '{layer.name}' (code {code})", AGAIN
+                        f"'{self.param}': ncnn gives nothing for layer '{layer.name}' (code {code})", AGAIN
                     )
                 counts[blob] = mat.w * mat.h * mat.d * mat.c * mat.elempack
                 bits[int(mat.elembits())] += layer.kind != "Input"
@@ -339,7 +342,7 @@ class NcnnSession(Session):
         for blob, name in zip(self.giving, self.names, strict=True):
             code, mat = extractor.extract(blob)
             if code or mat.empty():
-                raise ArtifactError(f"'{self.param}': ncnn cannot compute output {blob} (code {code})", AGAIN)
+                raise ArtifactError(f"'{self.param}': ncnn gives nothing for output {blob} (code {code})", AGAIN)
             made[name] = np.array(mat.numpy(batch_index=0) if self.batched else mat.numpy())
         return made
 
