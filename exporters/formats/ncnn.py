@@ -21,7 +21,7 @@ from exporters.session import Session
 from exporters.spec import ExportSpec, Precision
 
 if TYPE_CHECKING:
-    from exporters.runtimes.ncnn import Layer, Weights
+    from exporters.runtimes.ncnn_files import Layer, Weights
 
 MODULE = "exporters.runtimes.ncnn"
 FOLDER = "_ncnn_model"
@@ -43,6 +43,8 @@ def export(job: Job) -> Made:
     Raises:
         ExportError: pnnx failed, or made what ncnn cannot run.
     """
+    from exporters.runtimes.ncnn_files import aligned, write_param
+
     spec, scratch, notes = job.spec, job.folder / "pnnx", list[str]()
     half = spec.precision is Precision.FP16
     made = _convert(job, scratch / "whole", half=half)
@@ -64,10 +66,10 @@ def export(job: Job) -> Made:
         )
     folder = job.folder / f"{job.stem}{FOLDER}"
     folder.mkdir()
-    first = (made / f"{NAME}.param").read_text(encoding="utf-8").splitlines()[:2]
-    text = "\n".join([*first, *(layer.line() for layer in layers)]) + "\n"
-    (folder / f"{NAME}.param").write_text(text, encoding="utf-8")
-    (folder / f"{NAME}.bin").write_bytes(data)
+    param, weights = folder / f"{NAME}.param", folder / f"{NAME}.bin"
+    write_param(param, layers)
+    weights.write_bytes(data)
+    aligned(param, weights)
     (folder / SIDE_CAR).write_text(job.metadata.as_yaml(), encoding="utf-8")
     shutil.rmtree(scratch)
     return Made(folder.name, tuple(notes))
@@ -115,7 +117,7 @@ def _pnnx(job: Job, scratch: Path, option: str) -> tuple[int, list[str]]:
 
 def _read(folder: Path) -> tuple[tuple[Layer, ...], tuple[Weights, ...]]:
     """What pnnx made, which it does whether or not ncnn has the layers for it."""
-    from exporters.runtimes.ncnn import read_param, read_weights
+    from exporters.runtimes.ncnn_files import read_param, read_weights
 
     param = folder / f"{NAME}.param"
     try:
@@ -176,12 +178,8 @@ def _with_sizes(layers: Sequence[Layer], made: Path, spec: ExportSpec) -> tuple[
         f"in{n}": spec.model.shape(entry, spec.batch, spec.imgsz)[int(axes[0] == 0) :]
         for n, entry in enumerate(spec.model.inputs)
     }
-    numbers = {1: (0,), 2: (1, 0), 3: (2, 1, 0), 4: (2, 11, 1, 0)}  # of c, d, h, w
     return tuple(
-        replace(layer, values=dict(zip(numbers[len(size)], map(str, size), strict=True)))
-        if layer.kind == "Input" and (size := sizes.get(layer.tops[0]))
-        else layer
-        for layer in layers
+        layer.sized(size) if layer.kind == "Input" and (size := sizes.get(layer.tops[0])) else layer for layer in layers
     )
 
 
@@ -193,8 +191,8 @@ def load(artifact: Artifact, spec: ExportSpec, runtime: Runtime, device: str) ->
 
 
 def inspect(path: Path) -> Achieved:
-    """See exporters.runtimes.ncnn."""
-    from exporters.runtimes.ncnn import read_precision
+    """See exporters.runtimes.ncnn_files."""
+    from exporters.runtimes.ncnn_files import read_precision
 
     return read_precision(path)
 

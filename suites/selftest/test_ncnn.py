@@ -35,6 +35,17 @@ class Kept(nn.Module):
         return maps, self.linear(extra) + self.embed(ids).mean(1)
 
 
+class Shared(nn.Module):  # one constant for tensors of three axes and four, as a head with key points has
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 8, 1)
+
+    def forward(self, images):
+        strides = torch.cat((torch.full((1, 1, 512), 2.0), torch.full((1, 1, 512), 3.0)), 2)
+        points = (self.second(images).view(-1, 4, 2, 1024) * 2 + 0.5) * strides
+        return torch.cat((self.first(images).view(-1, 4, 1024) * strides, points.view(-1, 8, 1024)), 1)
+
+
 class Largest(nn.Module):
     def forward(self, images):
         return images.argmax(1)
@@ -99,6 +110,17 @@ def test_several_inputs_run_in_a_batch(pool: Pool, model: ModelSpec, batch: int)
         expected = {k: np.array(v) for k, v in session.run(given).items()}
     for name, want in expected.items():
         np.testing.assert_allclose(found[name], want, atol=1e-5, rtol=0, err_msg=name)
+
+
+def test_a_constant_meets_tensors_of_several_ranks(pool: Pool, model: ModelSpec) -> None:
+    """pnnx leaves it as it is for one of them, and ncnn makes 1024 times as many values, or wrong ones, of it."""
+    shared = ModelSpec("shared", "ncnn_models:Shared", search=model.search, imgsz=(32, 32))
+    given = {"images": feeds(1)["images"]}
+    spec, reference = request(shared, "ncnn"), request(shared, "pytorch")
+    with closing(pool.open(pool.export(spec), spec, "ncnn", "cpu")) as session:
+        found = np.array(session.run(given)["output0"])
+    with closing(pool.open(pool.export(reference), reference, "eager", "cpu")) as session:
+        np.testing.assert_allclose(found, session.run(given)["output0"], atol=1e-5, rtol=0)
 
 
 def test_nothing_but_three_files_stays(pool: Pool, model: ModelSpec) -> None:
