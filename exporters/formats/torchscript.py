@@ -7,17 +7,15 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-from exporters.artifact import ALLOW_TF32, Achieved, Artifact, TensorInfo
-from exporters.errors import ArtifactError, BadRequest, NotSupported, first_line
+from exporters.artifact import ALLOW_TF32, Achieved, Artifact
+from exporters.errors import ArtifactError, NotSupported, first_line
 from exporters.formats import Format, Job, Made, Runtime, Step
 from exporters.metadata import Metadata, read_json
-from exporters.session import Array, Execution, Feeds, OnDevice, Session
+from exporters.runtimes.torch_module import TorchSession, kind_of, requested
+from exporters.session import Session
 from exporters.spec import ExportSpec, Precision
-
-if TYPE_CHECKING:
-    import torch
 
 CONFIG = "config.txt"  # the name under which users' loaders look for the metadata
 
@@ -44,7 +42,9 @@ def export(job: Job) -> Made:
         warnings.simplefilter("ignore")  # deprecation of torch.jit, and tracer warnings about shapes that we mean
         module = for_export(build(spec.model), spec.dynamic)
         if spec.precision is Precision.FP16:
-            module = _half(module, tuple(path for path, _ in spec.model.fp32))
+            from exporters.models.fp16 import in_fp16
+
+            module = in_fp16(module, tuple(path for path, _ in spec.model.fp32))
         # The trace is not checked here: comparing it with PyTorch is what the suite does.
         inputs = tuple(t.to(spec.device) for t in example(spec))
         graph = cast("Any", torch.jit.trace(module.to(spec.device), inputs, strict=False, check_trace=False))
@@ -64,36 +64,6 @@ def export(job: Job) -> Made:
         else:
             graph.save(str(job.folder / name), _extra_files=extra)
     return Made(name)
-
-
-def _half(module: torch.nn.Module, kept: tuple[str, ...]) -> torch.nn.Module:
-    """The module in FP16 between FP32 inputs and outputs; `kept` modules stay FP32 and take their inputs as FP32."""
-    import torch
-
-    from exporters.models.build import as_tuple
-
-    class HalfBetweenFloats(torch.nn.Module):
-        def __init__(self, inner: torch.nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, *inputs: torch.Tensor) -> Any:
-            outputs = as_tuple(self.inner(*(x.half() if x.is_floating_point() else x for x in inputs)))
-            floats = tuple(o.float() if o.is_floating_point() else o for o in outputs)
-            return floats[0] if len(floats) == 1 else floats
-
-    def to_float(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
-
-    module.half()
-    for path in kept:
-        try:
-            part = module.get_submodule(path)
-        except AttributeError:
-            raise BadRequest(f"fp32 names '{path}', which is no module of the model", "correct the path") from None
-        part.float()
-        part.register_forward_pre_hook(to_float)
-    return HalfBetweenFloats(module)
 
 
 def load(artifact: Artifact, spec: ExportSpec, runtime: Runtime, device: str) -> Session:
@@ -120,77 +90,21 @@ def _open(path: Path, device: str) -> tuple[Any, str]:
         raise ArtifactError(what, "export it again") from None
 
 
-class TorchScriptSession(Session):
+class TorchScriptSession(TorchSession):
     """A loaded TorchScript file. The file does not hold names of tensors: they are the request's, in order."""
 
+    runtime = "libtorch"
+
     def __init__(self, path: Path, spec: ExportSpec, device: str) -> None:
-        import torch
-
-        self.path, self.device = path, device
-        self.timed_on = "" if device == "cpu" else device
-        self.graph, self.config = _open(path, device)
-        self.stride = spec.model.stride
-        self.inputs = tuple(
-            TensorInfo(i.name, i.shape if spec.dynamic else spec.model.shape(i, spec.batch, spec.imgsz), i.dtype)
-            for i in spec.model.inputs
-        )
-        self.names = tuple(o.name for o in spec.model.outputs)
-        with torch.inference_mode():
-            self.zeros = [
-                torch.zeros(spec.model.shape(i, spec.batch, spec.imgsz), dtype=getattr(torch, i.dtype), device=device)
-                for i in spec.model.inputs
-            ]
-            values = self._outputs(self.graph(*self.zeros))
-        # A surplus output gets a name of its own, so that the claim on names sees it.
-        names = [*self.names, *(f"unnamed{i}" for i in range(len(self.names), len(values)))][: len(values)]
-        self.names = tuple(names)
-        self.outputs = tuple(
-            TensorInfo(n, () if spec.dynamic else tuple(v.shape), str(v.dtype).removeprefix("torch."))
-            for n, v in zip(names, values, strict=True)
-        )
-
-    @staticmethod
-    def _outputs(value: Any) -> tuple[Any, ...]:
-        from exporters.models.build import as_tuple
-
-        return as_tuple(value)
-
-    def _run(self, feeds: Feeds) -> dict[str, Array]:
-        import torch
-
-        with torch.inference_mode():
-            # Feeds from another process are mapped read-only, and a graph may change its inputs in place.
-            writable = [a if a.flags.writeable else a.copy() for a in (feeds[i.name] for i in self.inputs)]
-            tensors = [torch.from_numpy(array).to(self.device) for array in writable]
-            values = self._outputs(self.graph(*tensors))
-        return {n: v.cpu().numpy() for n, v in zip(self.names, values, strict=True)}
-
-    def on_device(self, feeds: Feeds) -> OnDevice:
-        import torch
-
-        from exporters.cuda.torch_feeds import TorchFeeds
-
-        tensors = [torch.from_numpy(feeds[i.name].copy()).to(self.device) for i in self.inputs]
-        return TorchFeeds(lambda *given: self._outputs(self.graph(*given)), tensors, self.names)
-
-    def execution(self) -> Execution:
-        import torch
-
-        from exporters.models.executed import executed
-
-        with torch.inference_mode():
-            precision, notes = executed(lambda: self.graph(*self.zeros))
-        return Execution(
-            "libtorch", torch.__version__, self.device, precision, threads=torch.get_num_threads(), notes=notes
-        )
+        self.path = path
+        self.call, self.config = _open(path, device)
+        self.inputs = requested(spec)
+        self.begin(spec, device, [o.name for o in spec.model.outputs])
 
     def metadata(self) -> Metadata:
         if not self.config:
             raise ArtifactError(f"'{self.path}' holds no metadata ({CONFIG})", "export it again")
         return read_json(self.config, str(self.path))
-
-    def close(self) -> None:
-        del self.graph
 
 
 def inspect(path: Path) -> Achieved:
@@ -199,8 +113,8 @@ def inspect(path: Path) -> Achieved:
     counts: Counter[str] = Counter()
     for name, tensor in graph.state_dict().items():
         if tensor.is_floating_point() and tensor.ndim >= 2:
-            counts[_short(tensor.dtype)] += 1
-            if _short(tensor.dtype) == "fp32":
+            counts[kind_of(tensor.dtype)] += 1
+            if kind_of(tensor.dtype) == "fp32":
                 counts[f"fp32 in {name.removeprefix('inner.').rpartition('.')[0]}"] += 1
     inlined = graph.inlined_graph
     if not counts:  # a frozen graph keeps its weights as constants, or packed for mobile (FP32 only)
@@ -211,7 +125,7 @@ def inspect(path: Path) -> Achieved:
             elif kind == "prim::Constant" and "value" in node.attributeNames() and node.kindOf("value") == "t":
                 tensor = node.t("value")
                 if tensor.is_floating_point() and tensor.ndim >= 2:
-                    counts[_short(tensor.dtype)] += 1
+                    counts[kind_of(tensor.dtype)] += 1
     totals = {k: v for k, v in counts.items() if " in " not in k}
     main = max(totals, key=lambda k: totals[k]) if totals else ""
     others = tuple(sorted(k.partition(" in ")[2] for k in counts if " in " in k)) if main != "fp32" else ()
@@ -219,12 +133,6 @@ def inspect(path: Path) -> Achieved:
     # The last argument of PyTorch's operator says whether a GPU may round the inputs to TF32.
     rounded = sum(bool(list(n.inputs())[-1].toIValue()) for n in inlined.findAllNodes("aten::_convolution"))
     return Achieved(main, found | ({ALLOW_TF32: rounded} if rounded and main == "fp32" else {}), others)
-
-
-def _short(dtype: Any) -> str:
-    names = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
-    word = str(dtype).removeprefix("torch.")
-    return names.get(word, word)
 
 
 def refusal(spec: ExportSpec) -> str:

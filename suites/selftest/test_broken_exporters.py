@@ -564,10 +564,10 @@ def script_layer_left_in_fp32(path: Path, workshop: Workshop) -> None:
     """FP16 file, traced with one layer in FP32 between casts."""
     import torch
 
-    from exporters.formats.torchscript import _half
     from exporters.models.build import build, for_export
+    from exporters.models.fp16 import in_fp16
 
-    module = _half(
+    module = in_fp16(
         for_export(build(workshop.models["obstacles"]), False), tuple(p for p, _ in workshop.models["obstacles"].fp32)
     )
     layer = module.get_submodule("inner.model.6.cv1.conv")
