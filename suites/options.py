@@ -313,7 +313,9 @@ def _for_artifact(selection: Selection, path: Path) -> Selection:
     """The format from the file's suffix where none was named; exactly one case can be judged."""
     chosen = selection.formats
     if not chosen:
-        chosen = tuple(f.id for f in formats.registry().values() if path.name.lower().endswith(f.suffix))
+        fitting = [f for f in formats.registry().values() if path.name.lower().endswith(f.suffix)]
+        longest = max((len(f.suffix) for f in fitting), default=0)  # x_aotinductor.pt2 ends in .pt2, too
+        chosen = tuple(f.id for f in fitting if len(f.suffix) == longest)
         if not chosen:
             raise BadRequest(f"artifact '{path}' has a suffix that no format has", "name its format with --format")
     if len(chosen) > 1 or len(selection.precisions) > 1:
