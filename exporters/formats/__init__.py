@@ -38,6 +38,7 @@ class Runtime:
     runs: bool = True
     builds: bool = False
     sums_in_fp16: bool = False
+    untold: str = ""
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,8 @@ def test_executed_precision_is_the_requested(case: Bench) -> None:
     if asked not in runtime.executes:
         seen = "; ".join(execution.notes)
         raise NotSupported(f"{runtime.because} (seen: {seen})" if seen else runtime.because)
+    if not execution.precision and runtime.untold:
+        raise NotSupported(runtime.untold)
     if asked is Precision.TF32 and execution.precision == "fp32":
         raise NotSupported(
             f"TF32 is a permission, and most operators are faster in FP32 ({'; '.join(execution.notes)})"
