@@ -43,7 +43,6 @@ def program(spec: ExportSpec) -> Any:
     """
     import torch
     import torch.fx.experimental._config as symbols
-    from torch._dynamo.exc import UserError
 
     from exporters.models.build import build, example, for_export, one_thread
     from exporters.models.fp16 import in_fp16
@@ -64,10 +63,11 @@ def program(spec: ExportSpec) -> Any:
         warnings.simplefilter("ignore")
         try:
             made = torch.export.export(module, inputs, dynamic_shapes=_varying(spec), strict=False)
-        except UserError as error:
+        except (RuntimeError, ValueError, TypeError) as error:
             raise ExportError(
                 f"torch.export cannot make a graph of model '{spec.model.name}' ({first_line(error)})",
-                "leave --dynamic out" if spec.dynamic else "let the model's forward not depend on values of tensors",
+                "see that its forward runs and depends on no tensor's values"
+                + (", or leave --dynamic out" if spec.dynamic else ""),
             ) from error
     _name_outputs(made, [o.name for o in spec.model.outputs])
     for node in made.graph.nodes:
