@@ -27,7 +27,7 @@ class Runtime:
     claim about executed precision is NOT_SUPPORTED, with `because`. Where it `runs` nothing at all, artifacts are made
     for elsewhere, and every claim that needs a session is NOT_SUPPORTED with `because`. One that `builds` an engine
     when it opens a file takes minutes over it the first time. Where it `sums_in_fp16`, FP16 kernels may also round what
-    they have summed up so far.
+    they have summed up so far. `untold` is why it may not tell what it executes of some models.
     """
 
     id: str
