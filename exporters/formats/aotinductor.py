@@ -110,8 +110,8 @@ FORMAT = Format(
             "cpu",
             (Precision.FP32, Precision.FP16),
             imports=("torch", MODULE),
-            untold="PyTorch sees the convolutions that a compiled library calls, and this model has none: matrix products "
-            "pass its dispatcher by",
+            untold="PyTorch sees the convolutions that a compiled library calls, and this model has none: matrix "
+            "products pass its dispatcher by",
         ),
     ),
     steps=steps,
