@@ -121,6 +121,26 @@ def no_nms(spec: ExportSpec) -> str:
     return ""
 
 
+def heads(spec: ExportSpec) -> tuple[str, ...]:
+    """A detector's head, which 8 bits leave out: the module whose parts the model keeps in FP32, as "model.22".
+
+    It joins pixels and scores in one tensor: with the one scale of both every score is 0.
+    """
+    if spec.precision is not Precision.INT8 or not spec.model.task:
+        return ()
+    return tuple(dict.fromkeys(head for path, _ in spec.model.fp32 if (head := path.rpartition(".")[0])))
+
+
+def needs_data(spec: ExportSpec) -> str:
+    """INT8 needs a calibration set: that is a bad request, not a limit of the format."""
+    if spec.precision is Precision.INT8 and not spec.data:
+        raise BadRequest(
+            "INT8 needs images to calibrate on and none are given (data '')",
+            "add --data: a data set YAML, a folder of images, or module:factory",
+        )
+    return ""
+
+
 @dataclass(frozen=True)
 class Format:
     """Declaration of a format.

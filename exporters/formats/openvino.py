@@ -10,7 +10,7 @@ from typing import Any, cast
 from exporters import calibration
 from exporters.artifact import Achieved, Artifact
 from exporters.errors import BadRequest, ExportError, first_line
-from exporters.formats import Format, Job, Made, Runtime, Step
+from exporters.formats import Format, Job, Made, Runtime, Step, heads, needs_data
 from exporters.metadata import SIDE_CAR
 from exporters.models.spec import belongs
 from exporters.session import Session
@@ -24,13 +24,6 @@ SAMPLES = "samples"  # of the calibration set, until they are used
 def parents(spec: ExportSpec) -> tuple[ExportSpec, ...]:
     """The FP32 ONNX file: its tensors keep their names, and other formats are made of it, too."""
     return (ExportSpec(spec.model, "onnx", Precision.FP32, spec.imgsz, spec.batch, spec.dynamic),)
-
-
-def heads(spec: ExportSpec) -> tuple[str, ...]:
-    """A detector's head, which 8 bits leave out: the module whose parts the model keeps in FP32, as "model.22"."""
-    if spec.precision is not Precision.INT8 or not spec.model.task:
-        return ()
-    return tuple(dict.fromkeys(head for path, _ in spec.model.fp32 if (head := path.rpartition(".")[0])))
 
 
 def calibrate(job: Job) -> Made:
@@ -106,16 +99,6 @@ def inspect(path: Path) -> Achieved:
     return read_precision(path)
 
 
-def refusal(spec: ExportSpec) -> str:
-    """INT8 needs a calibration set: that is a bad request, not a limit of the format."""
-    if spec.precision is Precision.INT8 and not spec.data:
-        raise BadRequest(
-            "INT8 needs images to calibrate on and none are given (data '')",
-            "add --data: a data set YAML, a folder of images, or module:factory",
-        )
-    return ""
-
-
 def steps(spec: ExportSpec) -> tuple[Step, ...]:
     """INT8 is calibrated on what a process of exportgate's own environment reads or, where that is code, calls."""
     if spec.precision is Precision.INT8:
@@ -143,6 +126,6 @@ FORMAT = Format(
     load=load,
     inspect=inspect,
     parents=parents,
-    refusal=refusal,
+    refusal=needs_data,
     keeps=heads,
 )
