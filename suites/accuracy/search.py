@@ -146,7 +146,8 @@ def in_onnx(spec: ExportSpec) -> ExportSpec:
     """The ONNX request in 8 bits that another format's is made from, or one on the same calibration set."""
     if spec.format == "onnx":
         return plain(spec)
-    parent = formats.get(spec.format).parents(spec)[0]
+    of_module = ExportSpec(spec.model, "onnx", Precision.FP32, spec.imgsz, spec.batch, spec.dynamic)
+    parent = next((p for p in formats.get(spec.format).parents(spec) if p.format == "onnx"), of_module)
     names = ("precision", "data", "split", "fraction", "keep")
     return plain(parent.but(**{} if parent.precision in CALIBRATED else {n: getattr(spec, n) for n in names}))
 
