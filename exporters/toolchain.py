@@ -48,6 +48,7 @@ TOOLCHAINS: Mapping[str, Toolchain] = {
         Toolchain("openvino", ("openvino", "nncf")),
         Toolchain("mnn", ("mnn",)),
         Toolchain("ncnn", ("ncnn", "pnnx")),
+        Toolchain("executorch", ("executorch", "torchao", "torch")),
         Toolchain("rtx", ("onnx", "onnxruntime", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs")),
     )
 }
