@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MODULE = "exporters.runtimes.executorch"
 TRACED, SAMPLES = "traced.pt2", "samples"  # the program and the calibration set, until they are used
-LARGER, MOST = 2, 4  # times the image size, and images, that the memory of a dynamic program is planned for
+LARGER, MOST = 2, 4  # times the size and batch, and images at least, that a dynamic program's memory is planned for
 
 
 def trace(job: Job) -> Made:
@@ -62,7 +62,7 @@ def _exported(module: Any, inputs: tuple[Any, ...], spec: ExportSpec) -> Exporte
     model = spec.model
     shapes: tuple[dict[int, Any], ...] | None = None
     if spec.dynamic:
-        varies: dict[str, Any] = {"batch": Dim("batch", min=1, max=max(MOST, LARGER * spec.batch))}
+        varies: dict[str, Any] = {"batch": Dim("batch", min=1, max=_most(spec))}
         for name, size in zip(("height", "width"), spec.imgsz, strict=True):
             cells = Dim(f"{name}_cells", min=1, max=LARGER * size // model.stride)
             varies[name] = cells * model.stride if model.stride > 1 else cells
@@ -78,6 +78,11 @@ def _exported(module: Any, inputs: tuple[Any, ...], spec: ExportSpec) -> Exporte
         ) from error
 
 
+def _most(spec: ExportSpec) -> int:
+    """Images that one inference takes at most."""
+    return max(MOST, LARGER * spec.batch) if spec.dynamic else spec.batch
+
+
 def lower(job: Job) -> Made:
     """Quantizes (INT8), gives XNNPACK what it can run, and writes the program with its constants.
 
@@ -86,24 +91,33 @@ def lower(job: Job) -> Made:
     """
     import torch
 
-    from exporters.models.build import one_thread
+    from exporters.models.build import example, one_thread
     from exporters.runtimes.executorch import INPUTS, METADATA, OUTPUTS
     from exporters.runtimes.pte import METHOD, MODULES
 
     exir: Any = importlib.import_module("executorch.exir")
     xnnpack: Any = importlib.import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
+    configs: Any = importlib.import_module("executorch.backends.xnnpack.utils.configs")
     folding: Any = importlib.import_module("executorch.exir.passes.constant_prop_pass")
     spec, notes = job.spec, list[str]()
     with one_thread(), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.load(job.folder / TRACED)
         try:
+            if spec.dynamic:  # of sizes that are multiples, a stored program cannot be decomposed
+                program = _exported(program.module(), example(spec), spec)
             if spec.precision is Precision.FP16:
                 _without_silu(program)
             program = folding.constant_prop_pass(program)  # anchors, of a fixed size
             if spec.precision is Precision.INT8:
                 program, notes = _quantized(program, job)
-            edge = exir.to_edge_transform_and_lower(program, partitioner=[xnnpack.XnnpackPartitioner()])
+            # The default would check types of arguments, and make a batch that varies that of the example meanwhile.
+            config = configs.get_xnnpack_edge_compile_config()
+            edge = exir.to_edge_transform_and_lower(
+                program, partitioner=[xnnpack.XnnpackPartitioner()], compile_config=config
+            )
+            if spec.dynamic:
+                _still_varies(edge.exported_program(), spec)
             constants = {
                 METADATA: job.metadata.as_json(),
                 INPUTS: json.dumps([i.name for i in spec.model.inputs]),
@@ -111,7 +125,7 @@ def lower(job: Job) -> Made:
                 MODULES: json.dumps(_modules(edge.exported_program().graph_module)),
             }
             # Which node has which number is known when all is lowered, and constants are given before.
-            whole = exir.EdgeProgramManager({METHOD: edge.exported_program()}, constants, edge.compile_config)
+            whole = exir.EdgeProgramManager({METHOD: edge.exported_program()}, constants, config)
             made = whole.to_executorch().buffer
         except (RuntimeError, ValueError, TypeError, AssertionError, KeyError, NotImplementedError) as error:
             raise ExportError(
@@ -121,6 +135,20 @@ def lower(job: Job) -> Made:
     (job.folder / TRACED).unlink()
     (job.folder / f"{job.stem}.pte").write_bytes(made)
     return Made(f"{job.stem}.pte", tuple(notes))
+
+
+def _still_varies(program: Any, spec: ExportSpec) -> None:
+    """Raises ExportError where lowering made a constant of an axis that was asked to vary."""
+    import torch
+
+    values = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
+    for entry, name in zip(spec.model.inputs, program.graph_signature.user_inputs, strict=True):
+        for axis, size in zip(entry.shape, values[name].shape, strict=True):
+            if isinstance(axis, str) and not isinstance(size, torch.SymInt):
+                raise ExportError(
+                    f"ExecuTorch made axis {axis} of input '{entry.name}' the constant {size}",
+                    "export it without dynamic",
+                )
 
 
 def _without_silu(program: ExportedProgram) -> None:
@@ -172,7 +200,11 @@ def _quantized(program: ExportedProgram, job: Job) -> tuple[ExportedProgram, lis
     prepared = pt2e.prepare_pt2e(module, quantizer)
     feeds = calibration.kept_batches(spec, job.folder / SAMPLES)
     for batch in feeds:
-        prepared(*(torch.from_numpy(np.array(batch[i.name])) for i in spec.model.inputs))
+        count = len(batch[spec.model.inputs[0].name])
+        rows = min(count, _most(spec)) if spec.model.has_batch else count
+        for start in range(0, count, rows):
+            one = (batch[i.name][start : start + rows] for i in spec.model.inputs)
+            prepared(*(torch.from_numpy(np.array(array)) for array in one))
     images = sum(len(next(iter(b.values()))) for b in feeds)
     notes = [f"calibrated on {images} images (PT2E, HistogramObserver)"]
     if images < calibration.SMALL:

@@ -125,11 +125,11 @@ class Pte:
     def _whole(self) -> None:
         """XNNPACK's weights are named by the SHA-256 of their bytes."""
         for entry in self.program.named_data or ():
-            digest = entry.key.removeprefix("scale_")
-            if entry.segment_index >= len(self.segments):
-                raise ArtifactError(f"'{self.path}' is damaged: it has no segment {entry.segment_index}", AGAIN)
+            digest, number = str(entry.key).removeprefix("scale_"), int(entry.segment_index)
+            if number >= len(self.segments):
+                raise ArtifactError(f"'{self.path}' is damaged: it has no segment {number}", AGAIN)
             is_digest = len(digest) == 64 and set(digest) <= set("0123456789abcdef")
-            if is_digest and hashlib.sha256(self.segments[entry.segment_index]).hexdigest() != digest:
+            if is_digest and hashlib.sha256(self.segments[number]).hexdigest() != digest:
                 raise ArtifactError(f"'{self.path}' is damaged: weights {digest[:12]} have other bytes", AGAIN)
 
     def _kernel(self, call: Any) -> Kernel:
