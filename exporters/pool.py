@@ -38,23 +38,33 @@ from exporters.metadata import Metadata, normalize
 from exporters.models.spec import ModelSpec
 from exporters.session import Execution, Layer
 from exporters.spec import ExportSpec, is_factory
+from exporters.weights import Weight
 
 PREFIX = "exportgate-run-"  # of the folders of runs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What an artifact's own files say: their metadata, and the precision read back from them."""
+    """What an artifact's own files say: their metadata, and the precision read back from them.
+
+    Where nothing here runs them also their `signature`, inputs and outputs; None where the format cannot tell it, or
+    where it is wrong, with an error.
+    """
 
     metadata: Metadata | None
     metadata_error: str
     achieved: Achieved
+    signature: tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]] | None = None
+    signature_error: str = ""
 
     @staticmethod
     def read(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
         """The fields from what a worker answered."""
-        told = data["metadata"]
+        told, tensors = data["metadata"], data.get("signature")
         return {
+            "signature": tensors
+            and tuple(tuple(TensorInfo(t["name"], tuple(t["shape"]), t["dtype"]) for t in side) for side in tensors),
+            "signature_error": data.get("signature_error", ""),
             "metadata": normalize(told, str(path)) if told is not None else None,
             "metadata_error": data["metadata_error"],
             "achieved": Achieved.from_dict(data["achieved"]),
@@ -117,6 +127,18 @@ class RemoteSession:
             layers=tuple(replace(Layer(**layer), parts=tuple(layer["parts"])) for layer in execution["layers"]),
         )
         return Description(execution=Execution(**execution), **Facts.read(data, self.artifact.path))
+
+    def parameters(self) -> tuple[dict[str, Array], list[str], list[str]]:
+        """Parameters as exporters fold them, the names of weights that layers use, and of those that were folded.
+
+        Sessions of the pytorch format only.
+        """
+        place = self._place()
+        told = self._call("parameters", folder=str(place))
+        try:
+            return {k: v.copy() for k, v in load(told["values"]).items()}, told["used"], told["folded"]
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
 
     def layers(self) -> list[str]:
         """Names of the layers that can be damaged (sessions of the pytorch format only)."""
@@ -422,7 +444,25 @@ class Pool:
         self._trust(artifact)
         step = entry.steps(spec)[-1]
         worker = self.worker(entry.chain(spec.device), entry.id, step.role, step.imports, _source(spec))
-        return Facts(**Facts.read(worker.call("inspect", format=entry.id, path=str(artifact.path)), artifact.path))
+        told = worker.call("inspect", format=entry.id, path=str(artifact.path), spec=spec.to_dict())
+        return Facts(**Facts.read(told, artifact.path))
+
+    def stored_weights(self, artifact: Artifact, spec: ExportSpec) -> dict[str, Weight]:
+        """The weights that an artifact's files hold, by their parameters' names; of formats that have `weights`.
+
+        Raises:
+            ArtifactError, UnsafeFile: as for `open`.
+        """
+        entry = formats.get(spec.format)
+        self._trust(artifact)
+        step, folder = entry.steps(spec)[-1], self.folder / "arrays" / uuid.uuid4().hex
+        worker = self.worker(entry.chain(spec.device), entry.id, step.role, step.imports, _source(spec))
+        try:
+            told = worker.call("weights", format=entry.id, path=str(artifact.path), folder=str(folder))
+            within = load(told["within"])
+            return {k: Weight(v.copy(), within[k].copy()) for k, v in load(told["values"]).items()}
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _trust(self, artifact: Artifact) -> None:
         """Lets by what lies in our own cache with its digests intact, and what the user trusts; see `open`."""

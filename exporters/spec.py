@@ -52,7 +52,8 @@ class ExportSpec:
     `imgsz` is (height, width), a multiple of the model's stride; `batch` the (largest) batch size; `data` the
     calibration set: a data set YAML, a folder of images or classes, or `module:factory`; `keep` the module paths that
     INT8 and FP8 leave in floating point. With `nms` a detector's anchors are suppressed in the graph, from the score
-    `conf` on, where they overlap by more than `iou`, and `max_det` detections a picture come out.
+    `conf` on, where they overlap by more than `iou`, and `max_det` detections a picture come out. With `palettize` INT8
+    has weights that are indices of tables of 256 values, where a format has the choice.
 
     Two are asked for by our own code alone: `batch_axis`, of the ONNX file that an engine is made from, and `inside`,
     the modules whose outputs an artifact gives as well, in FP32, each as an output of its name behind INSIDE.
@@ -79,6 +80,7 @@ class ExportSpec:
     iou: float = 0.7
     max_det: int = 300
     agnostic_nms: bool = False
+    palettize: bool = False
     batch_axis: bool = False
     inside: tuple[str, ...] = ()
     workspace: float = 4.0
@@ -360,7 +362,7 @@ _PARSERS: Mapping[str, Callable[[Any], Any]] = {
         name: partial(parse_switch, name=name)
         for name in (
             *("dynamic", "simplify", "optimize", "verbose", "version_compatible", "refit"),
-            *("nms", "agnostic_nms"),
+            *("nms", "agnostic_nms", "palettize"),
         )
     },
     "workspace": engine.parse_workspace,

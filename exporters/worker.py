@@ -56,6 +56,8 @@ class Server:
                 "measure": self.measure,
                 "describe": self.describe,
                 "inspect": self.inspect,
+                "weights": self.weights,
+                "parameters": self.parameters,
                 "damaged": self.damaged,
                 "rounded": self.rounded,
                 "excite": self.excite,
@@ -159,8 +161,34 @@ class Server:
 
     def inspect(self, call: Json) -> Json:
         """What the files of an artifact say that nothing here can run."""
-        path = Path(call["path"])
-        return self._facts(call, lambda: formats.get(call["format"]).metadata(path))
+        path, entry = Path(call["path"]), formats.get(call["format"])
+        facts = self._facts(call, lambda: entry.metadata(path))
+        if entry.signature is not None:
+            try:
+                told = entry.signature(path, ExportSpec.from_dict(call["spec"]))
+                facts["signature"] = [[asdict(t) for t in tensors] for tensors in told]
+            except ArtifactError as error:
+                facts["signature_error"] = str(error)
+        return facts
+
+    def weights(self, call: Json) -> Json:
+        """The weights that are in a file, and how far each may be from what it was made of."""
+        read = formats.get(call["format"]).weights
+        assert read is not None
+        found, folder = read(Path(call["path"])), Path(call["folder"])
+        return {
+            "values": save({k: w.values for k, w in found.items()}, folder / "values"),
+            "within": save({k: w.within for k, w in found.items()}, folder / "within"),
+        }
+
+    def parameters(self, call: Json) -> Json:
+        """The reference's parameters as exporters fold them."""
+        from exporters.models.reference import Reference
+
+        session = self.sessions[call["session"]]
+        assert isinstance(session, Reference)
+        found, used, folded = session.parameters()
+        return {"values": save(found, Path(call["folder"])), "used": used, "folded": folded}
 
     def _facts(self, call: Json, read: Callable[[], Metadata]) -> Json:
         entry = formats.get(call["format"])

@@ -54,6 +54,10 @@ REQUEST: tuple[tuple[str, dict[str, Any]], ...] = (
             "help": "with --nms: detections of other classes are suppressed, too",
         },
     ),
+    (
+        "--palettize",
+        {"action": "store_true", "default": None, "help": "Core ML INT8: weights as indices of tables of 256 values"},
+    ),
     ("--workspace", {"metavar": "GIB", "help": "TensorRT: memory for the builder's tactics in GiB (default 4)"}),
     (
         "--profiles",

@@ -11,12 +11,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from exporters.artifact import Achieved, Artifact
+from exporters.artifact import Achieved, Artifact, TensorInfo
 from exporters.errors import BadRequest, NotSupported
 from exporters.metadata import Metadata
 from exporters.models.spec import detector_output
 from exporters.session import Session
 from exporters.spec import ExportSpec, Precision, near
+from exporters.weights import Weight
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,10 @@ class Format:
         load: `load(artifact, spec, runtime, device)` opens a session, in a worker.
         inspect: `inspect(path)` reads the achieved precision back from the file, in a worker.
         metadata: `metadata(path)` reads the file's metadata where nothing here can run it; see `Runtime.runs`.
+        signature: `signature(path, spec)` reads inputs and outputs where nothing here can run the file, under the
+            model's names.
+        weights: `weights(path)` reads the weights that are in the file, by their parameters' names, in a worker; None
+            where a file is judged by what it computes alone.
         contradiction: `contradiction(path, spec)` tells what the file says that it was made for, and the request asks
             otherwise, beside what metadata holds; or "".
         parents: what it is made from.
@@ -184,6 +189,8 @@ class Format:
     parents: Callable[[ExportSpec], tuple[ExportSpec, ...]] = no_parents
     refusal: Callable[[ExportSpec], str] = no_refusal
     metadata: Callable[[Path], Metadata] = no_metadata
+    signature: Callable[[Path, ExportSpec], tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]] | None = None
+    weights: Callable[[Path], Mapping[str, Weight]] | None = None
     contradiction: Callable[[Path, ExportSpec], str] = no_contradiction
     keeps: Callable[[ExportSpec], tuple[str, ...]] = nothing_left_out
     aliases: tuple[str, ...] = ()

@@ -14,15 +14,18 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from exporters.artifact import TensorInfo
 from exporters.errors import BadRequest, ExportError
 from exporters.metadata import Metadata
-from exporters.models.build import as_tuple, for_export
+from exporters.models.build import as_tuple, example, for_export
 from exporters.models.spec import belongs
 from exporters.session import Array, Execution, Feeds, OnDevice, Session
 from exporters.spec import ExportSpec
+
+NORMALIZATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,6 @@ class Reference(Session):
         return TorchFeeds(lambda *given: as_tuple(self.module(*given)), tensors, [o.name for o in self.outputs])
 
     def execution(self) -> Execution:
-        from exporters.models.build import example
         from exporters.models.executed import executed
 
         inputs = [tensor.to(self.device) for tensor in example(self.spec)]
@@ -87,6 +89,42 @@ class Reference(Session):
             if isinstance(weight, Tensor) and weight.ndim >= 2 and not f"{name}.".startswith(kept):
                 found.append(name)
         return found
+
+    def parameters(self) -> tuple[dict[str, Array], list[str], list[str]]:
+        """Parameters of the folded module, the weights that layers use, and those that a normalization was folded into.
+
+        What a model does not fold itself an exporter does: a batch normalization into the convolution before it.
+        """
+        module = for_export(copy.deepcopy(self.module), dynamic=False)
+        made: dict[int, tuple[str, Tensor]] = {}
+        folded: dict[str, nn.Module] = {}
+        used: list[str] = []
+
+        def after(path: str, output: Any) -> None:
+            used.append(f"{path}.weight")
+            if isinstance(output, Tensor):
+                made[id(output)] = (path, output)  # which holds it, so that no other gets its id
+
+        def before(part: nn.Module, inputs: Any) -> None:
+            if inputs and id(inputs[0]) in made:
+                folded[made[id(inputs[0])][0]] = part
+
+        for path, part in cast("Iterable[tuple[str, nn.Module]]", module.named_modules()):
+            weight: Any = getattr(part, "weight", None)
+            if isinstance(part, NORMALIZATIONS):
+                part.register_forward_pre_hook(before)
+            elif isinstance(weight, Tensor) and weight.ndim > 1 and not isinstance(part, nn.Embedding):
+                part.register_forward_hook(lambda _part, _inputs, output, path=path: after(path, output))
+        with torch.inference_mode():
+            module(*(i.to(self.device) for i in example(self.spec)))
+            found = {k: v for k, v in module.state_dict().items() if v.is_floating_point() and v.ndim}
+            for path, norm in folded.items():
+                layer: Any = module.get_submodule(path)
+                turned = bool(getattr(layer, "transposed", False))
+                bn: Any = norm
+                parts = (layer.weight, layer.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
+                found[f"{path}.weight"], found[f"{path}.bias"] = fuse_conv_bn_weights(*parts, transpose=turned)
+        return {k: v.float().cpu().numpy() for k, v in found.items()}, used, [f"{path}.weight" for path in folded]
 
     def modules(self) -> dict[str, str]:
         """Modules without parts of their own, as an exporter folds them."""

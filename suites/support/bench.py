@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from exporters import formats
-from exporters.artifact import Artifact
+from exporters.artifact import Artifact, TensorInfo
 from exporters.errors import ExportgateError, NotSupported, ToolchainMissing, WorkerCrash, WorkerTimeout
 from exporters.models.spec import ModelSpec
 from exporters.pool import Description, Facts, Pool, RemoteSession
 from exporters.session import Array
 from exporters.spec import CALIBRATED, ExportSpec, Precision
+from exporters.weights import Weight
 from suites.support.cases import Case
 from suites.support.compare import DRAWS, FRACTION_BITS, Rounding
 from suites.support.config import Project
@@ -243,6 +244,29 @@ class Bench:
             artifact = self.artifact()
             self.read = self.guard(lambda: self.run.pool.inspect(artifact, self.spec))
         return self.read
+
+    def signature(self) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
+        """Inputs and outputs: told by the session, or where nothing here runs the file by who reads it.
+
+        Raises:
+            NotSupported: its format cannot tell them without a session.
+        """
+        self.artifact()
+        if self.case.runtime.runs or formats.get(self.spec.format).signature is None:
+            session = self.session()
+            return session.inputs, session.outputs
+        facts = self.facts()
+        assert facts.signature is not None, facts.signature_error
+        return facts.signature
+
+    def weights(self) -> dict[str, Weight]:
+        """The weights that the artifact's files hold; of formats that can tell."""
+        artifact = self.artifact()
+        return self.guard(lambda: self.run.pool.stored_weights(artifact, self.spec))
+
+    def parameters(self) -> tuple[dict[str, Array], list[str], list[str]]:
+        """The reference's parameters: see RemoteSession.parameters."""
+        return self.guard(lambda: self.run.reference(self.model).parameters())
 
     def describe(self) -> Description:
         """What the session says of itself."""

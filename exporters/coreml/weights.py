@@ -1,0 +1,193 @@
+"""Weights of a Core ML file: the precision that they and their operators have, and their values."""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exporters.artifact import UNQUANTIZED, Achieved
+from exporters.coreml.naming import HEAVY, is_stored, told, weight_inputs
+from exporters.coreml.read import AGAIN, File, open_file
+from exporters.errors import ArtifactError
+from exporters.session import Array
+from exporters.weights import Weight
+
+_builtin: Any = importlib.import_module("coremltools.converters.mil.mil.types")
+LAYERS = ("convolution", "innerProduct", "batchedMatmul")  # of a NeuralNetwork, with weights
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One weight: its parameter's name as the file says it, the precision it is stored in, that of its operator."""
+
+    name: str
+    kind: str
+    computed: str
+    weight: Weight
+    is_bias: bool
+
+
+def read_precision(path: Path) -> Achieved:
+    """Each convolution and matrix product by the type of its weights: in 8 bits, or else that of its arithmetic.
+
+    `exceptions` names those that differ from most of the others. The arithmetic of a NeuralNetwork is not in its file:
+    there the type of the weights alone counts.
+    """
+    file = open_file(path)
+    found = {s.name: s for s in every_weight(file) if not s.is_bias}
+    kinds = {name: s.kind if s.kind == "int8" else s.computed for name, s in found.items()}
+    counts = Counter(kinds.values())
+    main = counts.most_common(1)[0][0] if counts else ""
+    evidence = {f"operators {k}": n for k, n in counts.items()}
+    evidence |= {f"weights {k}": n for k, n in Counter(s.kind for s in found.values()).items()}
+    computed: list[tuple[str, str]] = []
+    if file.layers is None:
+        evidence |= {f"arithmetic {k}": n for k, n in Counter(s.computed for s in found.values()).items()}
+        pure = [op for op in file.main.operations if op.op_type in HEAVY and not weight_inputs(op)]
+        computed = [(told(op.name), _short(op.outputs[0].dtype)) for op in pure]  # products of two computed tensors
+        evidence |= {UNQUANTIZED: len(pure)} if pure and main == "int8" else {}
+    arithmetic = "fp16" if main == "int8" else main
+    others = [n for n, k in kinds.items() if k != main]
+    others += [n for n, k in computed if k != arithmetic]
+    return Achieved(main, evidence, tuple(sorted(others)))
+
+
+def read_weights(path: Path) -> dict[str, Weight]:
+    """Weights and biases of all convolutions and matrix products, by their parameters' names."""
+    return {s.name: s.weight for s in every_weight(open_file(path))}
+
+
+def every_weight(file: File) -> Iterator[Stored]:
+    """All weights and biases.
+
+    Raises:
+        ArtifactError: see `open_file` and `File.main`; or a layer has another number of values than it says.
+    """
+    yield from _of_program(file) if file.layers is None else _of_network(file)
+
+
+def _of_program(file: File) -> Iterator[Stored]:
+    for op in file.main.operations:
+        if op.op_type not in HEAVY:
+            continue
+        for name, var in weight_inputs(op):
+            data = op.inputs["y" if name == "x" else "x"]
+            yield _stored(var, _short(data.dtype), False)
+        bias = op.inputs.get("bias")
+        if bias is not None and is_stored(bias):
+            yield _stored(bias, _short(op.inputs["x"].dtype), True)
+
+
+def _stored(var: Any, computed: str, is_bias: bool) -> Stored:
+    op, stored_as = var.op, _short(var.dtype)
+    if op.op_type == "const":
+        values = np.asarray(var.val)
+        return Stored(told(var.name), stored_as, computed, _plain(values), is_bias)
+    values = np.asarray(op.materialized_val_inference())
+    if op.op_type == "constexpr_lut_to_dense":
+        is_8_bits, within = op.lut.val.size in (128, 256), _between(values)
+    else:
+        data, scale = next(
+            (d, s)
+            for d, s in ((op.inputs.get(a), op.inputs.get("scale")) for a in ("quantized_data", "data"))
+            if d is not None
+        )
+        is_8_bits = _short(data.dtype) in ("int8", "uint8")
+        within = 0.5 * _spread(np.asarray(scale.val, np.float32), values.shape, op.inputs.get("axis"))
+    kind = "int8" if is_8_bits else f"{_short(var.dtype)} {op.op_type}"
+    # In FP16 the weight was rounded before, and the scale is: by half a step of its values each.
+    return Stored(told(var.name), kind, computed, Weight(_floats(values), within + 2 * _plain(values).within), is_bias)
+
+
+def _spread(scale: Array, shape: tuple[int, ...], axis: Any) -> Array:
+    """A scale for each channel or block, for each value."""
+    if axis is not None and scale.ndim == 1:
+        return scale.reshape([-1 if n == int(axis.val) else 1 for n in range(len(shape))])
+    for n, (size, wanted) in enumerate(zip(scale.shape, shape, strict=False)):
+        scale = np.repeat(scale, wanted // size, n) if 1 < size < wanted else scale
+    return scale
+
+
+def _between(values: Array) -> Array:
+    """Half the distance to the next value of a table, on the side where that is farther; at its ends there is one side.
+
+    A weight lies nearest to the entry that stands for it. An outermost entry is the mean of what is beyond, too, and
+    that is as far from it as one of 255 equal steps at most, or k-means would give it an entry.
+    """
+    table = np.unique(_floats(values))
+    if table.size < 2:
+        return np.zeros((1,) * values.ndim, np.float32)
+    gaps = np.diff(table)
+    half = np.maximum(np.append(gaps, gaps[-1]), np.insert(gaps, 0, gaps[0])) / 2
+    half[[0, -1]] = np.maximum(half[[0, -1]], (table[-1] - table[0]) / 255)
+    return half[np.searchsorted(table, _floats(values))]
+
+
+def _plain(values: Array) -> Weight:
+    """Values as they are: FP16 is rounded by half a step at most, FP32 not at all."""
+    if values.dtype != np.float16:
+        return Weight(_floats(values), np.zeros((1,) * values.ndim, np.float32))
+    return Weight(_floats(values), np.spacing(np.abs(values)).astype(np.float32) / 2)
+
+
+def _floats(values: Array) -> Array:
+    return values.astype(np.float32)
+
+
+def _short(dtype: Any) -> str:
+    return str(_builtin.builtin_to_string(dtype))
+
+
+def _of_network(file: File) -> Iterator[Stored]:
+    for layer in file.layers.layers:
+        kind = layer.WhichOneof("layer")
+        if kind not in LAYERS:
+            continue
+        params, name = getattr(layer, kind), told(layer.name)
+        if params.HasField("weights"):
+            yield _stored_in_layer(f"{name}.weight", params.weights, _shape(kind, params), False, file)
+        if params.HasField("bias"):
+            yield _stored_in_layer(f"{name}.bias", params.bias, (-1,), True, file)
+
+
+def _shape(kind: str, params: Any) -> tuple[int, ...]:
+    """PyTorch's shape of a layer's weights."""
+    if kind == "innerProduct":
+        return int(params.outputChannels), int(params.inputChannels)
+    if kind == "batchedMatmul":
+        return int(params.weightMatrixFirstDimension), int(params.weightMatrixSecondDimension)
+    outer, inner = int(params.outputChannels), int(params.kernelChannels)
+    shape = (inner, outer // max(int(params.nGroups), 1)) if params.isDeconvolution else (outer, inner)
+    return (*shape, *(int(n) for n in params.kernelSize))
+
+
+def _stored_in_layer(name: str, params: Any, shape: tuple[int, ...], is_bias: bool, file: File) -> Stored:
+    try:
+        if params.rawValue or params.int8RawValue:
+            how = params.quantization
+            if how.numberOfBits != 8 or how.WhichOneof("QuantizationType") is None:
+                raise ArtifactError(
+                    f"'{file.path}': {name} has {how.numberOfBits} bits, which are not read here", AGAIN
+                )
+            whole = np.frombuffer(params.rawValue, np.uint8)
+            if how.WhichOneof("QuantizationType") == "lookupTableQuantization":
+                values = np.array(how.lookupTableQuantization.floatValue, np.float32)[whole].reshape(shape)
+                return Stored(name, "int8", "int8", Weight(values, _between(values)), is_bias)
+            scale, bias = (np.array(getattr(how.linearQuantization, f), np.float32) for f in ("scale", "bias"))
+            along = [-1] + [1] * (len(shape) - 1)
+            scale = scale.reshape(along)
+            values = whole.reshape(shape) * scale + (bias.reshape(along) if bias.size else np.float32(0))
+            slack = 4 * np.spacing(np.abs(bias).max(initial=0.0))  # of the sum
+            return Stored(name, "int8", "int8", Weight(values, 0.5 * scale + slack), is_bias)
+        if params.float16Value:
+            values = np.frombuffer(params.float16Value, np.float16).reshape(shape)
+            return Stored(name, "fp16", "fp16", _plain(values), is_bias)
+        return Stored(name, "fp32", "fp32", _plain(np.array(params.floatValue, np.float32).reshape(shape)), is_bias)
+    except (ValueError, IndexError) as error:
+        raise ArtifactError(f"'{file.path}': {name} does not fit its layer ({error})", AGAIN) from None
