@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exporters.coreml.naming import HEAVY, Modules, add_pass, told, weight_inputs
+from exporters.coreml.naming import HEAVY, LAYERS, Modules, add_pass, told, weight_inputs
 from exporters.errors import BadRequest, ExportError, first_line
 from exporters.formats import Job
 from exporters.models.build import as_tuple, example, one_thread
@@ -116,9 +116,14 @@ def convert(job: Job, kind: str) -> Any:
                 else library.transform.FP16ComputePrecision(lambda op: not modules.is_kept(op, kept))
             )
         try:
-            return library.convert(graph, **options)
+            model = library.convert(graph, **options)
         except FAILURES as error:
             raise ExportError(f"coremltools failed ({first_line(error)})", "see the worker's log") from error
+    if kind != NETWORK:
+        return model
+    whole = model.get_spec()
+    modules.name_layers(getattr(whole, whole.WhichOneof("Type")))
+    return library.models.MLModel(whole, skip_model_load=True)
 
 
 def kept_in_fp32(spec: ExportSpec) -> tuple[str, ...]:
@@ -194,7 +199,8 @@ def compressed(model: Any, spec: ExportSpec) -> Any:
 
     class Chosen(tools.QuantizedLayerSelector):
         def do_quantize(self, layer: Any, **further: Any) -> bool:
-            return bool(super().do_quantize(layer, **further)) and not belongs(told(layer.name), kept)
+            chosen = layer.WhichOneof("layer") in LAYERS and not belongs(told(layer.name), kept)
+            return chosen and bool(super().do_quantize(layer, **further))
 
     in_16 = spec.precision is Precision.FP16
     return tools.quantize_weights(

@@ -17,6 +17,7 @@ from exporters.models.spec import belongs
 from exporters.session import Array
 
 HEAVY = ("conv", "conv_transpose", "linear", "matmul")  # MIL operators that multiply by weights
+LAYERS = ("convolution", "innerProduct", "batchedMatmul")  # the same in a NeuralNetwork
 INNER = "inner."  # of a module that `convert` wraps
 _SUFFIX = re.compile(r"(_to_fp16|_quantized|_palettized|_cast_fp16|_affine_quantized|_lut)+$")
 _passes: Any = importlib.import_module("coremltools.converters.mil.mil.passes.pass_registry")
@@ -56,11 +57,12 @@ class Modules:
         self.parameters = parameters
         self.short = {re.sub(r"[^A-Za-z0-9_]", "_", name): name for name in parameters}
         scopes: Any = importlib.import_module("coremltools.converters.mil.mil.scope")
+        self.made: dict[str, str] = {}  # what heavy operators give, and their names
         self.source = scopes.ScopeSource.TORCHSCRIPT_MODULE_NAME
 
     def parameter(self, op: Any, var: Any) -> str:
         """The parameter that a weight of an operator is, or was before it was folded; "" where that is not clear."""
-        name = _SUFFIX.sub("", var.name).removeprefix(INNER.replace(".", "_"))
+        name = re.sub(r"[^A-Za-z0-9_]", "_", _SUFFIX.sub("", var.name)).removeprefix(INNER.replace(".", "_"))
         if name in self.short:
             return self.short[name]
         size, scope = int(np.prod(var.shape)), self.scope(op)
@@ -104,6 +106,7 @@ class Modules:
                     taken.add(path)
                     module = path.rpartition(".")[0]
                     op.name = written(module)
+                    self.made[op.outputs[0].name] = op.name
                     _rename(var, written(path))
                     bias = op.inputs.get("bias")
                     if bias is not None and is_stored(bias) and bias.rank == 1:
@@ -111,6 +114,12 @@ class Modules:
             home = written(self.home(op, kept)) if op.op_type != "const" else ""
             if home and not op.name.startswith(f"{home}__"):
                 op.name = f"{home}__{op.name}"
+
+    def name_layers(self, network: Any) -> None:
+        """Names a NeuralNetwork's layers, which are named by what they give in part."""
+        for layer in network.layers:
+            if layer.WhichOneof("layer") in LAYERS:
+                layer.name = self.made.get(layer.output[0], layer.name)
 
     def home(self, op: Any, kept: Sequence[str]) -> str:
         """The kept module that an operator belongs to, or ""."""

@@ -169,14 +169,15 @@ def labels_of(file: File) -> list[str]:
         kind = file.network.WhichOneof("Type")
         return list(file.layers.stringClassLabels.vector) if kind == "neuralNetworkClassifier" else []
     found = next((op for op in file.main.operations if op.op_type == "classify"), None)
-    return [str(v.val) for v in found.classes.val] if found is not None else []
+    return [str(getattr(v, "val", v)) for v in found.classes.val] if found is not None else []
 
 
 def signature(path: Path, spec: ExportSpec) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
-    """Inputs and outputs under the model's names; what suppression gives has an axis that varies.
+    """Inputs and outputs under the model's names; of a suppression what it takes, in the layout of anchors.
 
     Raises:
-        ArtifactError: a picture has other channels, or is scaled otherwise than to 0..1.
+        ArtifactError: a picture has other channels, or is scaled otherwise than to 0..1; a suppression has other
+            thresholds.
     """
     file = open_file(path)
     described = file.whole.description
@@ -185,7 +186,7 @@ def signature(path: Path, spec: ExportSpec) -> tuple[tuple[TensorInfo, ...], tup
         names = {f.name for f in described.output}
         if names != {BOXES, SCORES}:
             raise ArtifactError(f"'{path}' gives {sorted(names)}, expected {BOXES} and {SCORES}", AGAIN)
-        return inputs, (TensorInfo(spec.model.outputs[0].name, (1, "detections", 6), "float32"),)
+        return inputs, (_anchors(file, spec),)
     if described.predictedFeatureName:
         return inputs, (_probabilities(file),)
     return inputs, tuple(_array(f) for f in described.output)
@@ -225,6 +226,21 @@ def _scale(file: File, name: str) -> float | None:
     op = var.child_ops[0]
     factor = (op.y if op.x is var else op.x).val
     return float(factor) if factor is not None and getattr(factor, "size", 1) == 1 else None
+
+
+def _anchors(file: File, spec: ExportSpec) -> TensorInfo:
+    """What a suppression with the request's thresholds takes: scores (A, classes) and boxes (A, 4)."""
+    told = file.suppression
+    found = (told.iouThreshold, told.confidenceThreshold, not told.pickTop.perClass)
+    if found != (wanted := (spec.iou, spec.conf, spec.agnostic_nms)):
+        words = ["iou {:g}, conf {:g}, agnostic {}".format(*values) for values in (found, wanted)]
+        raise ArtifactError(f"'{file.path}' suppresses with {words[0]}, expected {words[1]}", AGAIN)
+    given = {f.name: _array(f) for f in file.network.description.output}
+    shapes = [given[name].shape if name in given else () for name in (SCORES, BOXES)]
+    if any(len(s) != 2 for s in shapes) or shapes[0][0] != shapes[1][0]:
+        raise ArtifactError(f"'{file.path}': its suppression takes scores {shapes[0]} and boxes {shapes[1]}", AGAIN)
+    (anchors, classes), (_, sides) = shapes
+    return TensorInfo(spec.model.outputs[0].name, (1, int(sides) + int(classes), anchors), given[SCORES].dtype)
 
 
 def _array(entry: Any) -> TensorInfo:

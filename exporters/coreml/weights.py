@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 
 from exporters.artifact import UNQUANTIZED, Achieved
-from exporters.coreml.naming import HEAVY, is_stored, told, weight_inputs
+from exporters.coreml.naming import HEAVY, LAYERS, is_stored, told, weight_inputs
 from exporters.coreml.read import AGAIN, File, open_file
 from exporters.errors import ArtifactError
 from exporters.session import Array
 from exporters.weights import Weight
 
 _builtin: Any = importlib.import_module("coremltools.converters.mil.mil.types")
-LAYERS = ("convolution", "innerProduct", "batchedMatmul")  # of a NeuralNetwork, with weights
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,9 @@ def _stored(var: Any, computed: str, is_bias: bool) -> Stored:
         is_8_bits = _short(data.dtype) in ("int8", "uint8")
         within = 0.5 * _spread(np.asarray(scale.val, np.float32), values.shape, op.inputs.get("axis"))
     kind = "int8" if is_8_bits else f"{_short(var.dtype)} {op.op_type}"
-    # In FP16 the weight was rounded before, and the scale is: by half a step of its values each.
-    return Stored(told(var.name), kind, computed, Weight(_floats(values), within + 2 * _plain(values).within), is_bias)
+    # coremltools quantizes FP16 weights in FP16: the weight, its scale, their quotient (each by a share of the value,
+    # 2^-11, that is a step of FP16 at most) and the product are rounded, too.
+    return Stored(told(var.name), kind, computed, Weight(_floats(values), within + 6 * _plain(values).within), is_bias)
 
 
 def _spread(scale: Array, shape: tuple[int, ...], axis: Any) -> Array:

@@ -46,8 +46,10 @@ def test_output_shapes_match_reference(case: Bench) -> None:
     """Every output has the shape of the reference's on the same feeds; where nothing runs the file, by its own word."""
     if not case.case.runtime.runs:
         told = {o.name: o.shape for o in case.signature()[1]}
-        for name, want in case.expected(case.feeds_of(case.spec)[0]).items():
+        for name, want in case.raw(case.feeds_of(case.spec)[0]).items():
             got = told.get(name, ())
+            if name in told and not got:
+                raise NotSupported(f"a {formats.get(case.spec.format).title} file does not hold shapes of its outputs")
             fits = len(got) == len(want.shape) and all(
                 size == number for size, number in zip(got, want.shape, strict=True) if isinstance(size, int)
             )
