@@ -49,7 +49,7 @@ TOOLCHAINS: Mapping[str, Toolchain] = {
         Toolchain("mnn", ("mnn",)),
         Toolchain("ncnn", ("ncnn", "pnnx")),
         Toolchain("executorch", ("executorch", "torchao", "torch")),
-        Toolchain("coreml", ("coremltools", "scikit-learn", "torch")),
+        Toolchain("coreml", ("coremltools", "scikit-learn", "numpy", "torch")),
         Toolchain("rtx", ("onnx", "onnxruntime", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs")),
     )
 }

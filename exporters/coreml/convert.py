@@ -45,14 +45,14 @@ class Wrapped(nn.Module):
         super().__init__()
         self.inner, self.spec = inner, spec
         self.nms = _Split(spec) if spec.nms else None
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(getattr(spec.model.preprocess, name)).view(1, 3, 1, 1))
+        prepared = spec.model.preprocess
+        self.mean, self.std = (torch.tensor(v).view(1, 3, 1, 1) for v in (prepared.mean, prepared.std))
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        values = [
-            (x - self.mean) / self.std if is_image(entry) and normalizes(self.spec.model) else x
-            for x, entry in zip(inputs, self.spec.model.inputs, strict=True)
-        ]
+        values: list[Tensor] = []
+        for x, entry in zip(inputs, self.spec.model.inputs, strict=True):
+            prepares = is_image(entry) and normalizes(self.spec.model)
+            values.append((x - self.mean) / self.std if prepares else x)
         outputs = as_tuple(self.inner(*values))
         if self.nms is not None:
             return cast("tuple[Tensor, ...]", self.nms(outputs[0]))
@@ -65,11 +65,11 @@ class _Split(nn.Module):
     def __init__(self, spec: ExportSpec) -> None:
         super().__init__()
         height, width = spec.imgsz
-        self.register_buffer("size", torch.tensor([width, height, width, height], dtype=torch.float32))
+        self.size = torch.tensor([width, height, width, height], dtype=torch.float32)
 
     def forward(self, anchors: Tensor) -> tuple[Tensor, Tensor]:
         rows = anchors[0].transpose(0, 1)
-        return rows[:, 4:] * 1.0, rows[:, :4] / self.size
+        return rows[:, 4:], rows[:, :4] / self.size
 
 
 def normalizes(model: ModelSpec) -> bool:
@@ -110,11 +110,13 @@ def convert(job: Job, kind: str) -> Any:
         options = _interface(spec) | {"convert_to": kind, "pass_pipeline": pipeline, "skip_model_load": True}
         if kind == PROGRAM:
             options["minimum_deployment_target"] = library.target.iOS16  # the first with weights in 8 bits
-            options["compute_precision"] = (
-                library.precision.FLOAT32
-                if spec.precision is Precision.FP32
-                else library.transform.FP16ComputePrecision(lambda op: not modules.is_kept(op, kept))
-            )
+            options["compute_precision"] = library.precision.FLOAT32
+            if spec.precision is not Precision.FP32:
+
+                def in_fp16(op: Any) -> bool:
+                    return not modules.is_kept(op, kept)
+
+                options["compute_precision"] = library.transform.FP16ComputePrecision(in_fp16)
         try:
             model = library.convert(graph, **options)
         except FAILURES as error:
@@ -200,7 +202,8 @@ def compressed(model: Any, spec: ExportSpec) -> Any:
     class Chosen(tools.QuantizedLayerSelector):
         def do_quantize(self, layer: Any, **further: Any) -> bool:
             chosen = layer.WhichOneof("layer") in LAYERS and not belongs(told(layer.name), kept)
-            return chosen and bool(super().do_quantize(layer, **further))
+            own: Any = super()
+            return chosen and bool(own.do_quantize(layer, **further))
 
     in_16 = spec.precision is Precision.FP16
     return tools.quantize_weights(

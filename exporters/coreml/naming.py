@@ -7,6 +7,7 @@ holds could not be held against a model. Names there are letters, digits and und
 from __future__ import annotations
 
 import importlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -65,7 +66,7 @@ class Modules:
         name = re.sub(r"[^A-Za-z0-9_]", "_", _SUFFIX.sub("", var.name)).removeprefix(INNER.replace(".", "_"))
         if name in self.short:
             return self.short[name]
-        size, scope = int(np.prod(var.shape)), self.scope(op)
+        size, scope = math.prod(int(n) for n in var.shape), self.scope(op)
         some = [
             (n, p)
             for n, p in self.parameters.items()

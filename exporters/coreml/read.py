@@ -236,11 +236,11 @@ def _anchors(file: File, spec: ExportSpec) -> TensorInfo:
         words = ["iou {:g}, conf {:g}, agnostic {}".format(*values) for values in (found, wanted)]
         raise ArtifactError(f"'{file.path}' suppresses with {words[0]}, expected {words[1]}", AGAIN)
     given = {f.name: _array(f) for f in file.network.description.output}
-    shapes = [given[name].shape if name in given else () for name in (SCORES, BOXES)]
-    if any(len(s) != 2 for s in shapes) or shapes[0][0] != shapes[1][0]:
-        raise ArtifactError(f"'{file.path}': its suppression takes scores {shapes[0]} and boxes {shapes[1]}", AGAIN)
-    (anchors, classes), (_, sides) = shapes
-    return TensorInfo(spec.model.outputs[0].name, (1, int(sides) + int(classes), anchors), given[SCORES].dtype)
+    scores, boxes = (list(given[name].shape) if name in given else [] for name in (SCORES, BOXES))
+    if len(scores) != 2 or len(boxes) != 2 or scores[0] != boxes[0]:
+        raise ArtifactError(f"'{file.path}': its suppression takes scores {scores} and boxes {boxes}", AGAIN)
+    channels = int(boxes[1]) + int(scores[1])
+    return TensorInfo(spec.model.outputs[0].name, (1, channels, scores[0]), given[SCORES].dtype)
 
 
 def _array(entry: Any) -> TensorInfo:

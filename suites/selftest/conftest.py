@@ -324,9 +324,10 @@ class Workshop:
         options: dict[str, Any] = {"imgsz": 320} if model.name == self.models["obstacles"].name else {}
         options |= {"dynamic": True} if "dynamic" in words else {}
         options |= {"batch": 2} if "pair" in words else {}
-        options |= {"nms": True} if "nms" in words else {}
-        options |= {"data": model.feeds} if "int8" in words else {}
-        if "int8" in words and model.feeds == "suites.reference.scenes:feeds":
+        options |= {name: True for name in ("nms", "palettize") if name in words}
+        calibrated = "int8" in words and "data" in formats.get(words[0]).options
+        options |= {"data": model.feeds} if calibrated else {}
+        if calibrated and model.feeds == "suites.reference.scenes:feeds":
             options |= {"data": "suites.reference.scenes:training", "calibrator": "percentile"}
         options = {k: v for k, v in options.items() if k in formats.get(words[0]).options | {"imgsz"}}
         options |= {"device": "cuda:0"} if "cuda" in words else {}
