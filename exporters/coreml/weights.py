@@ -21,6 +21,9 @@ from exporters.weights import Weight
 _builtin: Any = importlib.import_module("coremltools.converters.mil.mil.types")
 
 
+FEWEST = 10  # values of a weight: coremltools stores fewer beside their operator, and never in 8 bits
+
+
 @dataclass(frozen=True)
 class Stored:
     """One weight: its parameter's name as the file says it, the precision it is stored in, that of its operator."""
@@ -46,13 +49,15 @@ def read_precision(path: Path) -> Achieved:
     evidence = {f"operators {k}": n for k, n in counts.items()}
     evidence |= {f"weights {k}": n for k, n in Counter(s.kind for s in found.values()).items()}
     computed: list[tuple[str, str]] = []
+    spared = {n for n, s in found.items() if main == "int8" and kinds[n] != main and s.weight.values.size < FEWEST}
     if file.layers is None:
         evidence |= {f"arithmetic {k}": n for k, n in Counter(s.computed for s in found.values()).items()}
         pure = [op for op in file.main.operations if op.op_type in HEAVY and not weight_inputs(op)]
         computed = [(told(op.name), _short(op.outputs[0].dtype)) for op in pure]  # products of two computed tensors
-        evidence |= {UNQUANTIZED: len(pure)} if pure and main == "int8" else {}
+        left = len(spared) + (len(pure) if main == "int8" else 0)
+        evidence |= {UNQUANTIZED: left} if left else {}
     arithmetic = "fp16" if main == "int8" else main
-    others = [n for n, k in kinds.items() if k != main]
+    others = [n for n, k in kinds.items() if k != main and n not in spared]
     others += [n for n, k in computed if k != arithmetic]
     return Achieved(main, evidence, tuple(sorted(others)))
 
@@ -100,9 +105,12 @@ def _stored(var: Any, computed: str, is_bias: bool) -> Stored:
         is_8_bits = _short(data.dtype) in ("int8", "uint8")
         within = 0.5 * _spread(np.asarray(scale.val, np.float32), values.shape, op.inputs.get("axis"))
     kind = "int8" if is_8_bits else f"{_short(var.dtype)} {op.op_type}"
-    # coremltools quantizes FP16 weights in FP16: the weight, its scale, their quotient (each by a share of the value,
-    # 2^-11, that is a step of FP16 at most) and the product are rounded, too.
-    return Stored(told(var.name), kind, computed, Weight(_floats(values), within + 6 * _plain(values).within), is_bias)
+    # coremltools quantizes FP16 weights in FP16: the weight, its scale, their quotient (each by a share of the weight,
+    # 2^-11, that is a step of FP16 at most) and the product are rounded, too. A weight is what it was rounded to and
+    # half a step at most.
+    if values.dtype == np.float16:
+        within = within + 3 * np.spacing((np.abs(_floats(values)) + within).astype(np.float16)).astype(np.float32)
+    return Stored(told(var.name), kind, computed, Weight(_floats(values), within), is_bias)
 
 
 def _spread(scale: Array, shape: tuple[int, ...], axis: Any) -> Array:
@@ -151,7 +159,8 @@ def _of_network(file: File) -> Iterator[Stored]:
             continue
         params, name = getattr(layer, kind), told(layer.name)
         if params.HasField("weights"):
-            yield _stored_in_layer(f"{name}.weight", params.weights, _shape(kind, params), False, file)
+            turned = kind == "convolution" and bool(params.isDeconvolution)
+            yield _stored_in_layer(f"{name}.weight", params.weights, _shape(kind, params), False, file, turned)
         if params.HasField("bias"):
             yield _stored_in_layer(f"{name}.bias", params.bias, (-1,), True, file)
 
@@ -161,13 +170,15 @@ def _shape(kind: str, params: Any) -> tuple[int, ...]:
     if kind == "innerProduct":
         return int(params.outputChannels), int(params.inputChannels)
     if kind == "batchedMatmul":
-        return int(params.weightMatrixFirstDimension), int(params.weightMatrixSecondDimension)
+        return int(params.weightMatrixSecondDimension), int(params.weightMatrixFirstDimension)
     outer, inner = int(params.outputChannels), int(params.kernelChannels)
     shape = (inner, outer // max(int(params.nGroups), 1)) if params.isDeconvolution else (outer, inner)
     return (*shape, *(int(n) for n in params.kernelSize))
 
 
-def _stored_in_layer(name: str, params: Any, shape: tuple[int, ...], is_bias: bool, file: File) -> Stored:
+def _stored_in_layer(
+    name: str, params: Any, shape: tuple[int, ...], is_bias: bool, file: File, turned: bool = False
+) -> Stored:
     try:
         if params.rawValue or params.int8RawValue:
             how = params.quantization
@@ -180,7 +191,8 @@ def _stored_in_layer(name: str, params: Any, shape: tuple[int, ...], is_bias: bo
                 values = np.array(how.lookupTableQuantization.floatValue, np.float32)[whole].reshape(shape)
                 return Stored(name, "int8", "int8", Weight(values, _between(values)), is_bias)
             scale, bias = (np.array(getattr(how.linearQuantization, f), np.float32) for f in ("scale", "bias"))
-            along = [-1] + [1] * (len(shape) - 1)
+            along = [1] * len(shape)
+            along[int(turned)] = -1  # output channels, which come second in a transposed convolution
             scale = scale.reshape(along)
             values = whole.reshape(shape) * scale + (bias.reshape(along) if bias.size else np.float32(0))
             slack = 4 * np.spacing(np.abs(bias).max(initial=0.0))  # of the sum
