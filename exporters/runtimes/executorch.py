@@ -22,7 +22,7 @@ import numpy as np
 from exporters.artifact import TensorInfo
 from exporters.errors import ArtifactError, FeedError, first_line
 from exporters.metadata import Metadata, read_json
-from exporters.runtimes.pte import AGAIN, DAMAGED, DELEGATE, METHOD, Pte
+from exporters.runtimes.pte import AGAIN, DAMAGED, DELEGATE, METHOD, Pte, damaged
 from exporters.session import Array, Execution, Feeds, Layer, Session
 from exporters.spec import ExportSpec
 
@@ -65,7 +65,7 @@ class ExecuTorchSession(Session):
             self.inputs = tuple(self._infos(self.pte.plan.inputs, INPUTS, [i.name for i in spec.model.inputs]))
             self.outputs = tuple(self._infos(self.pte.plan.outputs, OUTPUTS, [o.name for o in spec.model.outputs]))
         except DAMAGED as error:
-            raise ArtifactError(f"'{path}' is damaged ({first_line(error)})", AGAIN) from None
+            raise damaged(path, error) from None
         self.largest = {
             info.name: tuple(self.method.metadata.input_tensor_meta(n).sizes()) for n, info in enumerate(self.inputs)
         }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import re
 import struct
 import subprocess
 import tempfile
@@ -106,7 +107,7 @@ class Pte:
             self.segments = [data[start : start + size] for start, size in starts]
             plans: dict[str, Any] = {p.name: p for p in self.program.execution_plan}
         except DAMAGED as error:
-            raise self._damaged(error) from None
+            raise damaged(path, error) from None
         if METHOD not in plans:
             raise ArtifactError(f"'{path}' has no method '{METHOD}', only {sorted(plans) or 'none'}", AGAIN)
         self.plan: Any = plans[METHOD]
@@ -117,10 +118,7 @@ class Pte:
             self.kernels = [self._kernel(c) for c in self.calls if type(c).__name__ == "KernelCall"]
             self.graphs = self._graphs()
         except DAMAGED as error:
-            raise self._damaged(error) from None
-
-    def _damaged(self, error: Exception) -> ArtifactError:
-        return ArtifactError(f"'{self.path}' is damaged ({type(error).__name__}: {first_line(error)})", AGAIN)
+            raise damaged(path, error) from None
 
     def _whole(self) -> None:
         """XNNPACK's weights are named by the SHA-256 of their bytes."""
@@ -183,6 +181,13 @@ class Pte:
         return dict(Counter(k.name for k in self.kernels))
 
 
+def damaged(path: Path, error: Exception) -> ArtifactError:
+    """What a decoder ran into, in a line."""
+    beyond = isinstance(error, struct.error)
+    told = "an offset points beyond its end" if beyond else f"{type(error).__name__}: {first_line(error)}"
+    return ArtifactError(f"'{path}' is damaged ({told})", AGAIN)
+
+
 def _operands(kind: str) -> tuple[str, str]:
     return ("input1_id", "input2_id") if kind == "XNNBatchMatrixMultiply" else ("query_id", "key_id")
 
@@ -207,10 +212,10 @@ def _header(path: Path) -> tuple[int, int]:
         raise ArtifactError(
             f"'{path}' is no ExecuTorch program: its bytes 4 to 8 are {head[4:8]!r}, expected {MAGIC!r}", AGAIN
         )
-    if head[8:12] != EXTENDED:  # a program without segments: nothing lies behind it
-        return there, there
     if len(head) < 40:
         raise ArtifactError(f"'{path}' is cut off: it has {there} bytes, and its header 40", AGAIN)
+    if head[8:12] != EXTENDED:  # a program without segments: nothing lies behind it
+        return there, there
     size, base, behind = struct.unpack("<QQQ", head[16:40])
     if struct.unpack("<I", head[12:16])[0] <= 24:  # headers before segment_data_size was added
         behind = 0
@@ -244,7 +249,9 @@ def _decoded(blobs: list[bytes]) -> Iterator[Any]:
                 raise ValueError(f"an XNNPACK graph has {len(blob)} bytes, and its header says {start + size}")
             binary.write_bytes(blob[start : start + size])
             flatc._flatc_decompile(folder, str(schema), str(binary), ["--raw-binary"])
-            yield json.loads((Path(folder) / "graph.json").read_text(encoding="utf-8"))
+            text = (Path(folder) / "graph.json").read_text(encoding="utf-8")
+            # flatc writes the open end of a ReLU as inf, which is no JSON.
+            yield json.loads(re.sub(r"(?<=: )[+-]?(?:inf|nan)(?=[,\s])", "null", text))
 
 
 def _value(entry: Any) -> Any:
@@ -275,7 +282,7 @@ def read_precision(path: Path) -> Achieved:
     try:
         heavy = pte.heavy()
     except DAMAGED as error:
-        raise ArtifactError(f"'{path}' is damaged ({type(error).__name__}: {first_line(error)})", AGAIN) from None
+        raise damaged(path, error) from None
     portable = [k for k in pte.kernels if k.precision]
     counts = Counter(h.precision for h in heavy if h.stored) + Counter(k.precision for k in portable)
     if not counts:
