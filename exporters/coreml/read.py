@@ -257,6 +257,8 @@ def _probabilities(file: File) -> TensorInfo:
     count = len(labels_of(file))
     if file.layers is not None:
         return TensorInfo(str(file.layers.labelProbabilityLayerName), (1, count), "float32")
-    op = next(op for op in file.main.operations if op.op_type == "classify")
+    op = next((op for op in file.main.operations if op.op_type == "classify"), None)
+    if op is None:
+        raise ArtifactError(f"'{file.path}' is described as a classifier, and its program is none", AGAIN)
     var = op.probabilities
     return TensorInfo(str(var.name), tuple(int(cast("int", n)) for n in var.shape), "float32")

@@ -1,0 +1,300 @@
+"""Core ML where nothing runs it: what its files say is read back, and damage to it is seen."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from exporters import formats, toolchain
+from exporters.errors import BadRequest, NotSupported, ToolchainMissing
+from exporters.models.spec import ModelSpec, OutputSpec
+from exporters.spec import request
+from suites.conformance import test_metadata, test_precision, test_shapes, test_weights
+from suites.selftest.conftest import Claim, Judge, Workshop
+from suites.support.bench import Bench
+from suites.support.cases import Case
+from suites.support.verdict import Verdict
+
+
+def is_here() -> bool:
+    try:
+        toolchain.resolve("coreml")
+    except ToolchainMissing:
+        return False
+    return True
+
+
+pytestmark = [
+    pytest.mark.formats,
+    pytest.mark.skipif(not is_here(), reason="the toolchain is not here: exportgate toolchain sync coreml"),
+]
+WEIGHTS = test_weights.test_weights_match_the_checkpoint
+INPUTS = test_shapes.test_input_signature_is_the_requested
+LAYER = "model.4.cv1.conv"  # one with four axes and enough values for every precision
+
+# Run by the toolchain's interpreter, which alone can read the files: changes a specification, or bytes of the weights.
+TOOL = r'''
+import json, pathlib, struct, sys
+from coremltools.proto import Model_pb2
+
+path, what = pathlib.Path(sys.argv[1]), sys.argv[2]
+folder = path / "Data" / "com.apple.CoreML"
+source = folder / "model.mlmodel" if path.is_dir() else path
+model = Model_pb2.Model()
+model.ParseFromString(source.read_bytes())
+inner = model.pipeline.models[0] if model.WhichOneof("Type") == "pipeline" else model
+network = None if inner.WhichOneof("Type") == "mlProgram" else getattr(inner, inner.WhichOneof("Type"))
+
+
+def operators():
+    for function in inner.mlProgram.functions.values():
+        for block in function.block_specializations.values():
+            yield from block.operations
+
+
+def change_bytes(value, change):
+    """Bytes of a value in weight.bin: a 64-byte record of magic, type, size and place stands before them."""
+    weights = folder / "weights" / value.blobFileValue.fileName.rpartition("/")[2]
+    data = bytearray(weights.read_bytes())
+    magic, _, size, place = struct.unpack_from("<IIQQ", data, value.blobFileValue.offset)
+    assert magic == 0xDEADBEEF and size
+    data[place : place + size] = change(bytes(data[place : place + size]))
+    weights.write_bytes(data)
+
+
+def nudged(data):
+    """The last byte but one of the first value, which holds exponent or fraction."""
+    return data[:1] + bytes([data[1] ^ 8]) + data[2:]
+
+
+if what == "weight" and network is not None:
+    layer = next(l for l in network.layers if l.name == sys.argv[3].replace(".", "__"))
+    params = layer.convolution.weights
+    if params.rawValue:
+        params.rawValue = bytes([params.rawValue[0] ^ 2]) + params.rawValue[1:]
+    elif params.float16Value:
+        params.float16Value = nudged(params.float16Value)
+    else:
+        params.floatValue[0] *= 1 + 2**-20
+elif what == "weight":
+    name = sys.argv[3].replace(".", "__") + "__weight"
+    op = next(o for o in operators() if o.outputs[0].name.startswith(name))
+    if op.type == "const":
+        change_bytes(op.attributes["val"], nudged)
+    else:
+        values = op.attributes["quantized_data" if "quantized_data" in op.attributes else "indices"]
+        change_bytes(values, lambda data: bytes([(data[0] + 2) % 256]) + data[1:])
+elif what == "scales":
+    name = sys.argv[3].replace(".", "__") + "__weight"
+    op = next(o for o in operators() if o.outputs[0].name.startswith(name))
+    change_bytes(op.attributes["scale" if "scale" in op.attributes else "lut"], lambda data: nudged(data))
+elif what == "rename":
+    old = sys.argv[3].replace(".", "__") + "__weight"
+    for op in operators():
+        for named in [*op.outputs, *(b for i in op.inputs.values() for b in i.arguments)]:
+            named.name = named.name.replace(old, "other") if old in named.name else named.name
+elif what == "picture" and network is not None:
+    network.preprocessing[0].scaler.channelScale = 1.0
+elif what == "picture":
+    value = next(o for o in operators() if o.outputs[0].name.startswith("image__scaled___y")).attributes["val"]
+    value.immediateValue.tensor.floats.values[0] = 1 / 128
+elif what == "colours":
+    model.description.input[0].type.imageType.colorSpace = 30
+elif what == "size":
+    model.description.input[0].type.imageType.width //= 2
+elif what == "threshold":
+    model.pipeline.models[1].nonMaximumSuppression.iouThreshold = 0.5
+elif what == "label" and network is not None:
+    network.stringClassLabels.vector[1] = "other"
+elif what == "label":
+    value = next(o for o in operators() if o.type == "classify").inputs["classes"].arguments[0].value
+    value.immediateValue.list.values[1].immediateValue.tensor.strings.values[0] = "other"
+elif what == "author":
+    model.description.metadata.author = "somebody"
+elif what == "names":
+    del model.description.metadata.userDefined["names"]
+else:
+    raise SystemExit(f"no such damage: {what}")
+source.write_bytes(model.SerializeToString())
+'''
+
+
+def injury(*words: str) -> Callable[[Path, Workshop], None]:
+    """A damage of TOOL."""
+
+    def damage(path: Path, _: Workshop) -> None:
+        python = toolchain.resolve("coreml").python
+        done = subprocess.run(
+            [str(python), "-c", TOOL, str(path), *words], capture_output=True, text=True, timeout=120, check=False
+        )
+        if done.returncode:  # no failed claim
+            raise RuntimeError(done.stderr)
+
+    return damage
+
+
+def caught(workshop: Workshop, judge: Judge, name: str, claim: Claim, *words: str) -> str:
+    """The line by which a claim that passes on the good artifact fails on the damaged one."""
+    assert judge(claim, workshop.bench(name)) == (Verdict.PASS, "")
+    verdict, because = workshop.judge(name, claim, injury(*words))
+    assert verdict is Verdict.FAIL, (verdict, because)
+    return because
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "detect coreml fp32",
+        "detect coreml fp16",
+        "detect coreml int8",
+        "detect coreml int8 palettize",
+        "detect coreml fp16 nms",
+        "detect mlmodel fp32",
+        "detect mlmodel fp16",
+        "detect mlmodel int8",
+    ],
+)
+def test_one_value_of_one_weight_is_seen(workshop: Workshop, judge: Judge, name: str) -> None:
+    because = caught(workshop, judge, name, WEIGHTS, "weight", LAYER)
+    assert f"1 of 1024 values of weight {LAYER}.weight are not the checkpoint's" in because
+
+
+@pytest.mark.parametrize("name", ["detect coreml int8", "detect coreml int8 palettize"])
+def test_a_scale_or_an_entry_of_a_table_is_seen(workshop: Workshop, judge: Judge, name: str) -> None:
+    assert f"weight {LAYER}.weight are not" in caught(workshop, judge, name, WEIGHTS, "scales", LAYER)
+
+
+def test_a_weight_of_no_layer_is_missed(workshop: Workshop, judge: Judge) -> None:
+    because = caught(workshop, judge, "detect coreml fp32", WEIGHTS, "rename", LAYER)
+    assert because.startswith("1 weights of the checkpoint are not in the file") and LAYER in because
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("detect coreml fp32", "picture", "scaled by 0.0078125, expected 1/255"),
+        ("detect mlmodel fp32", "picture", "scaled by 1, expected 1/255"),
+        ("detect coreml fp32", "colours", "in BGR, expected RGB"),
+        ("detect coreml fp32", "size", "axis 3 is 128, expected 256"),
+        ("detect coreml fp16 nms", "threshold", "suppresses with iou 0.5, conf 0.25"),
+    ],
+)
+def test_another_interface_is_seen(workshop: Workshop, judge: Judge, name: str, damage: str, words: str) -> None:
+    assert words in caught(workshop, judge, name, INPUTS, damage)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("classify coreml fp32", "label", "class labels"),
+        ("classify mlmodel fp32", "label", "class labels"),
+        ("detect coreml fp32", "names", "class names differ at index 0"),
+    ],
+)
+def test_other_labels_are_seen(workshop: Workshop, judge: Judge, name: str, damage: str, words: str) -> None:
+    claim = test_metadata.test_class_names_survive_the_round_trip
+    assert words in caught(workshop, judge, name, claim, damage)
+
+
+def test_another_author_is_seen(workshop: Workshop, judge: Judge) -> None:
+    because = caught(workshop, judge, "detect mlmodel fp32", test_metadata.test_metadata_names_the_owner, "author")
+    assert "says author 'somebody'" in because
+
+
+@pytest.mark.parametrize("format_id", ["coreml", "mlmodel"])
+def test_a_file_of_another_precision_is_seen(workshop: Workshop, judge: Judge, format_id: str) -> None:
+    claim = test_precision.test_achieved_precision_is_the_requested
+    for asked, made in (("fp16", "fp32"), ("int8", "fp16"), ("fp32", "int8")):
+        other = workshop.good(f"detect {format_id} {made}").path
+
+        def damage(path: Path, _: Workshop, other: Path = other) -> None:
+            if path.is_dir():
+                shutil.rmtree(path)
+                shutil.copytree(other, path)
+            else:
+                shutil.copyfile(other, path)
+
+        assert judge(claim, workshop.bench(f"detect {format_id} {asked}")) == (Verdict.PASS, "")
+        verdict, because = workshop.judge(f"detect {format_id} {asked}", claim, damage)
+        assert verdict is Verdict.FAIL and f"asked for {asked}, the file is {made}" in because
+
+
+NORMALIZED = """
+import torch
+from torch import nn
+
+
+class Normalized(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(3, 8, 3, bias=False), nn.ConvTranspose2d(8, 16, 2, 2)])
+        self.norms = nn.ModuleList([nn.BatchNorm2d(8), nn.BatchNorm2d(16)])
+        for norm in self.norms:
+            for values in (norm.running_mean, norm.running_var, norm.weight.data, norm.bias.data):
+                values.uniform_(0.5, 2.0)
+        self.last = nn.Linear(16, 24)
+
+    def forward(self, images):
+        x = images
+        for layer, norm in zip(self.layers, self.norms):
+            x = norm(layer(x)).relu()
+        return self.last(x.mean((2, 3)))
+
+
+def normalized():
+    return Normalized()
+"""
+
+
+@pytest.mark.parametrize("format_id", ["coreml", "mlmodel"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_normalizations_that_the_converter_folds_are_folded_here(
+    workshop: Workshop, judge: Judge, tmp_path: Path, format_id: str, precision: str
+) -> None:
+    """A user's own module, whose pictures are prepared by a mean and a deviation."""
+    (tmp_path / "normalized_model.py").write_text(NORMALIZED)
+    model = ModelSpec(
+        "normalized", "normalized_model:normalized", search=(tmp_path,), outputs=(OutputSpec("out"),), imgsz=(32, 32)
+    )
+    prepared = replace(model.preprocess, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+    spec = request(replace(model, preprocess=prepared), format_id, precision=precision)
+    bench = Bench(workshop.run, Case(spec, formats.get(format_id).runtimes[0]))
+    for claim in (WEIGHTS, INPUTS, test_precision.test_achieved_precision_is_the_requested):
+        assert judge(claim, bench) == (Verdict.PASS, "")
+    assert bench.evidence["weights"]["compared"] == 6
+    bench.close()
+
+
+@pytest.mark.parametrize(
+    ("model", "format_id", "options", "words"),
+    [
+        ("detect", "coreml", {"batch": 2}, "batch 2: Core ML takes one picture"),
+        ("detect", "coreml", {"dynamic": True}, "pictures of one size"),
+        ("segment", "coreml", {"nms": True}, "boxes and scores alone, and this model has"),
+        ("obb", "coreml", {"nms": True}, "this model has"),
+        ("classify", "coreml", {"nms": True}, "has no boxes with scores"),
+        ("detect", "coreml", {"palettize": True}, "palettize with fp32"),
+        ("detect", "mlmodel", {"nms": True}, "mlmodel does not take option 'nms'"),
+        ("detect", "coreml", {"nms": True, "max_det": 5}, "does not take option 'max_det'"),
+        ("detect", "coreml", {"int8": True, "data": "coco.yaml"}, "does not take option 'data'"),
+        ("detect", "coreml", {"int8": True, "keep": "model.99"}, "no module of that name"),
+    ],
+)
+def test_what_core_ml_cannot_do_is_refused(
+    workshop: Workshop, model: str, format_id: str, options: dict[str, object], words: str
+) -> None:
+    with pytest.raises((BadRequest, NotSupported)) as caught:
+        workshop.run.pool.export(request(workshop.models[model], format_id, **options))
+    assert words in str(caught.value)
+
+
+def test_classes_of_one_name_are_refused(workshop: Workshop) -> None:
+    classifier = workshop.models["classify"]
+    twice = replace(classifier, names={**classifier.names, 1: classifier.names[0]})
+    with pytest.raises(NotSupported, match="two classes are named"):
+        request(twice, "coreml")
