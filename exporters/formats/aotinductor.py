@@ -83,8 +83,8 @@ def refusal(spec: ExportSpec) -> str:
     """What the library cannot do, or is not made for here."""
     if spec.dynamic:
         return (
-            "dynamic: where sizes vary AOTInductor's C++ for sums ends in a store of a whole vector, which lies beyond the "
-            "tensor and kills the process (valgrind on YOLOv8's head; PyTorch 2.11 and 2.13); pt2 has sizes that vary"
+            "dynamic: where sizes vary AOTInductor's C++ for sums ends in a store of a whole vector, which lies beyond "
+            "the tensor and kills the process (valgrind, YOLOv8's head; PyTorch 2.11 and 2.13); pt2 has sizes that vary"
         )
     if spec.device != "cpu":
         return f"device {spec.device}: libraries are compiled for CPUs here; pt2, torchscript and engine run on GPUs"
