@@ -117,14 +117,14 @@ class ExecuTorchSession(Session):
         notes = [f"{n} of the convolutions and matrix products in {k}" for k, n in kinds.items()]
         if portable:
             told = ", ".join(f"{n} {name}" for name, n in portable.items())
-            notes.append(f"in portable kernels, since XNNPACK has no such node: {told}")
+            notes.append(f"in portable kernels: {told}")
         return Execution(
             "executorch",
             distributions.version("executorch"),
             "cpu",
             kinds.most_common(1)[0][0] if kinds else "",
             providers,
-            # What only rearranges or is small may run in portable kernels; a convolution there takes seconds.
+            # What XNNPACK has no node for runs in portable kernels; a convolution there takes 170 times as long (seen).
             fallback=tuple(k.name for k in self.pte.kernels if k.precision),
             threads=int(bindings._threadpool_get_thread_count()),
             notes=tuple(notes),

@@ -60,7 +60,7 @@ def _without_delegate(path: Path, workshop: Workshop) -> None:
 
 
 def test_convolutions_that_xnnpack_does_not_run_are_noticed(workshop: Workshop, toolchain: None) -> None:
-    """Their outputs are right, and they take a hundred times as long."""
+    """Their outputs are right, and they take 170 times as long."""
     claim = precision.test_every_node_runs_on_the_requested_provider
     assert workshop.judge("twins executorch fp32", claim) == (Verdict.PASS, "")
     verdict, because = workshop.judge("twins executorch fp32", claim, _without_delegate)
