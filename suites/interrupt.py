@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
+from typing import Any
 
 TOLD = "exportgate: interrupted; nothing half-made was left"
 EXIT = 2  # pytest's for a run that was interrupted
@@ -52,6 +54,17 @@ def end_in_order() -> None:
         now = signal.getsignal(number)
         if _is_main() and (now == usual or isinstance(now, _AtOnce)):
             signal.signal(number, _in_order)
+            sys.unraisablehook = _quiet(sys.unraisablehook)
+
+
+def _quiet(told: Any) -> Any:
+    """The hook without our interruption, where it came to a finalizer, which cannot raise: `go_on` does."""
+
+    def unless_interrupted(unraisable: Any) -> None:
+        if not (_in_order.came and issubclass(unraisable.exc_type, KeyboardInterrupt)):
+            told(unraisable)
+
+    return unless_interrupted
 
 
 def go_on() -> None:

@@ -237,7 +237,7 @@ def case(request: pytest.FixtureRequest, exportgate_run: Run) -> Iterator[Bench]
     bench.close()
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # outside of others' wrappers, which would warn of what passes them
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:

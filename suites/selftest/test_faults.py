@@ -256,13 +256,22 @@ def pytest_pyfunc_call(pyfuncitem):
 
 
 @pytest.mark.parametrize("by", ["INT", "TERM"])
-@pytest.mark.parametrize("made", ["raise AssertionError('half of it is there')", "pass"])
+@pytest.mark.parametrize(
+    "made",
+    [
+        "with suppress(KeyboardInterrupt): come()\n        raise AssertionError('half of it is there')",
+        "with suppress(KeyboardInterrupt): come()",
+        "Finalized()",
+    ],
+    ids=["another exception", "suppressed", "in a finalizer"],
+)
 def test_an_interruption_is_not_lost_on_its_way(house: House, by: str, made: str) -> None:
     """Or the claim that it came to fails, or even passes, and the run goes on."""
     (house.folder / "lost.py").write_text(LOST.format(by, made), encoding="utf-8")
     path = os.pathsep.join([str(house.folder), str(ROOT)])
     code, text = house.run("qualify", "--report", "out", "--format", "pytorch", "--", "-p", "lost", PYTHONPATH=path)
     assert code == 2 and text.splitlines()[-1].startswith("INTERRUPTED: 0 of 0 claims failed"), text
+    assert "Warning" not in text, text
     assert not verdicts(house.events("out"))
 
 
