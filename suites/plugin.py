@@ -193,6 +193,15 @@ def _waiver_of(project: Project, item: pytest.Item) -> Waiver | None:
     return next((w for w in project.waivers if case and w.case == case.id and w.claim == _claim_of(item)), None)
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """An interruption goes on as one of its own: where it came, a frame may have no line, which pytest cannot print."""
+    try:
+        return (yield)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt from None
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """A row of the matrix may say that values are not compared with PyTorch's, and why."""
     case = _case_of(item)

@@ -44,14 +44,14 @@ def test_latency_is_judged_afterwards_and_alone(folder: Path) -> None:
     words = ("qualify", "--report", "out", "--", "-n", "2", "--junitxml", "pytest.xml", "--benchmark-json=times.json")
     done = command_line(folder, *words)
     assert done.returncode == 0, done.stdout[-2000:]
-    assert done.stdout.splitlines()[-1].startswith("QUALIFIED: 0 of 34 claims failed"), done.stdout[-2000:]
+    assert done.stdout.splitlines()[-1].startswith("QUALIFIED: 0 of 35 claims failed"), done.stdout[-2000:]
     assert "automatically disabled" not in done.stdout + done.stderr
     # Files that pytest was asked for: what the processes judged, and what the one alone measured.
-    assert (folder / "pytest.xml").read_text(encoding="utf-8").count("<testcase") == 34 - len(LATENCY)
+    assert (folder / "pytest.xml").read_text(encoding="utf-8").count("<testcase") == 35 - len(LATENCY)
     assert len(json.loads((folder / "times.json").read_text(encoding="utf-8"))["benchmarks"]) == 1
     run = reports.read_record(folder / "out")
     claims = [c.claim for c in run.claims]
-    assert len(claims) == len(set(claims)) == 34 and set(claims) >= LATENCY
+    assert len(claims) == len(set(claims)) == 35 and set(claims) >= LATENCY
     assert set(claims[-len(LATENCY) :]) == LATENCY, "they come last"
     assert not (folder / "out" / "latency").exists()
     before = (folder / "out" / "record.jsonl").read_bytes()
