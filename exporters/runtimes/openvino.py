@@ -91,7 +91,7 @@ class OpenVinoSession(Session):
 
     def __init__(self, path: Path, spec: ExportSpec, *, named: bool) -> None:
         self.folder, self.xml, self.spec = path if path.is_dir() else path.parent, xml_of(path), spec
-        self.stride = spec.model.stride
+        self.stride, self.named = spec.model.stride, named
         self.model = read(self.xml)
         # BF16 is the default where the CPU has it; the precision that is judged is the one that is computed in.
         hints = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
@@ -129,6 +129,8 @@ class OpenVinoSession(Session):
     def metadata(self) -> Metadata:
         found = read_yaml(self.folder / SIDE_CAR)
         told = _told(self.model, "labels")
+        if told is None and self.named and found.task:
+            raise ArtifactError(f"'{self.xml}' has lost its labels: it holds no rt_info {INFO}", "export it again")
         if told is not None and found.task and told.split() != labels(found):
             raise ArtifactError(
                 f"'{self.xml}': its labels are not the names in {SIDE_CAR}: {told[:80]!r}", "export it again"
