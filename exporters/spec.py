@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from functools import partial
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from exporters.errors import BadRequest
-from exporters.models.spec import ModelSpec
+from exporters.models.spec import ModelSpec, belongs
 from exporters.tensorrt import options as engine
 
 
@@ -119,6 +119,15 @@ class ExportSpec:
     def but(self, **changes: Any) -> ExportSpec:
         """A copy with other values."""
         return replace(self, **changes)
+
+    def check_keep(self, names: Collection[str], what: str) -> None:
+        """Raises BadRequest where `keep` names a module in which none of these operators is; `what` says which."""
+        stray = next((k for k in self.keep if not any(belongs(n, [k]) for n in names)), None)
+        if stray is not None:
+            raise BadRequest(
+                f"keep '{stray}': model '{self.model.name}' has no {what} in a module of that name",
+                "name modules as PyTorch does, as in model.0.conv",
+            )
 
 
 def near(text: str, known: list[str]) -> str:

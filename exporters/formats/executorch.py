@@ -16,7 +16,7 @@ import numpy as np
 
 from exporters import calibration
 from exporters.artifact import Achieved, Artifact
-from exporters.errors import BadRequest, ExportError, first_line
+from exporters.errors import ExportError, first_line
 from exporters.formats import Format, Job, Made, Runtime, Step, heads, needs_data
 from exporters.models.spec import belongs
 from exporters.session import Session
@@ -186,12 +186,7 @@ def _quantized(program: ExportedProgram, job: Job) -> tuple[ExportedProgram, lis
     xnnpack: Any = importlib.import_module("executorch.backends.xnnpack.quantizer.xnnpack_quantizer")
     spec, module = job.spec, cast("Any", program.module())
     paths = {_path(node) for node in module.graph.nodes}
-    stray = next((k for k in spec.keep if not any(belongs(p, [k]) for p in paths)), None)
-    if stray is not None:
-        raise BadRequest(
-            f"keep '{stray}': model '{spec.model.name}' has no operator in a module of that name",
-            "name modules as PyTorch does, as in model.0.conv",
-        )
+    spec.check_keep(paths, "operator")
     kept = [*heads(spec), *(path for path, _ in spec.model.fp32), *spec.keep]
     for node in module.graph.nodes:
         if belongs(_path(node), kept):  # as annotated already: the quantizer's own filter is not asked about joins

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from exporters import calibration
 from exporters.artifact import Achieved, Artifact
-from exporters.errors import BadRequest, ExportError, first_line
+from exporters.errors import ExportError, first_line
 from exporters.formats import Format, Job, Made, Runtime, Step, heads, needs_data
 from exporters.metadata import SIDE_CAR
 from exporters.models.spec import belongs
@@ -58,12 +58,7 @@ def _quantize(model: Any, job: Job) -> tuple[Any, list[str]]:
     nncf, spec = cast("Any", importlib.import_module("nncf")), job.spec
     feeds = calibration.kept_batches(spec, job.folder / SAMPLES)
     names = [op.get_friendly_name() for op in model.get_ordered_ops()]
-    stray = next((k for k in spec.keep if not any(belongs(n, [k]) for n in names)), None)
-    if stray is not None:
-        raise BadRequest(
-            f"keep '{stray}': model '{spec.model.name}' has no operator in a module of that name",
-            "name modules as PyTorch does, as in model.0.conv",
-        )
+    spec.check_keep(names, "operator")
     kept = [*heads(spec), *(path for path, _ in spec.model.fp32), *spec.keep]
     try:
         quantized = nncf.quantize(

@@ -12,10 +12,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from exporters import calibration
-from exporters.errors import BadRequest, ExportError
+from exporters.errors import ExportError
 from exporters.graph.placement import HEAVY, Placement, measured, place
 from exporters.graph.ranges import calibrated
-from exporters.models.spec import belongs
 from exporters.session import Array
 from exporters.spec import ExportSpec, Precision
 
@@ -41,12 +40,7 @@ def quantize(parent: Path, folder: Path, spec: ExportSpec) -> tuple[onnx.ModelPr
             f"model '{spec.model.name}' has no convolution or matrix product that could be quantized", "ask for fp16"
         )
     names = [n.name for n in graph.graph.node if n.op_type in HEAVY]
-    stray = next((k for k in spec.keep if not any(belongs(n, [k]) for n in names)), None)
-    if stray is not None:
-        raise BadRequest(
-            f"keep '{stray}': model '{spec.model.name}' has no convolution or matrix product in a module of that name",
-            "name modules as PyTorch does, as in model.0.conv",
-        )
+    spec.check_keep(names, "convolution or matrix product")
     ranges = calibrated(parent, folder, spec, measured(graph.graph, [path for path, _ in spec.model.fp32]))
     insert(graph, placement, ranges.largest, spec.precision)
     notes = [f"calibrated on {ranges.images} images ({spec.calibrator})"]
