@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ BASES = {
     "MINMAX_CALIBRATION": "IInt8MinMaxCalibrator",
 }
 SUFFIX = ".calibration"
+LEGACY_LINE = re.compile(r"\d+ [0-9a-f]{16} [0-9a-f]{16}")  # LEGACY_CALIBRATION writes quantile and cutoff (10.6)
 
 
 @dataclass
@@ -66,9 +68,9 @@ def size_of(spec: ExportSpec) -> int:
 
 
 def is_cache(data: bytes) -> bool:
-    """Whether these bytes are a calibration cache: "TRT-<version>-<algorithm>", then "tensor: hexadecimal scale"."""
+    """Whether these bytes are a calibration cache: a line on the algorithm, then "tensor: hexadecimal scale"."""
     lines = data.decode("ascii", errors="replace").splitlines()
-    if not lines or not lines[0].startswith("TRT-"):
+    if not lines or not (lines[0].startswith("TRT-") or LEGACY_LINE.fullmatch(lines[0])):
         return False
     for line in lines[1:]:
         name, _, value = line.rpartition(":")
@@ -82,8 +84,11 @@ def is_cache(data: bytes) -> bool:
 
 
 def algorithm_of(data: bytes) -> str:
-    """The algorithm that a calibration cache's first line names ("TRT-100600-EntropyCalibration2"); "" where none."""
-    word = data.partition(b"\n")[0].decode("ascii", errors="replace").strip().rpartition("-")[2].lower()
+    """The algorithm of a calibration cache, by its first line ("TRT-100600-EntropyCalibration2"); "" where none."""
+    line = data.partition(b"\n")[0].decode("ascii", errors="replace").strip()
+    if LEGACY_LINE.fullmatch(line):
+        return "LEGACY_CALIBRATION"
+    word = line.rpartition("-")[2].lower()
     return next((a for a in BASES if a.replace("_", "").lower() == word), "")
 
 

@@ -35,7 +35,8 @@ WORDS = (
     ("fp32", "fp32"),
     ("float", "fp32"),
 )
-MULTIPLIES = re.compile("conv|gemm|matrix|matmul", re.IGNORECASE)  # kinds of layers
+# Kinds of layers. What pads a convolution's channels names its node, too, and reads FP32 (seen: BF16, dynamic, 10.6).
+MULTIPLIES = re.compile("conv|correlation|gemm|matrix|matmul", re.IGNORECASE)
 HEAVY = re.compile(r"(Conv|ConvTranspose|MatMul|Gemm)(_\d+)?$")
 
 

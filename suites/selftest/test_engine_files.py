@@ -233,6 +233,8 @@ def test_timing_caches_travel_packed_beside_baselines(tmp_path: Path, monkeypatc
     [
         (b"TRT-100600-EntropyCalibration2\nimages: 3c010a14\n", True, "ENTROPY_CALIBRATION_2"),
         (b"TRT-8601-MinMaxCalibration\nimages: 3c010a14\n/a/Conv: 3c010a14\n", True, "MINMAX_CALIBRATION"),
+        (b"0 3ff0000000000000 3fefff2e48e8a71e\nimages: 3bce0b2d\n", True, "LEGACY_CALIBRATION"),  # TensorRT 10.6's
+        (b"0 3ff0000000000000\nimages: 3bce0b2d\n", False, ""),
         (b"TRT-100600-EntropyCalibration2\n", False, "ENTROPY_CALIBRATION_2"),
         (b"TRT-100600-EntropyCalibration2\nimages: 3c01\n", False, "ENTROPY_CALIBRATION_2"),
         (b"\x00\xff\xfe", False, ""),
