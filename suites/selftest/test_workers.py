@@ -34,7 +34,7 @@ from exporters.spec import request
 from suites.conformance import test_export as export
 from suites.conformance import test_robustness as robustness
 from suites.conformance import test_shapes as shapes
-from suites.support.ahead import export_ahead
+from suites.support.ahead import export_ahead, generations
 from suites.support.bench import Bench, Run
 from suites.support.cases import Case
 from suites.support.config import Project
@@ -227,16 +227,19 @@ def test_no_worker_outlives_its_pool(folder: Path) -> None:
 # ---- several at once -------------------------------------------------------------------------------------------------
 
 
-def test_exports_made_ahead_are_found_and_failures_are_told(folder: Path, judge: Judge) -> None:
+def test_exports_made_ahead_are_found_and_failures_are_told(
+    folder: Path, judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two at a time; what could not be made fails its own case in its own words, without another try."""
+    monkeypatch.setenv("EXPORTGATE_CACHE", str(tmp_path))
     with Pool() as pool:
         run = Run(Project(folder), pool)
         benches = [bench_of(run, folder, "plain", form) for form in ("pytorch", "torchscript", "onnx")]
         lost = bench_of(run, folder, "aborting", "torchscript")
         run.failed = export_ahead(pool, [b.case for b in (*benches, lost)], 2)
         assert list(run.failed) == [lost.case.id]
-        made = list(pool.fresh)  # other tests of this module may have made the first one
-        assert len(made) >= 2
+        made = list(pool.fresh)
+        assert len(made) == 3
         for bench in benches:
             bench.artifact()
         assert pool.fresh == made, "one was made again"
@@ -245,6 +248,13 @@ def test_exports_made_ahead_are_found_and_failures_are_told(folder: Path, judge:
         verdict, because = judge(shapes.test_output_shapes_match_reference, lost)
         assert verdict is Verdict.CRASH and "SIGABRT" in because, because
         assert len(set(pool.fresh)) == len(pool.fresh), "one was made twice"
+
+
+def test_what_several_are_made_from_is_made_first_and_once(folder: Path) -> None:
+    model = ModelSpec("plain", "misbehaving:plain", search=(folder,), imgsz=(32, 32))
+    fp32, fp16 = request(model, "onnx"), request(model, "onnx", half=True)
+    engines = [request(model, "engine", half=True, device="0", builder_level=n) for n in (1, 2)]
+    assert generations([*engines, fp32]) == [[fp32], [fp16], engines]
 
 
 # ---- interrupted ---------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from exporters import formats
@@ -27,25 +27,15 @@ def exports_at_once(asked: int | None, cases: Sequence[Case]) -> int:
 def export_ahead(pool: Pool, cases: Sequence[Case], count: int) -> dict[str, ExportgateError]:
     """Makes the artifacts of these cases in `count` processes, each on a GPU of its own where there are several.
 
-    What they share (their parents) is made first. Every GPU used has the same name as the first, since an engine
-    belongs to a GPU model; each process sees its GPU as the first, so that the requests, and their keys, are the same.
+    What they are made from (their parents) is made before, so that none is made twice. Every GPU used has the same name
+    as the first, since an engine belongs to a GPU model; each process sees its GPU as the first, so that the requests,
+    and their keys, are the same.
 
     Returns:
         What could not be made, by the case's id, for the claim that asks for it.
     """
     wanted = {repr(c.spec): c.spec for c in cases if not c.missing and not c.because and not c.budget}
     failed: dict[str, ExportgateError] = {}  # by the request
-
-    def make(made_in: Pool, spec: ExportSpec) -> None:
-        try:
-            made_in.export(spec)
-        except ExportgateError as error:
-            failed[repr(spec)] = error
-
-    for spec in wanted.values():
-        for parent in formats.get(spec.format).parents(spec):
-            make(pool, parent)
-    failed.clear()  # who needs that parent fails by it, in the words of its own export
     gpus = same_gpus(FIRST) if {s.device for s in wanted.values()} <= {"cpu", FIRST} else []
     pools = [
         Pool(pool.limits, pool.folder / f"ahead-{n}", progress=pool.progress, variables=_seeing(gpus, n))
@@ -57,18 +47,37 @@ def export_ahead(pool: Pool, cases: Sequence[Case], count: int) -> dict[str, Exp
     def one(spec: ExportSpec) -> None:
         if not hasattr(mine, "pool"):
             mine.pool = free.pop()
-        make(mine.pool, spec)
+        try:
+            mine.pool.export(spec)
+        except ExportgateError as error:  # of a parent: who needs it fails by it, in the words of its own export
+            failed[repr(spec)] = error
 
     executor = ThreadPoolExecutor(count)
     try:
-        # The longest first, as far as that is known: the largest batches.
-        list(executor.map(one, sorted(wanted.values(), key=lambda s: -s.batch)))
+        for generation in generations(wanted.values()):
+            # The longest first, as far as that is known: the largest batches.
+            list(executor.map(one, sorted(generation, key=lambda s: -s.batch)))
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
         for made in pools:
             pool.fresh += made.fresh
             made.close()
     return {c.id: failed[repr(c.spec)] for c in cases if repr(c.spec) in failed}
+
+
+def generations(wanted: Iterable[ExportSpec]) -> list[list[ExportSpec]]:
+    """The requests and what they are made from: first those that are made from nothing, each one once."""
+    found: list[dict[str, ExportSpec]] = []
+
+    def place(spec: ExportSpec) -> int:
+        number = 1 + max((place(parent) for parent in formats.get(spec.format).parents(spec)), default=-1)
+        found.extend({} for _ in range(number + 1 - len(found)))
+        found[number][repr(spec)] = spec
+        return number
+
+    for spec in wanted:
+        place(spec)
+    return [list(specs.values()) for specs in found]
 
 
 def _seeing(gpus: Sequence[str], number: int) -> dict[str, str]:
