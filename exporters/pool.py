@@ -38,7 +38,7 @@ from exporters.metadata import Metadata, normalize
 from exporters.models.spec import ModelSpec
 from exporters.session import Execution, Layer
 from exporters.spec import ExportSpec, is_factory
-from exporters.weights import Weight
+from exporters.weights import Parameters, Weight
 
 PREFIX = "exportgate-run-"  # of the folders of runs
 
@@ -128,15 +128,13 @@ class RemoteSession:
         )
         return Description(execution=Execution(**execution), **Facts.read(data, self.artifact.path))
 
-    def parameters(self) -> tuple[dict[str, Array], list[str], list[str]]:
-        """Parameters as exporters fold them, the names of weights that layers use, and of those that were folded.
-
-        Sessions of the pytorch format only.
-        """
+    def parameters(self) -> Parameters:
+        """Parameters as exporters fold them (sessions of the pytorch format only)."""
         place = self._place()
         told = self._call("parameters", folder=str(place))
         try:
-            return {k: v.copy() for k, v in load(told["values"]).items()}, told["used"], told["folded"]
+            values, slack = ({k: v.copy() for k, v in load(told[part]).items()} for part in ("values", "slack"))
+            return Parameters(values, tuple(told["used"]), slack, tuple(told["others"]))
         finally:
             shutil.rmtree(place, ignore_errors=True)
 
@@ -268,6 +266,7 @@ class Pool:
         """
         entry = formats.get(spec.format)
         entry.check(spec)
+        environment = self.chain(entry.chain(spec.device))  # before anything is made for a toolchain that is not here
         parents: list[Artifact] = []
         for parent in entry.parents(spec):
             try:
@@ -281,7 +280,6 @@ class Pool:
         before = _stamp(spec.model)
         if spec.model.weights is not None and str(spec.model.weights) not in self.weights:
             self.weights[str(spec.model.weights)] = weights_digest(spec.model) or ""
-        environment = self.chain(entry.chain(spec.device))
         key = export_key(spec, [p.key for p in parents], environment.packages, entry.depends(spec), self._state(spec))
         final = (
             toolchain.cache_root()
@@ -459,8 +457,9 @@ class Pool:
         worker = self.worker(entry.chain(spec.device), entry.id, step.role, step.imports, _source(spec))
         try:
             told = worker.call("weights", format=entry.id, path=str(artifact.path), folder=str(folder))
-            within = load(told["within"])
-            return {k: Weight(v.copy(), within[k].copy()) for k, v in load(told["values"]).items()}
+            parts = ("values", "step", "rounding", "table")
+            values, step, rounding, table = ({k: v.copy() for k, v in load(told[part]).items()} for part in parts)
+            return {name: Weight(v, step[name], rounding[name], table.get(name)) for name, v in values.items()}
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -3,20 +3,56 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from exporters.arrays import Array
+from exporters.errors import ArtifactError
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight's values as they are computed with (FP32), and how far each may be from what it was stored from.
+    """A weight's values as they are computed with (FP32), and how they are stored.
 
-    `within` is broadcast to the values: half a step of what they are stored in, at each value.
+    `step` and `rounding` are broadcast to the values: half a step of whole numbers (0 where values are stored as they
+    are), and how far rounding to the file's floating point may move a value. `table` holds the entries that a value
+    may have, in ascending order, where it is one of a table.
     """
 
     values: Array
-    within: Array
+    step: Array
+    rounding: Array
+    table: Array | None = None
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A model's parameters as exporters fold them.
+
+    `used` names those of convolutions and matrix products: weights, and biases that are not 0. `slack` is how far those
+    that a normalization was folded into may differ at each value, in FP32. `others` names parameters of other layers.
+    """
+
+    values: Mapping[str, Array]
+    used: tuple[str, ...]
+    slack: Mapping[str, Array]
+    others: tuple[str, ...]
+
+
+def by_short(names: Iterable[str], where: str) -> dict[str, str]:
+    """Names by what `short` makes of them.
+
+    Raises:
+        ArtifactError: it makes the same of two.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        if (other := found.setdefault(short(name), name)) != name:
+            raise ArtifactError(
+                f"{where}: '{other}' and '{name}' are told apart by signs alone, which formats write differently",
+                "rename one of them",
+            )
+    return found
 
 
 def short(name: str) -> str:

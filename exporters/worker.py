@@ -178,7 +178,9 @@ class Server:
         found, folder = read(Path(call["path"])), Path(call["folder"])
         return {
             "values": save({k: w.values for k, w in found.items()}, folder / "values"),
-            "within": save({k: w.within for k, w in found.items()}, folder / "within"),
+            "step": save({k: w.step for k, w in found.items()}, folder / "step"),
+            "rounding": save({k: w.rounding for k, w in found.items()}, folder / "rounding"),
+            "table": save({k: w.table for k, w in found.items() if w.table is not None}, folder / "table"),
         }
 
     def parameters(self, call: Json) -> Json:
@@ -187,8 +189,9 @@ class Server:
 
         session = self.sessions[call["session"]]
         assert isinstance(session, Reference)
-        found, used, folded = session.parameters()
-        return {"values": save(found, Path(call["folder"])), "used": used, "folded": folded}
+        found, folder = session.parameters(), Path(call["folder"])
+        values, slack = save(found.values, folder / "values"), save(found.slack, folder / "slack")
+        return {"values": values, "slack": slack, "used": found.used, "others": found.others}
 
     def _facts(self, call: Json, read: Callable[[], Metadata]) -> Json:
         entry = formats.get(call["format"])

@@ -120,9 +120,19 @@ def whole_batches(spec: ExportSpec, *, varies: bool) -> tuple[int, Iterator[dict
 
 def keep_batches(spec: ExportSpec, folder: Path) -> None:
     """Writes the calibration batches below `folder`, for a step whose toolchain lacks what the user's code imports."""
-    _, made = whole_batches(spec, varies=spec.dynamic)
+    size, made = whole_batches(spec, varies=spec.dynamic)
+    names, number = [i.name for i in spec.model.inputs], -1
     for number, feeds in enumerate(made):
-        save(feeds, folder / f"{number:06}")
+        if lacking := [name for name in names if name not in feeds]:
+            raise BadRequest(
+                f"data '{spec.data}' gives {', '.join(feeds) or 'nothing'}, and not {', '.join(lacking)}",
+                f"yield mappings from {', '.join(names)} to arrays",
+            )
+        save({name: feeds[name] for name in names}, folder / f"{number:06}")
+    if number < 0:
+        raise BadRequest(
+            f"data '{spec.data}' has fewer samples than a batch of {size}", "give more, or a smaller --batch"
+        )
 
 
 def kept_batches(spec: ExportSpec, folder: Path) -> list[dict[str, Array]]:

@@ -102,8 +102,6 @@ def convert(job: Job, kind: str) -> Any:
         parameters = {name: p.numpy() for name, p in graph.state_dict().items() if p.is_floating_point()}
         for path in (*(p for p, _ in spec.model.fp32), *spec.keep):
             _check_module(graph, path, spec.model.name)
-        if spec.nms or normalizes(spec.model):
-            graph = cast("Any", torch.jit.trace(Wrapped(graph, spec), example(spec), strict=False, check_trace=False))
         modules = Modules(parameters)
         pipeline: Any = library.PassPipeline()
         add_pass(pipeline, modules, (*kept, *spec.keep))
@@ -118,6 +116,9 @@ def convert(job: Job, kind: str) -> Any:
 
                 options["compute_precision"] = library.transform.FP16ComputePrecision(in_fp16)
         try:
+            if spec.nms or normalizes(spec.model):
+                wrapped = Wrapped(graph, spec)
+                graph = cast("Any", torch.jit.trace(wrapped, example(spec), strict=False, check_trace=False))
             model = library.convert(graph, **options)
         except FAILURES as error:
             raise ExportError(f"coremltools failed ({first_line(error)})", "see the worker's log") from error

@@ -156,7 +156,8 @@ def metadata(path: Path) -> Metadata:
         if value != getattr(found, key):
             raise ArtifactError(f"'{path}' says {key} {value!r}, and in its metadata {getattr(found, key)!r}", AGAIN)
     labels = labels_of(file)
-    if labels and found.names and labels != [n for _, n in sorted(found.names.items())]:
+    has_labels = bool(labels) or file.suppression is not None or found.task == "classify"
+    if has_labels and found.names and labels != [n for _, n in sorted(found.names.items())]:
         raise ArtifactError(f"'{path}': its class labels {labels[:5]} are not the names in its metadata", AGAIN)
     return found
 
@@ -205,8 +206,8 @@ def _input(file: File, entry: Any, model: ModelSpec) -> TensorInfo:
     if channels is None:
         raise ArtifactError(f"'{file.path}': input {entry.name} is in {colours}, expected RGB", AGAIN)
     scale = _scale(file, entry.name)
-    if scale is None or abs(scale - SCALE) > 1e-3 * SCALE:  # FP16 holds it to 2^-11
-        told = f"scaled by {scale:.6g}" if scale is not None else "not scaled"
+    if scale is None or abs(scale - SCALE) > 2.0**-11 * SCALE:  # as FP16 holds it
+        told = f"scaled by {scale:.6g}" if scale is not None else "not scaled, or shifted"
         raise ArtifactError(f"'{file.path}': input {entry.name} is {told}, expected 1/255", AGAIN)
     return TensorInfo(name, (1, channels, int(image.height), int(image.width)), "float32")
 
@@ -224,6 +225,8 @@ def _scale(file: File, name: str) -> float | None:
     if var is None or len(var.child_ops) != 1 or var.child_ops[0].op_type != "mul":
         return None
     op = var.child_ops[0]
+    if any("__biased__" in str(then.name) for then in op.outputs[0].child_ops):  # as coremltools calls what it adds
+        return None
     factor = (op.y if op.x is var else op.x).val
     return float(factor) if factor is not None and getattr(factor, "size", 1) == 1 else None
 

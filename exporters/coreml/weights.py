@@ -13,8 +13,8 @@ import numpy as np
 
 from exporters.artifact import UNQUANTIZED, Achieved
 from exporters.coreml.naming import HEAVY, LAYERS, is_stored, told, weight_inputs
-from exporters.coreml.read import AGAIN, File, open_file
-from exporters.errors import ArtifactError
+from exporters.coreml.read import AGAIN, BROKEN, File, open_file
+from exporters.errors import ArtifactError, first_line
 from exporters.session import Array
 from exporters.weights import Weight
 
@@ -73,7 +73,10 @@ def every_weight(file: File) -> Iterator[Stored]:
     Raises:
         ArtifactError: see `open_file` and `File.main`; or a layer has another number of values than it says.
     """
-    yield from _of_program(file) if file.layers is None else _of_network(file)
+    try:
+        yield from _of_program(file) if file.layers is None else _of_network(file)
+    except BROKEN as error:
+        raise ArtifactError(f"'{file.path}': its weights cannot be read ({first_line(error)})", AGAIN) from None
 
 
 def _of_program(file: File) -> Iterator[Stored]:
@@ -93,24 +96,25 @@ def _stored(var: Any, computed: str, is_bias: bool) -> Stored:
     if op.op_type == "const":
         values = np.asarray(var.val)
         return Stored(told(var.name), stored_as, computed, _plain(values), is_bias)
+    scale, data = op.inputs.get("scale"), op.inputs.get("quantized_data") or op.inputs.get("data")
+    if op.op_type != "constexpr_lut_to_dense" and (scale is None or data is None):
+        raise ArtifactError(f"weight {told(var.name)} is stored by {op.op_type}, which is not read here", AGAIN)
     values = np.asarray(op.materialized_val_inference())
+    step, table = np.zeros((1,) * values.ndim, np.float32), None
     if op.op_type == "constexpr_lut_to_dense":
-        is_8_bits, within = op.lut.val.size in (128, 256), _between(values)
+        table = np.sort(_floats(np.asarray(op.lut.val)).ravel())
+        is_8_bits = table.size == 256
     else:
-        data, scale = next(
-            (d, s)
-            for d, s in ((op.inputs.get(a), op.inputs.get("scale")) for a in ("quantized_data", "data"))
-            if d is not None
-        )
         is_8_bits = _short(data.dtype) in ("int8", "uint8")
-        within = 0.5 * _spread(np.asarray(scale.val, np.float32), values.shape, op.inputs.get("axis"))
+        step = 0.5 * _spread(np.asarray(scale.val, np.float32), values.shape, op.inputs.get("axis"))
     kind = "int8" if is_8_bits else f"{_short(var.dtype)} {op.op_type}"
     # coremltools quantizes FP16 weights in FP16: the weight, its scale, their quotient (each by a share of the weight,
     # 2^-11, that is a step of FP16 at most) and the product are rounded, too. A weight is what it was rounded to and
     # half a step at most.
+    rounding = np.zeros((1,) * values.ndim, np.float32)
     if values.dtype == np.float16:
-        within = within + 3 * np.spacing((np.abs(_floats(values)) + within).astype(np.float16)).astype(np.float32)
-    return Stored(told(var.name), kind, computed, Weight(_floats(values), within), is_bias)
+        rounding = 3 * np.spacing((np.abs(_floats(values)) + step).astype(np.float16)).astype(np.float32)
+    return Stored(told(var.name), kind, computed, Weight(_floats(values), step, rounding, table), is_bias)
 
 
 def _spread(scale: Array, shape: tuple[int, ...], axis: Any) -> Array:
@@ -122,26 +126,12 @@ def _spread(scale: Array, shape: tuple[int, ...], axis: Any) -> Array:
     return scale
 
 
-def _between(values: Array) -> Array:
-    """Half the distance to the next value of a table, on the side where that is farther; at its ends there is one side.
-
-    A weight lies nearest to the entry that stands for it. An outermost entry is the mean of what is beyond, too, and
-    that is as far from it as one of 255 equal steps at most, or k-means would give it an entry.
-    """
-    table = np.unique(_floats(values))
-    if table.size < 2:
-        return np.zeros((1,) * values.ndim, np.float32)
-    gaps = np.diff(table)
-    half = np.maximum(np.append(gaps, gaps[-1]), np.insert(gaps, 0, gaps[0])) / 2
-    half[[0, -1]] = np.maximum(half[[0, -1]], (table[-1] - table[0]) / 255)
-    return half[np.searchsorted(table, _floats(values))]
-
-
 def _plain(values: Array) -> Weight:
     """Values as they are: FP16 is rounded by half a step at most, FP32 not at all."""
+    zero = np.zeros((1,) * values.ndim, np.float32)
     if values.dtype != np.float16:
-        return Weight(_floats(values), np.zeros((1,) * values.ndim, np.float32))
-    return Weight(_floats(values), np.spacing(np.abs(values)).astype(np.float32) / 2)
+        return Weight(_floats(values), zero, zero)
+    return Weight(_floats(values), zero, np.spacing(np.abs(values)).astype(np.float32) / 2)
 
 
 def _floats(values: Array) -> Array:
@@ -188,15 +178,16 @@ def _stored_in_layer(
                 )
             whole = np.frombuffer(params.rawValue, np.uint8)
             if how.WhichOneof("QuantizationType") == "lookupTableQuantization":
-                values = np.array(how.lookupTableQuantization.floatValue, np.float32)[whole].reshape(shape)
-                return Stored(name, "int8", "int8", Weight(values, _between(values)), is_bias)
+                table = np.array(how.lookupTableQuantization.floatValue, np.float32)
+                values, zero = table[whole].reshape(shape), np.zeros((1,) * len(shape), np.float32)
+                return Stored(name, "int8", "int8", Weight(values, zero, zero, np.sort(table)), is_bias)
             scale, bias = (np.array(getattr(how.linearQuantization, f), np.float32) for f in ("scale", "bias"))
             along = [1] * len(shape)
             along[int(turned)] = -1  # output channels, which come second in a transposed convolution
             scale = scale.reshape(along)
             values = whole.reshape(shape) * scale + (bias.reshape(along) if bias.size else np.float32(0))
-            slack = 4 * np.spacing(np.abs(bias).max(initial=0.0))  # of the sum
-            return Stored(name, "int8", "int8", Weight(values, 0.5 * scale + slack), is_bias)
+            rounding = np.full((1,) * len(shape), 4 * np.spacing(np.abs(bias).max(initial=0.0)))  # of the sum
+            return Stored(name, "int8", "int8", Weight(values, 0.5 * scale, rounding), is_bias)
         if params.float16Value:
             values = np.frombuffer(params.float16Value, np.float16).reshape(shape)
             return Stored(name, "fp16", "fp16", _plain(values), is_bias)

@@ -85,6 +85,19 @@ def no_parents(spec: ExportSpec) -> tuple[ExportSpec, ...]:
     return ()
 
 
+def fp32_onnx(spec: ExportSpec) -> tuple[ExportSpec, ...]:
+    """Parents of a format that is made from the FP32 ONNX file: its tensors keep their names."""
+    return (ExportSpec(spec.model, "onnx", Precision.FP32, spec.imgsz, spec.batch, spec.dynamic),)
+
+
+def fp32_trace(spec: ExportSpec) -> tuple[ExportSpec, ...]:
+    """Parents of a format that is made from the FP32 trace, which keeps the modules' paths.
+
+    The module itself may need packages that the format's toolchain lacks.
+    """
+    return (ExportSpec(spec.model, "torchscript", Precision.FP32, spec.imgsz, spec.batch),)
+
+
 def nothing_further(spec: ExportSpec) -> Mapping[str, str]:
     """A format whose artifact depends on nothing but what every format's depends on."""
     return {}

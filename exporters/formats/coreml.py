@@ -8,7 +8,7 @@ from pathlib import Path
 
 from exporters.artifact import Achieved, Artifact, TensorInfo
 from exporters.errors import BadRequest
-from exporters.formats import Format, Job, Made, Runtime, Step, no_nms
+from exporters.formats import Format, Job, Made, Runtime, Step, fp32_trace, no_nms
 from exporters.metadata import Metadata
 from exporters.models.spec import classifier_output, detector_output
 from exporters.session import Session
@@ -28,11 +28,6 @@ RUNTIME = Runtime(
     imports=("exporters.runtimes.coreml",),
     runs=sys.platform == "darwin",
 )
-
-
-def parents(spec: ExportSpec) -> tuple[ExportSpec, ...]:
-    """The FP32 trace: the module itself may need packages that this toolchain lacks."""
-    return (ExportSpec(spec.model, "torchscript", Precision.FP32, spec.imgsz, spec.batch),)
 
 
 def export(job: Job) -> Made:
@@ -151,7 +146,7 @@ FORMAT = Format(
     steps=steps,
     load=load,
     inspect=inspect,
-    parents=parents,
+    parents=fp32_trace,
     refusal=refusal,
     metadata=metadata,
     signature=signature,

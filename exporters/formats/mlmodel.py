@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from exporters.errors import ExportError, first_line
-from exporters.formats import Format, Job, Made, Step, coreml
+from exporters.formats import Format, Job, Made, Step, coreml, fp32_trace
 from exporters.spec import ExportSpec, Precision
 
 
@@ -29,11 +29,6 @@ def export(job: Job) -> Made:
     return Made(name, notes)
 
 
-def refusal(spec: ExportSpec) -> str:
-    """As an ML Program's."""
-    return coreml.refusal(spec)
-
-
 def steps(spec: ExportSpec) -> tuple[Step, ...]:
     """One."""
     return (Step("convert", export, (coreml.MODULE,)),)
@@ -51,8 +46,8 @@ FORMAT = Format(
     steps=steps,
     load=coreml.load,
     inspect=coreml.inspect,
-    parents=coreml.parents,
-    refusal=refusal,
+    parents=fp32_trace,
+    refusal=coreml.refusal,
     metadata=coreml.metadata,
     signature=coreml.signature,
     weights=coreml.weights,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from exporters.artifact import Achieved, Artifact
 from exporters.errors import NotSupported
-from exporters.formats import Format, Job, Made, Runtime, Step
+from exporters.formats import Format, Job, Made, Runtime, Step, fp32_onnx
 from exporters.session import Session
 from exporters.spec import ExportSpec, Precision
 
@@ -16,11 +16,6 @@ MODULE = "exporters.runtimes.mnn"
 # moved boxes and scores least, for 8 % more bytes. (--weightQuantAsymmetric would make it symmetric: asymmetric is the
 # default, and the word for it switches it off.)
 INT8 = ("--weightQuantBits", "8", "--weightQuantBlock", "16", "--hqq")
-
-
-def parents(spec: ExportSpec) -> tuple[ExportSpec, ...]:
-    """The FP32 ONNX file: its tensors keep their names, and other formats are made of it, too."""
-    return (ExportSpec(spec.model, "onnx", Precision.FP32, spec.imgsz, spec.batch, spec.dynamic),)
 
 
 def export(job: Job) -> Made:
@@ -98,11 +93,12 @@ FORMAT = Format(
             (Precision.FP32,),
             "MNN's CPU backend makes FP32 of weights of 16 and 8 bits when it opens a file, and computes in FP32",
             imports=(MODULE,),
+            untold="MNN does not tell; convolutions over one point show it, and this model has none",
         ),
     ),
     steps=steps,
     load=load,
     inspect=inspect,
-    parents=parents,
+    parents=fp32_onnx,
     refusal=refusal,
 )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from exporters.artifact import Achieved, Artifact
 from exporters.errors import ArtifactError, ExportError
-from exporters.formats import Format, Job, Made, Runtime, Step
+from exporters.formats import Format, Job, Made, Runtime, Step, fp32_trace
 from exporters.metadata import SIDE_CAR
 from exporters.models.spec import belongs
 from exporters.session import Session
@@ -30,11 +30,6 @@ TYPES = {"float32": "f32", "int32": "i32", "int64": "i64"}  # of inputs, as pnnx
 MOST_AXES = 4  # of an ncnn blob, beside the batch
 NO_BATCH = 233  # pnnx's word for it
 WEIGHT = re.compile(r"nn\.(?!\w*Norm|PReLU)\w+ +(?P<path>\S+) .*?@weight=\((?P<shape>[\d,]+)\)")  # in pnnx's own graph
-
-
-def parents(spec: ExportSpec) -> tuple[ExportSpec, ...]:
-    """TorchScript in FP32: what pnnx was made for. It keeps the modules' paths, and of ONNX it joins fewer layers."""
-    return (ExportSpec(spec.model, "torchscript", Precision.FP32, spec.imgsz, spec.batch),)
 
 
 def export(job: Job) -> Made:
@@ -233,7 +228,7 @@ FORMAT = Format(
     steps=steps,
     load=load,
     inspect=inspect,
-    parents=parents,
+    parents=fp32_trace,  # what pnnx was made for; of ONNX it joins fewer layers
     refusal=refusal,
     gone={
         Precision.INT8: "ncnn's Python package holds none of its quantization tools (ncnn2table, ncnn2int8)",

@@ -10,7 +10,7 @@ from typing import Any, cast
 from exporters import calibration
 from exporters.artifact import Achieved, Artifact
 from exporters.errors import ExportError, first_line
-from exporters.formats import Format, Job, Made, Runtime, Step, heads, needs_data
+from exporters.formats import Format, Job, Made, Runtime, Step, fp32_onnx, heads, needs_data
 from exporters.metadata import SIDE_CAR
 from exporters.models.spec import belongs
 from exporters.session import Session
@@ -19,11 +19,6 @@ from exporters.spec import ExportSpec, Precision
 MODULE = "exporters.runtimes.openvino"
 FOLDER = "_openvino_model"
 SAMPLES = "samples"  # of the calibration set, until they are used
-
-
-def parents(spec: ExportSpec) -> tuple[ExportSpec, ...]:
-    """The FP32 ONNX file: its tensors keep their names, and other formats are made of it, too."""
-    return (ExportSpec(spec.model, "onnx", Precision.FP32, spec.imgsz, spec.batch, spec.dynamic),)
 
 
 def calibrate(job: Job) -> Made:
@@ -120,7 +115,7 @@ FORMAT = Format(
     steps=steps,
     load=load,
     inspect=inspect,
-    parents=parents,
+    parents=fp32_onnx,
     refusal=needs_data,
     keeps=heads,
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,7 +24,9 @@ from exporters.models.build import as_tuple, example, for_export
 from exporters.models.spec import belongs
 from exporters.session import Array, Execution, Feeds, OnDevice, Session
 from exporters.spec import ExportSpec
+from exporters.weights import Parameters
 
+UNIT = 2.0**-24  # by which FP32 arithmetic rounds a result, at most
 NORMALIZATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -35,6 +37,10 @@ class Damage:
     layer: str
     size: float
     seed: int = 0
+
+
+def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Array]:
+    return {name: tensor.float().cpu().numpy() for name, tensor in tensors.items()}
 
 
 class Reference(Session):
@@ -90,41 +96,56 @@ class Reference(Session):
                 found.append(name)
         return found
 
-    def parameters(self) -> tuple[dict[str, Array], list[str], list[str]]:
-        """Parameters of the folded module, the weights that layers use, and those that a normalization was folded into.
+    def parameters(self) -> Parameters:
+        """Parameters of the folded module.
 
         What a model does not fold itself an exporter does: a batch normalization into the convolution before it.
         """
         module = for_export(copy.deepcopy(self.module), dynamic=False)
         made: dict[int, tuple[str, Tensor]] = {}
-        folded: dict[str, nn.Module] = {}
-        used: list[str] = []
+        folded: dict[str, tuple[str, nn.Module]] = {}
+        layers: list[str] = []
 
         def after(path: str, output: Any) -> None:
-            used.append(f"{path}.weight")
+            layers.append(path)
             if isinstance(output, Tensor):
                 made[id(output)] = (path, output)  # which holds it, so that no other gets its id
 
-        def before(part: nn.Module, inputs: Any) -> None:
+        def before(path: str, part: nn.Module, inputs: Any) -> None:
             if inputs and id(inputs[0]) in made:
-                folded[made[id(inputs[0])][0]] = part
+                folded[made[id(inputs[0])][0]] = path, part
 
         for path, part in cast("Iterable[tuple[str, nn.Module]]", module.named_modules()):
             weight: Any = getattr(part, "weight", None)
             if isinstance(part, NORMALIZATIONS):
-                part.register_forward_pre_hook(before)
+                part.register_forward_pre_hook(lambda part, inputs, path=path: before(str(path), part, inputs))
             elif isinstance(weight, Tensor) and weight.ndim > 1 and not isinstance(part, nn.Embedding):
                 part.register_forward_hook(lambda _part, _inputs, output, path=path: after(path, output))
+        slack: dict[str, Tensor] = {}
         with torch.inference_mode():
             module(*(i.to(self.device) for i in example(self.spec)))
             found = {k: v for k, v in module.state_dict().items() if v.is_floating_point() and v.ndim}
-            for path, norm in folded.items():
-                layer: Any = module.get_submodule(path)
+            for path, (_, norm) in folded.items():
+                layer, bn = cast("Any", module.get_submodule(path)), cast("Any", norm)
                 turned = bool(getattr(layer, "transposed", False))
-                bn: Any = norm
                 parts = (layer.weight, layer.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
-                found[f"{path}.weight"], found[f"{path}.bias"] = fuse_conv_bn_weights(*parts, transpose=turned)
-        return {k: v.float().cpu().numpy() for k, v in found.items()}, used, [f"{path}.weight" for path in folded]
+                weight, bias = fuse_conv_bn_weights(*parts, transpose=turned)
+                found[f"{path}.weight"], found[f"{path}.bias"] = weight, bias
+                # weight / sqrt(variance + eps), and the product with it: four roundings, ours and the exporter's.
+                slack[f"{path}.weight"] = 8 * UNIT * weight.abs()
+                # (bias - mean) * gain + shift: six roundings of what is summed up, which may cancel.
+                gain = (bn.running_var + bn.eps).rsqrt() * (1 if bn.weight is None else bn.weight.abs())
+                moved = bn.running_mean.abs() + (0 if layer.bias is None else layer.bias.abs())
+                shift = torch.zeros_like(gain) if bn.bias is None else bn.bias.abs()
+                slack[f"{path}.bias"] = 12 * UNIT * (moved * gain + shift)
+        layers = list(dict.fromkeys(layers))
+        used = [f"{path}.weight" for path in layers]
+        used += [f"{p}.bias" for p in layers if f"{p}.bias" in found and bool(found[f"{p}.bias"].any())]
+        gone = tuple(f"{path}." for path, _ in folded.values())
+        names = (n for n, _ in module.named_parameters())
+        known = {f"{path}.{what}" for path in layers for what in ("weight", "bias")}
+        others = tuple(n for n in names if n not in known and not n.startswith(gone))
+        return Parameters(_arrays(found), tuple(used), _arrays(slack), others)
 
     def modules(self) -> dict[str, str]:
         """Modules without parts of their own, as an exporter folds them."""

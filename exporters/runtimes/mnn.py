@@ -125,7 +125,7 @@ class MnnSession(Session):
             "mnn",
             str(library.version()),
             "cpu",
-            "fp32" if found is not None and found[1] <= found[2] else "",
+            "" if found is None else "fp32" if found[1] <= found[2] else "less than fp32",
             threads=struct.unpack("<i", struct.pack("<f", told))[0],  # MNN's Python takes the number's bits for a float
             notes=notes,
         )

@@ -40,6 +40,8 @@ class NcnnSession(Session):
         if self.net.load_param(str(self.param)) or self.net.load_model(str(weights)):
             raise ArtifactError(f"'{self.param}' and {weights.name} cannot be loaded by ncnn", AGAIN)
         self.sizes = {layer.tops[0]: layer.sizes for layer in layers if layer.kind == "Input"}
+        if not self.sizes:
+            raise ArtifactError(f"'{self.param}' has no input", AGAIN)
         self.feeding, self.giving = _ordered(self.net.input_names()), _ordered(self.net.output_names())
         self.inputs = tuple(self._input(blob, number) for number, blob in enumerate(self.feeding))
         # ncnn keeps a batch apart from the axes of a blob, and gives each output the one of what it was made of.

@@ -57,9 +57,13 @@ def xml_of(path: Path) -> Path:
         raise ArtifactError(f"'{path}' holds {len(found)} .xml files ({names}), expected one", "export it again")
     if not found[0].with_suffix(".bin").is_file():
         raise ArtifactError(f"'{found[0]}' has no weights: {found[0].stem}.bin is missing", "export it again")
-    with found[0].open("rb") as file:
-        if b"<net" not in file.read(512):  # OpenVINO goes by the content, and reads ONNX and others under this name
-            raise ArtifactError(f"'{found[0]}' is no OpenVINO IR: it does not begin with <net>", "export it again")
+    try:
+        with found[0].open("rb") as file:
+            begin = file.read(512)
+    except OSError as error:
+        raise ArtifactError(f"'{found[0]}' cannot be read ({error.strerror})", "export it again") from None
+    if b"<net" not in begin:  # OpenVINO goes by the content, and reads ONNX and others under this name
+        raise ArtifactError(f"'{found[0]}' is no OpenVINO IR: it does not begin with <net>", "export it again")
     return found[0]
 
 
@@ -87,7 +91,7 @@ def labels(metadata: Metadata) -> list[str]:
 
 
 class OpenVinoSession(Session):
-    """A compiled model. `named` is whether its tensors must have the request's names: those of others may have none."""
+    """A compiled model. `named` is whether its tensors must have names: those of others may have none."""
 
     def __init__(self, path: Path, spec: ExportSpec, *, named: bool) -> None:
         self.folder, self.xml, self.spec = path if path.is_dir() else path.parent, xml_of(path), spec
@@ -152,8 +156,11 @@ def _infos(ports: Any, names: list[str], spec: ExportSpec, *, named: bool) -> It
         o.name: dict(o.axes) for o in spec.model.outputs
     }
     for number, port in enumerate(ports):
-        known = names[number] if number < len(names) else f"unnamed{number}"
-        name = known if not named or not port.names else (known if known in port.names else port.any_name)
+        nameless = f"unnamed{number}"
+        known = names[number] if number < len(names) else nameless
+        name = nameless if named else known
+        if port.names:  # a tensor may have several
+            name = known if known in port.names else port.any_name
         shape = tuple(
             d.get_length() if d.is_static else str(axes.get(name, {}).get(n, f"axis{n}"))
             for n, d in enumerate(port.partial_shape)

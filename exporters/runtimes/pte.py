@@ -293,6 +293,6 @@ def read_precision(path: Path) -> Achieved:
     evidence |= {f"weights {k}": n for k, n in Counter(h.weight for h in heavy if h.stored).items()}
     evidence |= {"nodes in XNNPACK": pte.nodes(), "calls of portable kernels": len(pte.kernels)}
     evidence |= {UNQUANTIZED: len(left)} if left and main == "int8" else {}
-    others = [h.name for h in heavy if h.stored and h.precision != main]
+    others = [h.name for h in heavy if h.precision != main and (h.stored or main != "int8")]
     others += [k.name for k in portable if k.precision != main]
     return Achieved(main, evidence, tuple(sorted(others)))

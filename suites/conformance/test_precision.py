@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict
 
 from exporters import formats
@@ -30,11 +31,19 @@ def test_achieved_precision_is_the_requested(case: Bench) -> None:
     kept = [*(path for path, _ in case.model.fp32), *case.spec.keep, *formats.get(case.spec.format).keeps(case.spec)]
     wrong = [name for name in achieved.exceptions if not belongs(name, kept)]
     assert not wrong, f"asked for {asked}, but {len(wrong)} operators are not: {', '.join(wrong[:5])} ({evidence})"
+    lost = [path for path in case.spec.keep if case.brought is None and _is_lost(case, path, achieved.exceptions)]
+    assert not lost, f"asked to keep {', '.join(lost)} in floating point, but all of it is {asked} ({evidence})"
     # What our request keeps in FP32 is to be kept between its operators too; others' files promise nothing there.
     rounded = achieved.rounded if case.brought is None else ()
     assert not rounded, (
         f"{len(rounded)} values that stay in FP32 go through FP16: {', '.join(rounded[:3])} ({evidence})"
     )
+
+
+def _is_lost(case: Bench, path: str, exceptions: Collection[str]) -> bool:
+    """Whether a module that was to be kept has weights that the network uses, and no operator of it is an exception."""
+    has_weights = any(belongs(name, [path]) for name in case.parameters().used)
+    return has_weights and not any(belongs(name, [path]) for name in exceptions)
 
 
 def test_executed_precision_is_the_requested(case: Bench) -> None:

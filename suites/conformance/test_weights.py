@@ -7,12 +7,11 @@ import numpy as np
 from exporters import formats
 from exporters.errors import NotSupported
 from exporters.session import Array
-from exporters.weights import Weight, short
+from exporters.weights import Weight, by_short, short
 from suites.support.bench import Bench
 
-# FP32 arithmetic of a folded normalization, gain / sqrt(variance + eps) times weight: four operations, each of which
-# rounds by 2^-24; of a bias the difference of two such products.
-FOLDED = 16 * 2.0**-24
+LEVELS = 254  # that 8 bits have around 0: half a step is a 254th of the largest value
+SCALE = 1 + 2.0**-9  # a scale may be held in FP16
 
 
 def test_weights_match_the_checkpoint(case: Bench) -> None:
@@ -20,38 +19,49 @@ def test_weights_match_the_checkpoint(case: Bench) -> None:
     entry = formats.get(case.spec.format)
     if entry.weights is None:
         raise NotSupported(f"what a {entry.title} file holds is judged by what it computes")
-    stored = {short(name): (name, weight) for name, weight in case.weights().items()}
-    parameters, used, folded = case.parameters()
-    known = {short(name): name for name in parameters}
-    slack = {short(name) for name in folded} | {short(name.replace(".weight", ".bias")) for name in folded}
-    missing = [name for name in used if short(name) not in stored]
-    assert not missing, f"{len(missing)} weights of the checkpoint are not in the file: {', '.join(missing[:5])}"
+    stored, parameters = case.weights(), case.parameters()
+    names = by_short(stored, f"'{case.artifact().path}'")
+    known = by_short(parameters.values, f"model '{case.model.name}'")
+    missing = [name for name in parameters.used if short(name) not in names]
+    assert not missing, f"{len(missing)} parameters of the checkpoint are not in the file: {', '.join(missing[:5])}"
     furthest = 0.0
-    for key, (_, weight) in stored.items():
-        if key in known:
-            share = _check(known[key], parameters[known[key]], weight, key in slack)
-            furthest = max(furthest, share)
-    strangers = [name for key, (name, _) in stored.items() if key not in known]
-    compared = len(stored) - len(strangers)
+    for key in names.keys() & known.keys():
+        slack = parameters.slack.get(known[key], np.zeros(1, np.float32))
+        furthest = max(furthest, compare(known[key], parameters.values[known[key]], stored[names[key]], slack))
+    strangers = [name for key, name in names.items() if key not in known]
+    others = [name for name in parameters.others if short(name) not in names]
+    compared = len(names) - len(strangers)
     case.evidence["weights"] = {"compared": compared, "strangers": strangers, "furthest": furthest}
-    assert compared, f"none of the file's {len(stored)} weights has the name of a parameter"
+    assert compared, f"none of the file's {len(names)} weights has the name of a parameter"
     if strangers:
         raise NotSupported(
             f"{compared} weights are the checkpoint's, and {len(strangers)} are of no one parameter, which the "
             f"converter computed: {', '.join(strangers[:5])}"
         )
+    if others:
+        raise NotSupported(
+            f"{compared} weights are the checkpoint's, and {len(others)} parameters of other layers are not read back: "
+            f"{', '.join(others[:5])}"
+        )
 
 
-def _check(name: str, want: Array, weight: Weight, folded: bool) -> float:
+def compare(name: str, want: Array, weight: Weight, slack: Array) -> float:
     """How much of what it may differ by a weight does, at most; it fails where that is more than 1."""
-    got = weight.values
+    got = weight.values.astype(np.float64)
     assert got.size == want.size, f"weight {name} has {got.size} values, expected {want.size}"
-    want = want.reshape(got.shape)
-    largest = float(np.abs(want).max(initial=0.0))
-    allowed = np.broadcast_to(weight.within, got.shape).astype(np.float64)
-    # The sum of what is allowed and the difference itself are rounded, too.
-    allowed = allowed * (1 + 2.0**-20) + (FOLDED * largest if folded else 0.0)
-    off = np.abs(got.astype(np.float64) - want)
+    more = slack.reshape(got.shape) if slack.size == got.size else slack
+    want = want.reshape(got.shape).astype(np.float64)
+    off, rounding = np.abs(got - want), weight.rounding.astype(np.float64) + more
+    if weight.table is not None:  # the nearest entry stands for a value
+        table = weight.table.astype(np.float64)
+        after = np.clip(np.searchsorted(table, want), 1, max(len(table) - 1, 1))
+        ends = (table[after - 1], table[np.minimum(after, len(table) - 1)])
+        allowed = np.minimum(*(np.abs(want - end) for end in ends)) + rounding
+    else:
+        # By the checkpoint, too: a file with a larger scale than its values need holds fewer than 8 bits of them.
+        finest = np.abs(want).max(initial=0.0) / LEVELS * SCALE
+        allowed = np.minimum(weight.step.astype(np.float64), finest) + rounding
+    allowed = np.broadcast_to(allowed, got.shape) * (1 + 2.0**-20)  # the sum and the difference are rounded, too
     wrong = ~(off <= allowed)
     if wrong.any():
         at = np.unravel_index(int(np.argmax(np.where(wrong, off, -1.0))), got.shape)
@@ -59,4 +69,9 @@ def _check(name: str, want: Array, weight: Weight, folded: bool) -> float:
             f"{int(wrong.sum())} of {got.size} values of weight {name} are not the checkpoint's: at "
             f"{[int(n) for n in at]} {got[at]:.6g}, expected {want[at]:.6g} within {allowed[at]:.2g}"
         )
+    if weight.table is not None:
+        # 256 equal steps are one such table, whose entries are nowhere farther off than this.
+        most = np.ptp(want) / 510 + float(rounding.max(initial=0.0))
+        mean = float(np.sqrt(np.mean(off**2)))
+        assert mean <= most, f"the table of weight {name} is coarser than 8 bits: {mean:.2g} off, at most {most:.2g}"
     return float((off / np.maximum(allowed, 1e-30)).max(initial=0.0))

@@ -13,10 +13,12 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from exporters.calibration import keep_batches, kept_batches
 from exporters.calibration.images import fitted, read_image
 from exporters.errors import BadRequest, NotSupported
 from exporters.models.catalog import TASKS, outputs_of
-from exporters.models.spec import ModelSpec, Preprocess
+from exporters.models.spec import InputSpec, ModelSpec, Preprocess
+from exporters.spec import ExportSpec, request
 from suites.accuracy.budget import Budget
 from suites.accuracy.dataset import Item, read_dataset, rectangle
 from suites.accuracy.deploy import Detections, above, deploy
@@ -30,6 +32,36 @@ from suites.support.verdict import Verdict
 Array = np.ndarray[Any, Any]
 COUNT = 12
 NC = len(scenes.NAMES)
+
+
+FEEDS = """
+import numpy as np
+
+def feeds(spec):
+    for number in range(3):
+        yield {"b": np.ones((1, 2), np.float32), "a": np.full((1, 2), number, np.float32)}
+
+def half(spec):
+    yield {"b": np.ones((1, 2), np.float32)}
+"""
+
+
+def test_calibration_arrays_go_to_their_own_inputs(tmp_path: Path) -> None:
+    """Whatever their order; a set that fills no batch, or lacks an input, is refused."""
+    (tmp_path / "own_feeds.py").write_text(FEEDS, encoding="utf-8")
+    inputs = tuple(InputSpec(name, ("batch", 2)) for name in "ab")
+    model = ModelSpec("two", "own_feeds:feeds", search=(tmp_path,), inputs=inputs)
+
+    def asked(data: str, batch: int) -> ExportSpec:
+        return request(model, "openvino", int8=True, data=data, batch=batch)
+
+    keep_batches(asked("own_feeds:feeds", 3), tmp_path / "kept")
+    (kept,) = kept_batches(asked("own_feeds:feeds", 3), tmp_path / "kept")
+    assert np.array_equal(kept["a"][:, 0], [0, 1, 2]) and (kept["b"] == 1).all()
+    with pytest.raises(BadRequest, match="fewer samples than a batch of 4"):
+        keep_batches(asked("own_feeds:feeds", 4), tmp_path / "none")
+    with pytest.raises(BadRequest, match="gives b, and not a"):
+        keep_batches(asked("own_feeds:half", 1), tmp_path / "half")
 
 
 @pytest.fixture(scope="module")

@@ -772,6 +772,7 @@ BROKEN = (
         "asked for int8, the file is fp32",
     ),
     Broken("one layer not quantized", "blobs onnx int8", one_layer_not_quantized(), achieved, "/score/Conv"),
+    Broken("nothing kept", "blobs onnx int8 kept", another("blobs onnx int8"), achieved, "asked to keep box"),
     Broken("a scale doubled", "blind onnx int8", scale_doubled(), detections, "lost"),
     Broken(
         "another operator set",

@@ -26,6 +26,7 @@ from suites.conformance import test_metadata as metadata
 from suites.conformance import test_outputs as outputs
 from suites.conformance import test_precision as precision
 from suites.conformance import test_shapes as shapes
+from suites.conformance import test_weights as weights
 from suites.selftest.conftest import Claim, judged
 from suites.selftest.test_corrupted import CALM, CLAIMS
 from suites.support.bench import Bench
@@ -147,7 +148,11 @@ def _of_another_size(spec: ExportSpec, folder: Path) -> ExportSpec | None:
 SABOTAGE: dict[str, tuple[Instead, tuple[Claim, ...]]] = {
     "other weights": (
         _of_other_weights,
-        (outputs.test_outputs_match_reference, accuracy.test_detections_agree_without_labels),
+        (
+            outputs.test_outputs_match_reference,
+            accuracy.test_detections_agree_without_labels,
+            weights.test_weights_match_the_checkpoint,
+        ),
     ),
     "other names": (_of_other_names, (metadata.test_class_names_survive_the_round_trip,)),
     "another precision": (_of_another_precision, (precision.test_achieved_precision_is_the_requested,)),

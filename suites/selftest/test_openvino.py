@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from suites.conformance.test_metadata import test_class_names_survive_the_round_trip as names_survive
+from suites.conformance.test_shapes import test_output_shapes_match_reference as shapes_match
 from suites.support.cases import missing_toolchain
 from suites.support.verdict import Verdict
 
@@ -23,6 +24,22 @@ def toolchain() -> None:
     missing = missing_toolchain("openvino")
     if missing:
         pytest.skip(missing)
+
+
+def test_names_of_tensors_are_those_in_the_file(workshop: Workshop, toolchain: None) -> None:
+    """A file that has lost them is not given the request's."""
+
+    def damage(path: Path, workshop: Workshop) -> None:
+        xml = next(path.glob("*.xml"))
+        text = xml.read_text(encoding="utf-8")
+        changed = re.sub(r' (?:output_)?names="(?:left|right)"', "", text)
+        assert changed != text
+        xml.write_text(changed, encoding="utf-8")
+
+    cell = "twins openvino fp32"
+    assert workshop.judge(cell, shapes_match) == (Verdict.PASS, "")
+    verdict, because = workshop.judge(cell, shapes_match, damage)
+    assert verdict is Verdict.FAIL and "unnamed0" in because, because
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from exporters.models.spec import ModelSpec
 from exporters.pool import Description, Facts, Pool, RemoteSession
 from exporters.session import Array
 from exporters.spec import CALIBRATED, ExportSpec, Precision
-from exporters.weights import Weight
+from exporters.weights import Parameters, Weight
 from suites.support.cases import Case
 from suites.support.compare import DRAWS, FRACTION_BITS, Rounding
 from suites.support.config import Project
@@ -264,7 +264,7 @@ class Bench:
         artifact = self.artifact()
         return self.guard(lambda: self.run.pool.stored_weights(artifact, self.spec))
 
-    def parameters(self) -> tuple[dict[str, Array], list[str], list[str]]:
+    def parameters(self) -> Parameters:
         """The reference's parameters: see RemoteSession.parameters."""
         return self.guard(lambda: self.run.reference(self.model).parameters())
 
