@@ -179,7 +179,7 @@ class Bench:
         if self.case.because:
             raise NotSupported(self.case.because)
         if self.failure is not None:
-            raise self.failure
+            raise self.failure.with_traceback(None)  # which would grow with every claim, and is formatted for each
         try:
             return work()
         except (WorkerCrash, WorkerTimeout) as error:
@@ -200,7 +200,7 @@ class Bench:
         if self.brought is not None:
             return self.brought
         if self.case.id in self.run.failed:
-            raise self.run.failed[self.case.id]
+            raise self.run.failed[self.case.id].with_traceback(None)
         if self.case.budget:
             from suites.accuracy import judge, search  # which import this module
 
