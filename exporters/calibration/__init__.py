@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +139,14 @@ def kept_batches(spec: ExportSpec, folder: Path) -> list[dict[str, Array]]:
     """What `keep_batches` wrote, memory-mapped."""
     names = [i.name for i in spec.model.inputs]
     return [load({name: str(one / f"{n}.npy") for n, name in enumerate(names)}) for one in sorted(folder.iterdir())]
+
+
+def notes(feeds: Sequence[Mapping[str, Array]], how: str, kept: Sequence[str]) -> list[str]:
+    """What the record says of a calibration: by how many samples and what, and the modules that it left alone."""
+    images = sum(len(next(iter(batch.values()))) for batch in feeds)
+    found = [f"calibrated on {images} images ({how})"]
+    found += [f"warning: fewer than {SMALL} calibration images"] if images < SMALL else []
+    return found + ([f"left in floating point: {', '.join(kept)}"] if kept else [])
 
 
 def batches(spec: ExportSpec, size: int) -> Iterator[dict[str, Array]]:

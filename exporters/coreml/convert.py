@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from exporters.coreml.naming import HEAVY, LAYERS, Modules, add_pass, told, weight_inputs
+from exporters.coreml.read import BOXES, SCORES
 from exporters.errors import BadRequest, ExportError, first_line
 from exporters.formats import Job
 from exporters.models.build import as_tuple, example, one_thread
@@ -24,7 +25,6 @@ library: Any = importlib.import_module("coremltools")
 
 PROGRAM, NETWORK = "mlprogram", "neuralnetwork"
 NMS = "nms"  # the module that makes of anchors what suppression takes
-BOXES, SCORES = "coordinates", "confidence"  # as Core ML's own detectors name them, and Apple's Vision expects
 NAMES = {"images": "image"}  # of inputs whose name users of Core ML know otherwise
 FAILURES = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError, AssertionError)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from exporters.coreml.convert import BOXES, SCORES, library
+from exporters.coreml.convert import library
+from exporters.coreml.read import BOXES, SCORES
 from exporters.models.spec import detector_output
 from exporters.spec import ExportSpec
 

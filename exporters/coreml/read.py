@@ -37,7 +37,7 @@ LARGEST = 1 << 20  # bytes of a manifest
 SCALE = 1 / 255
 NETWORKS = ("neuralNetwork", "neuralNetworkClassifier", "neuralNetworkRegressor")
 DTYPES: Mapping[str, str] = {"FLOAT32": "float32", "FLOAT16": "float16", "DOUBLE": "float64", "INT32": "int32"}
-BOXES, SCORES = "coordinates", "confidence"
+BOXES, SCORES = "coordinates", "confidence"  # as Core ML's own detectors name them, and Apple's Vision expects
 
 
 @dataclass(frozen=True)

@@ -201,12 +201,7 @@ def _quantized(program: ExportedProgram, job: Job) -> tuple[ExportedProgram, lis
         for start in range(0, count, rows):
             one = (batch[i.name][start : start + rows] for i in spec.model.inputs)
             prepared(*(torch.from_numpy(np.array(array)) for array in one))
-    images = sum(len(next(iter(b.values()))) for b in feeds)
-    notes = [f"calibrated on {images} images (PT2E, HistogramObserver)"]
-    if images < calibration.SMALL:
-        notes.append(f"warning: fewer than {calibration.SMALL} calibration images")
-    if kept:
-        notes.append(f"left in floating point: {', '.join([*heads(spec), *spec.keep])}")
+    notes = calibration.notes(feeds, "PT2E, HistogramObserver", kept)
     del feeds
     shutil.rmtree(job.folder / SAMPLES)
     return _exported(pt2e.convert_pt2e(prepared), example(spec), spec), notes

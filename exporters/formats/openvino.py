@@ -66,13 +66,7 @@ def _quantize(model: Any, job: Job) -> tuple[Any, list[str]]:
     except (RuntimeError, ValueError, nncf.ValidationError) as error:
         raise ExportError(f"NNCF failed ({first_line(error)})", "check the calibration set, or ask for fp16") from error
     shutil.rmtree(job.folder / SAMPLES)
-    images = sum(len(next(iter(b.values()))) for b in feeds)
-    notes = [f"calibrated on {images} images (NNCF)"]
-    if images < calibration.SMALL:
-        notes.append(f"warning: fewer than {calibration.SMALL} calibration images; NNCF recommends 300")
-    if kept:
-        notes.append(f"left in floating point: {', '.join([*heads(spec), *spec.keep])}")
-    return quantized, notes
+    return quantized, calibration.notes(feeds, "NNCF, which recommends 300", kept)
 
 
 def load(artifact: Artifact, spec: ExportSpec, runtime: Runtime, device: str) -> Session:

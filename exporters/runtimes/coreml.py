@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from exporters.coreml.convert import BOXES, SCORES, feature, is_image, normalizes
-from exporters.coreml.read import File, labels_of, metadata, open_file, signature
+from exporters.coreml.convert import feature, is_image, normalizes
+from exporters.coreml.read import BOXES, SCORES, File, labels_of, metadata, open_file, signature
 from exporters.errors import ArtifactError, first_line
 from exporters.metadata import Metadata
 from exporters.session import Array, Execution, Feeds, Session
