@@ -325,7 +325,7 @@ class Workshop:
         options |= {"dynamic": True} if "dynamic" in words else {}
         options |= {"batch": 2} if "pair" in words else {}
         options |= {name: True for name in ("nms", "palettize") if name in words}
-        options |= {"keep": "box"} if "kept" in words else {}  # a module of blobs
+        options |= {"keep": "box"} if "kept" in words and "int8" in words else {}  # a module of blobs
         calibrated = "int8" in words and "data" in formats.get(words[0]).options
         options |= {"data": model.feeds} if calibrated else {}
         if calibrated and model.feeds == "suites.reference.scenes:feeds":
