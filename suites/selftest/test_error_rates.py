@@ -180,7 +180,7 @@ def test_recorded_processes_of_an_h100_are_judged_rightly(slower: float) -> None
         assert upper(rate.ours, rate.runs) <= 0.01
 
 
-@pytest.mark.parametrize("slower", [0.0, 0.05])
+@pytest.mark.parametrize("slower", [0.0, 0.05, 0.07])
 def test_processes_of_another_occasion_are_judged_rightly(slower: float) -> None:
     """Another day, another H100 of the model, engines built again: held against what was stored before."""
     cells = json.loads(OCCASION.read_text(encoding="utf-8"))["cells"]
@@ -200,7 +200,7 @@ def test_processes_of_another_occasion_are_judged_rightly(slower: float) -> None
     if slower:
         # Built again, an engine may be half a percent faster than the stored one: what is left of 5 % above 2 % is not
         # always beyond doubt with processes that differ by 2 %. But none of them passes.
-        assert rate.ours >= 0.9 * rate.runs
+        assert rate.ours >= (0.9 if slower == 0.05 else 0.99) * rate.runs
         assert rate.ours + rate.undecided == rate.runs
     else:
         assert upper(rate.ours, rate.runs) <= 0.01
