@@ -99,7 +99,9 @@ def search(case: Bench, judged: Callable[[ExportSpec, Budget], tuple[Outcome, ..
     def attempt(name: str, spec: ExportSpec) -> Step:
         key = repr(spec)
         if key not in tried:
-            tried[key] = Step(name, spec, judged(spec, budget), _median(case, spec))
+            case.run.pool.progress(f"budget of {share:g}: {name}")
+            step = tried[key] = Step(name, spec, judged(spec, budget), _median(case, spec))
+            case.run.pool.progress(f"budget of {share:g}: {name}: {step.outcome.line()}, {step.milliseconds} ms")
         return tried[key]
 
     asked = case.case.spec
