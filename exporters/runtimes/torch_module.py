@@ -25,14 +25,19 @@ class TorchSession(Session):
     zeros: list[torch.Tensor]
 
     def begin(self, spec: ExportSpec, device: str, names: Sequence[str]) -> None:
-        """Calls it once on zeros of the request's shapes to see its outputs, which get these names in order."""
+        """Calls it once on zeros to see its outputs, which get these names in order.
+
+        Sizes are those that its inputs have in the file, where that holds any, so that a file made for another request
+        says so itself, and else the request's.
+        """
         import torch
 
         self.device, self.timed_on, self.stride = device, "" if device == "cpu" else device, spec.model.stride
         with torch.inference_mode():
+            asked = [spec.model.shape(i, spec.batch, spec.imgsz) for i in spec.model.inputs]
             self.zeros = [
-                torch.zeros(spec.model.shape(i, spec.batch, spec.imgsz), dtype=getattr(torch, i.dtype), device=device)
-                for i in spec.model.inputs
+                torch.zeros(_sizes(info, asked[n : n + 1]), dtype=getattr(torch, info.dtype), device=device)
+                for n, info in enumerate(self.inputs)
             ]
             values = self._outputs(*self.zeros)
         # A surplus output gets a name of its own, so that the claim on names sees it.
@@ -77,6 +82,12 @@ class TorchSession(Session):
 
     def close(self) -> None:
         del self.call
+
+
+def _sizes(info: TensorInfo, asked: Sequence[tuple[int, ...]]) -> list[int]:
+    """An input's sizes; of axes that vary those of the request, which may have no such input."""
+    wanted = asked[0] if asked and len(asked[0]) == len(info.shape) else (1,) * len(info.shape)
+    return [own if isinstance(own, int) else size for own, size in zip(info.shape, wanted, strict=True)]
 
 
 def requested(spec: ExportSpec) -> tuple[TensorInfo, ...]:
