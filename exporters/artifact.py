@@ -67,6 +67,15 @@ class Achieved:
         )
 
 
+def main_precision(counts: Mapping[str, int]) -> str:
+    """A file's precision in a word, from the number of its operators in each; "" where none is known.
+
+    8 bits where any operator has them: the others may be what was to be kept in floating point, and be most of it.
+    """
+    known = {kind: n for kind, n in counts.items() if kind}
+    return next((kind for kind in ("int8", "fp8") if known.get(kind)), max(known, key=known.__getitem__, default=""))
+
+
 @dataclass(frozen=True)
 class Artifact:
     """An artifact on disk. `root` is its directory; `primary` the file that users know, relative to it."""

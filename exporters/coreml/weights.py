@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from exporters.artifact import UNQUANTIZED, Achieved
+from exporters.artifact import UNQUANTIZED, Achieved, main_precision
 from exporters.coreml.naming import HEAVY, LAYERS, is_stored, told, weight_inputs
 from exporters.coreml.read import AGAIN, BROKEN, File, open_file
 from exporters.errors import ArtifactError, first_line
@@ -38,14 +38,14 @@ class Stored:
 def read_precision(path: Path) -> Achieved:
     """Each convolution and matrix product by the type of its weights: in 8 bits, or else that of its arithmetic.
 
-    `exceptions` names those that differ from most of the others. The arithmetic of a NeuralNetwork is not in its file:
+    `exceptions` names those that differ. The arithmetic of a NeuralNetwork is not in its file:
     there the type of the weights alone counts.
     """
     file = open_file(path)
     found = {s.name: s for s in every_weight(file) if not s.is_bias}
     kinds = {name: s.kind if s.kind == "int8" else s.computed for name, s in found.items()}
     counts = Counter(kinds.values())
-    main = counts.most_common(1)[0][0] if counts else ""
+    main = main_precision(counts)
     evidence = {f"operators {k}": n for k, n in counts.items()}
     evidence |= {f"weights {k}": n for k, n in Counter(s.kind for s in found.values()).items()}
     computed: list[tuple[str, str]] = []

@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError
 
-from exporters.artifact import UNQUANTIZED, Achieved
+from exporters.artifact import UNQUANTIZED, Achieved, main_precision
 from exporters.errors import ArtifactError, first_line
 
 HEAVY = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
@@ -27,7 +27,7 @@ TYPES: dict[int, str] = {
 def read_precision(path: Path) -> Achieved:
     """Each convolution and matrix product by the type of its weight, or int8 where input and weight come from Q/DQ.
 
-    `exceptions` names those that differ from most of the others, by node.
+    `exceptions` names those that differ, by node.
 
     Raises:
         ArtifactError: the file is not an ONNX model.
@@ -54,7 +54,7 @@ def read_precision(path: Path) -> Achieved:
         if k in ("QuantizeLinear", "DequantizeLinear", "Cast")
     }
     evidence["opset"] = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
-    main = counts.most_common(1)[0][0] if counts else next(iter(weights), "")
+    main = main_precision(counts or dict.fromkeys(list(weights)[:1], 1))
     left = _unquantized(graph) if main == "int8" else set[str]()
     evidence |= {UNQUANTIZED: len(left)} if left else {}
     others = tuple(sorted(name for name, kind in kinds.items() if kind != main and name not in left))

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 
-from exporters.artifact import Achieved, TensorInfo
+from exporters.artifact import Achieved, TensorInfo, main_precision
 from exporters.errors import ArtifactError, first_line
 from exporters.metadata import Metadata, normalize
 from exporters.runtimes.instruction_set import lacking
@@ -91,8 +91,9 @@ class LibrarySession(TorchSession):
         try:
             self.begin(spec, device, [o.name for o in spec.model.outputs])
         except RuntimeError as error:
+            wanted = ", ".join(f"{i.name} {i.dtype} {list(i.shape)}" for i in self.inputs)
             raise ArtifactError(
-                f"'{path}' does not run on the request's shapes ({first_line(error)})",
+                f"'{path}' does not run on {wanted} ({first_line(error)})",
                 "ask for the batch and image size that it was compiled for",
             ) from None
 
@@ -132,6 +133,6 @@ def read_precision(path: Path) -> Achieved:
         if tensor.is_floating_point() and tensor.ndim >= 2
     }
     counts = Counter(kinds.values())
-    main = counts.most_common(1)[0][0] if counts else ""
+    main = main_precision(counts)
     others = tuple(sorted(name for name, kind in kinds.items() if kind != main))
     return Achieved(main, {f"weights {k}": n for k, n in counts.items()}, others)

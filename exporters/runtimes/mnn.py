@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from exporters.artifact import UNQUANTIZED, Achieved, TensorInfo
+from exporters.artifact import UNQUANTIZED, Achieved, TensorInfo, main_precision
 from exporters.errors import ArtifactError, ExportError, first_line
 from exporters.metadata import Metadata, read_json
 from exporters.runtimes import mnn_file
@@ -206,7 +206,7 @@ def read_precision(path: Path) -> Achieved:
             else:  # both are computed
                 left.append(op.name)
     counts = Counter(kinds.values())
-    main = counts.most_common(1)[0][0] if counts else ""
+    main = main_precision(counts)
     evidence = {f"operators {k}": n for k, n in counts.items()}
     evidence |= {UNQUANTIZED: len(left)} if left and main == "int8" else {}
     return Achieved(main, evidence, tuple(sorted(n for n, k in kinds.items() if k != main)))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from exporters.artifact import UNQUANTIZED, Achieved, TensorInfo
+from exporters.artifact import UNQUANTIZED, Achieved, TensorInfo, main_precision
 from exporters.errors import ArtifactError
 from exporters.metadata import SIDE_CAR, Metadata, read_yaml
 from exporters.session import Array, Execution, Feeds, Session
@@ -91,7 +91,7 @@ def labels(metadata: Metadata) -> list[str]:
 
 
 class OpenVinoSession(Session):
-    """A compiled model. `named` is whether its tensors must have names: those of others may have none."""
+    """A compiled model. `named` is whether its tensors must have names of ours: others' may have any, or none."""
 
     def __init__(self, path: Path, spec: ExportSpec, *, named: bool) -> None:
         self.folder, self.xml, self.spec = path if path.is_dir() else path.parent, xml_of(path), spec
@@ -158,21 +158,22 @@ def _infos(ports: Any, names: list[str], spec: ExportSpec, *, named: bool) -> It
     for number, port in enumerate(ports):
         nameless = f"unnamed{number}"
         known = names[number] if number < len(names) else nameless
-        name = nameless if named else known
-        if port.names:  # a tensor may have several
-            name = known if known in port.names else port.any_name
+        asked = [n for n in names if n in port.names]  # a tensor may have several
+        if known not in asked:
+            # What OpenVINO makes of a traced module is called as its trace is: there the place counts.
+            known = next(iter(asked), (port.any_name if port.names else nameless) if named else known)
         shape = tuple(
-            d.get_length() if d.is_static else str(axes.get(name, {}).get(n, f"axis{n}"))
+            d.get_length() if d.is_static else str(axes.get(known, {}).get(n, f"axis{n}"))
             for n, d in enumerate(port.partial_shape)
         )
         kind = str(port.element_type.get_type_name())
-        yield TensorInfo(name, shape, DTYPES.get(kind, kind))
+        yield TensorInfo(known, shape, DTYPES.get(kind, kind))
 
 
 def read_precision(path: Path) -> Achieved:
     """Each convolution and matrix product by the type of its stored weight; int8 where its data is quantized, too.
 
-    `exceptions` names those that differ from most of the others.
+    `exceptions` names those that differ.
     """
     model = read(xml_of(path))
     kinds: dict[str, str] = {}
@@ -191,7 +192,7 @@ def read_precision(path: Path) -> Achieved:
         kinds[name] = kind if kind != "int8" or _is_quantized(other) else "fp32"
         left += [name] if "Backprop" in op.get_type_name() and kind != "int8" else []
     counts = Counter(kinds.values())
-    main = counts.most_common(1)[0][0] if counts else ""
+    main = main_precision(counts)
     spared = set(left) if main == "int8" else set[str]()
     evidence = {f"operators {k}": n for k, n in counts.items()} | ({UNQUANTIZED: len(spared)} if spared else {})
     others = tuple(sorted(n for n, k in kinds.items() if k != main and n not in spared))

@@ -82,7 +82,7 @@ class ProgramSession(TorchSession):
         except (AssertionError, RuntimeError, LookupError, TypeError) as error:
             wanted = ", ".join(f"{i.name} {i.dtype} {list(i.shape)}" for i in self.inputs)
             raise ArtifactError(
-                f"'{path}' does not run on the request's shapes ({first_line(error)}): it takes {wanted}",
+                f"'{path}' does not run on {wanted} ({first_line(error)})",
                 "ask for the batch and image size that it was exported for",
             ) from None
         self.outputs = tuple(

@@ -21,7 +21,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from exporters.artifact import UNQUANTIZED, Achieved
+from exporters.artifact import UNQUANTIZED, Achieved, main_precision
 from exporters.errors import ArtifactError, first_line
 
 MAGIC, EXTENDED, XNN_MAGIC = b"ET12", b"eh00", b"XH00"
@@ -276,7 +276,7 @@ def _precision(data: Any, weight: Any) -> str:
 def read_precision(path: Path) -> Achieved:
     """Each convolution and matrix product by the type of its data and weight, whoever runs it.
 
-    `exceptions` names those that differ from most of the others, by module.
+    `exceptions` names those that differ, by module.
     """
     pte = Pte(path)
     try:
@@ -287,7 +287,7 @@ def read_precision(path: Path) -> Achieved:
     counts = Counter(h.precision for h in heavy if h.stored) + Counter(k.precision for k in portable)
     if not counts:
         counts = Counter(h.precision for h in heavy)
-    main = counts.most_common(1)[0][0] if counts else ""
+    main = main_precision(counts)
     left = [h for h in heavy if not h.stored]
     evidence = {f"operators {k}": n for k, n in counts.items()}
     evidence |= {f"weights {k}": n for k, n in Counter(h.weight for h in heavy if h.stored).items()}

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from exporters.artifact import UNQUANTIZED, Achieved
+from exporters.artifact import UNQUANTIZED, Achieved, main_precision
 from exporters.errors import ArtifactError
 from exporters.session import Layer
 from exporters.tensorrt.header import Engine
@@ -104,14 +104,14 @@ def heavy_of(layers: Sequence[Layer]) -> dict[str, Layer]:
 
 
 def precision_word(layers: Sequence[Layer]) -> tuple[str, tuple[str, ...]]:
-    """The precision of most convolutions and matrix products, and lines that say how many have which."""
+    """The precision of convolutions and matrix products in a word, and lines that say how many have which."""
     counts = Counter(layer.precision for layer in heavy_of(layers).values())
     lines = tuple(f"{n} of the convolutions and matrix products in {kind or 'unknown'}" for kind, n in counts.items())
     moves = sum(layer.kind == "Reformat" for layer in layers)
     spent = sum(layer.milliseconds or 0.0 for layer in layers if layer.kind == "Reformat")
     whole = sum(layer.milliseconds or 0.0 for layer in layers)
     note = f"{len(layers)} layers, {moves} of them reformat" + (f" ({spent:.3f} of {whole:.3f} ms)" if whole else "")
-    return (counts.most_common(1)[0][0] if counts else ""), (*lines, note)
+    return main_precision(counts), (*lines, note)
 
 
 def achieved(layers: Sequence[Layer], facts: Mapping[str, Any] | None = None) -> Achieved:
@@ -140,9 +140,9 @@ def achieved(layers: Sequence[Layer], facts: Mapping[str, Any] | None = None) ->
 
 
 def _counted(kinds: Mapping[str, str], facts: Mapping[str, Any]) -> Achieved:
-    """What most operators compute in, and which do not; 8 bits are not for what explicit quantization leaves alone."""
+    """What operators compute in, and which do not; 8 bits are not for what explicit quantization leaves alone."""
     counts = Counter(kinds.values())
-    main = next(kind for kind, _ in counts.most_common() if kind or len(counts) == 1)
+    main = main_precision(counts)
     evidence = {f"operators {kind or 'unknown'}": n for kind, n in counts.items()}
     left = set(cast("Sequence[str]", facts.get("unquantized", ()))) if main in ("int8", "fp8") else set[str]()
     evidence |= {UNQUANTIZED: len(left)} if left else {}

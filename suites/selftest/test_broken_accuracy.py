@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from exporters.artifact import foreign
 from exporters.calibration import feeds_from
 from exporters.spec import ExportSpec, Precision
+from suites.accuracy import search as searching
 from suites.accuracy import test_accuracy as accuracy
 from suites.accuracy import test_calibration as calibration
 from suites.accuracy.budget import Budget
@@ -22,6 +24,7 @@ from suites.accuracy.gate import Outcome
 from suites.accuracy.judge import judged
 from suites.accuracy.search import search
 from suites.conformance import test_outputs as outputs
+from suites.conformance import test_precision as precision
 from suites.support.bench import Bench
 from suites.support.verdict import Verdict
 
@@ -143,7 +146,7 @@ def test_the_module_that_does_not_stand_8_bits_is_found(workshop: Workshop) -> N
         bench.artifact()
         assert bench.search is not None
         assert bench.search.chosen.spec.keep == ("stem",)
-        everything, nothing = bench.search.steps[0], bench.search.steps[-1]
+        everything, nothing = bench.search.steps[0], bench.search.nothing
         assert not everything.meets and everything.outcome.change < 0.9
         assert nothing.meets and nothing.spec.precision is Precision.FP16
         assert bench.search.ranked[0] == "stem"
@@ -165,6 +168,50 @@ def test_what_agrees_too_little_is_not_chosen(workshop: Workshop) -> None:
         assert "stem" in search(bench, strict, 0.9).chosen.spec.keep
     finally:
         bench.close()
+
+
+def test_a_set_that_costs_more_than_it_saves_gives_way_to_one_region(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen on a GPU: 46 of 63 modules in FP16 took 0.858 ms, all of them 0.622. Here the times are made up."""
+    bench = workshop.bench("blobs onnx int8 budget")
+
+    def strict(spec: ExportSpec, budget: Budget) -> tuple[Outcome, ...]:
+        labels, agreement = judged(bench, spec, budget)
+        if spec.precision is Precision.INT8 and "box" not in spec.keep:
+            agreement = replace(agreement, change=0.5, low=0.5, high=0.5)
+        return labels, agreement
+
+    def median(case: Bench, spec: ExportSpec) -> float:
+        return 1.0 if spec.precision is Precision.FP16 else 1.5 if spec.keep == ("box",) else 0.5
+
+    noise = {"alone": {"stem": 1.0, "box": 3.0, "score": 0.1}, "joint": dict[str, float]()}
+    monkeypatch.setattr(bench.run.pool, "sensitivity", lambda spec: noise)
+    monkeypatch.setattr(searching, "_median", median)
+    try:
+        assert search(bench, strict, 0.9).chosen.spec.keep == ("box",)
+        monkeypatch.setattr(searching, "saves_time", lambda case: True)
+        found = search(bench, strict, 0.9)
+    finally:
+        bench.close()
+    assert found.chosen.spec.keep == ("stem", "box")
+
+
+@pytest.mark.parametrize("damage", [None, _of("spiky onnx fp16")], ids=["good", "all in floating point"])
+def test_a_file_most_of_which_is_kept_is_one_in_8_bits(
+    workshop: Workshop, judge: Judge, tmp_path: Path, damage: Damage | None
+) -> None:
+    """Three of four convolutions stay in floating point, as a budget search may leave it."""
+    spec = workshop.case("spiky onnx int8").spec.but(keep=("wide", "stem", "box"))
+    path = tmp_path / "spiky.onnx"
+    path.write_bytes(workshop.run.pool.export(spec).path.read_bytes())
+    if damage is not None:
+        damage(path, workshop)
+    brought = foreign(path, "onnx", spec.to_dict(), trust=False, is_code=False)
+    bench = Bench(workshop.run, replace(workshop.case("spiky onnx int8"), spec=spec), brought)
+    verdict, because = judge(precision.test_achieved_precision_is_the_requested, bench)
+    bench.close()
+    assert verdict is (Verdict.FAIL if damage else Verdict.PASS), because
 
 
 def test_a_budget_is_confirmed_on_the_artifact(workshop: Workshop) -> None:

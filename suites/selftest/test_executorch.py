@@ -27,19 +27,26 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.formats
 
-# The model of a case without any delegate, with the constants that ours have.
-PORTABLE = """
+# A program of another exporter, with the constants that ours have.
+PROGRAM = """
 import json, sys
 from pathlib import Path
 import torch
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import to_edge_transform_and_lower
 folder, target = sys.argv[1:]
 sys.path.append(folder)
 import small_models
 torch.manual_seed(0)
-program = torch.export.export(small_models.twins().eval(), (torch.zeros(1, 3, 32, 32),))
-names = {"input_names": json.dumps(["images"]), "output_names": json.dumps(["left", "right"])}
-made = to_edge_transform_and_lower(program, partitioner=[], constant_methods=names).to_executorch()
+class Wide(small_models.Mixed):  # convolutions in FP16, products in FP32
+    def forward(self, images):
+        x = self.up(self.stem(images.half()).relu())
+        query, key = self.query(x).float().flatten(2), self.key(x).float().flatten(2)
+        share = (query @ key.transpose(1, 2)).softmax(2)
+        return self.last((share @ x.float().flatten(2)).view_as(x).half()).float()
+program = torch.export.export(MODEL, (torch.zeros(1, 3, 32, 32),))
+names = {"input_names": json.dumps(["images"]), "output_names": json.dumps(OUTPUTS)}
+made = to_edge_transform_and_lower(program, partitioner=DELEGATES, constant_methods=names).to_executorch()
 Path(target).write_bytes(made.buffer)
 """
 
@@ -52,11 +59,21 @@ def toolchain() -> None:
         pytest.skip(missing)
 
 
-def _without_delegate(path: Path, workshop: Workshop) -> None:
-    """As an exporter does that lowers a program and gives XNNPACK nothing."""
+def _lowered(workshop: Workshop, path: Path, model: str, outputs: list[str], delegates: str) -> None:
     python = resolve("executorch").python
     folder = workshop.models["twins"].search[0]
-    subprocess.run([str(python), "-c", PORTABLE, str(folder), str(path)], check=True, capture_output=True)
+    program = PROGRAM.replace("MODEL", model).replace("OUTPUTS", repr(outputs)).replace("DELEGATES", delegates)
+    subprocess.run([str(python), "-c", program, str(folder), str(path)], check=True, capture_output=True)
+
+
+def _without_delegate(path: Path, workshop: Workshop) -> None:
+    """As an exporter does that lowers a program and gives XNNPACK nothing."""
+    _lowered(workshop, path, "small_models.twins().eval()", ["left", "right"], "[]")
+
+
+def _with_wide_products(path: Path, workshop: Workshop) -> None:
+    """As an exporter does that converts the modules, and not what is computed between them."""
+    _lowered(workshop, path, "Wide().half().eval()", ["output0"], "[XnnpackPartitioner()]")
 
 
 def test_convolutions_that_xnnpack_does_not_run_are_noticed(workshop: Workshop, toolchain: None) -> None:
@@ -84,6 +101,13 @@ def test_every_kind_of_product_is_told_by_file_and_runtime(workshop: Workshop, t
         # With the 20 dB that 8 bits are allowed, noise in the first of this model's few layers would not be seen.
         blind = kind == "int8" and claim is outputs.test_outputs_match_reference
         assert verdict is (Verdict.INSENSITIVE if blind else Verdict.PASS), f"{claim.__name__}: {because}"
+
+
+def test_products_in_another_precision_are_noticed(workshop: Workshop, toolchain: None) -> None:
+    """They have no weight whose type would tell."""
+    claim = precision.test_achieved_precision_is_the_requested
+    verdict, because = workshop.judge("mixed executorch fp16", claim, _with_wide_products)
+    assert verdict is Verdict.FAIL and "fp32" in because, because
 
 
 def test_sizes_vary_up_to_what_is_planned_for(workshop: Workshop, toolchain: None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
@@ -169,6 +170,16 @@ def test_a_size_in_the_file_that_its_layers_contradict_is_noticed(pool: Pool, mo
     param = brought.path / "model.ncnn.param"
     param.write_text(param.read_text().replace("2=3 1=32 0=32", "2=3 1=64 0=64"))
     with pytest.raises(ArtifactError, match="made for another size than images"):
+        pool.open(brought, spec, "ncnn", "cpu")
+
+
+def test_a_file_without_an_input_is_refused(pool: Pool, model: ModelSpec, tmp_path: Path) -> None:
+    spec = request(model, "ncnn")
+    brought = copy(pool.export(spec), tmp_path, spec)
+    param = brought.path / "model.ncnn.param"
+    # A layer that gives what it holds, and holds nothing.
+    param.write_text(re.sub(r"^Input( .*? 0 1 \S+).*$", r"MemoryData\1", param.read_text(), flags=re.MULTILINE))
+    with pytest.raises(ArtifactError, match="has no input"):
         pool.open(brought, spec, "ncnn", "cpu")
 
 

@@ -42,6 +42,16 @@ def test_names_of_tensors_are_those_in_the_file(workshop: Workshop, toolchain: N
     assert verdict is Verdict.FAIL and "unnamed0" in because, because
 
 
+def test_a_graph_that_cannot_be_read_is_one_line(workshop: Workshop, toolchain: None) -> None:
+    def damage(path: Path, workshop: Workshop) -> None:
+        xml = next(path.glob("*.xml"))
+        xml.unlink()
+        xml.mkdir()
+
+    verdict, because = workshop.judge("twins openvino fp32", shapes_match, damage)
+    assert verdict is Verdict.ERROR and "cannot be read (Is a directory); export it again" in because, because
+
+
 @pytest.mark.parametrize(
     ("pattern", "instead", "word"),
     [
