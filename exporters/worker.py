@@ -191,7 +191,8 @@ class Server:
         assert isinstance(session, Reference)
         found, folder = session.parameters(), Path(call["folder"])
         values, slack = save(found.values, folder / "values"), save(found.slack, folder / "slack")
-        return {"values": values, "slack": slack, "used": found.used, "others": found.others}
+        told = {"used": found.used, "others": found.others, "activations": dict(found.activations)}
+        return {"values": values, "slack": slack} | told
 
     def _facts(self, call: Json, read: Callable[[], Metadata]) -> Json:
         entry = formats.get(call["format"])

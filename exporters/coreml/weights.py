@@ -16,7 +16,7 @@ from exporters.coreml.naming import HEAVY, LAYERS, is_stored, told, weight_input
 from exporters.coreml.read import AGAIN, BROKEN, File, open_file
 from exporters.errors import ArtifactError, first_line
 from exporters.session import Array
-from exporters.weights import Weight
+from exporters.weights import ACTIVATIONS, Weight
 
 _builtin: Any = importlib.import_module("coremltools.converters.mil.mil.types")
 
@@ -57,9 +57,24 @@ def read_precision(path: Path) -> Achieved:
         left = len(spared) + (len(pure) if main == "int8" else 0)
         evidence |= {UNQUANTIZED: left} if left else {}
     arithmetic = "fp16" if main == "int8" else main
+    evidence |= {f"activations {k}": n for k, n in Counter(_activations(file)).items()}
     others = [n for n, k in kinds.items() if k != main and n not in spared]
     others += [n for n, k in computed if k != arithmetic]
     return Achieved(main, evidence, tuple(sorted(others)))
+
+
+def _activations(file: File) -> Iterator[str]:
+    """Those in ACTIVATIONS, one by one."""
+    if file.layers is None:
+        yield from (ACTIVATIONS[op.op_type] for op in file.main.operations if op.op_type in ACTIVATIONS)
+        return
+    for layer in file.layers.layers:
+        kind = layer.WhichOneof("layer")
+        word = layer.activation.WhichOneof("NonlinearityType") if kind == "activation" else ""
+        if word in ACTIVATIONS:
+            yield ACTIVATIONS[word]
+        elif kind == "pooling" and layer.pooling.type == layer.pooling.MAX:
+            yield "max_pool"
 
 
 def read_weights(path: Path) -> dict[str, Weight]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -24,7 +25,7 @@ from exporters.models.build import as_tuple, example, for_export
 from exporters.models.spec import belongs
 from exporters.session import Array, Execution, Feeds, OnDevice, Session
 from exporters.spec import ExportSpec
-from exporters.weights import Parameters
+from exporters.weights import ACTIVATIONS, Parameters
 
 UNIT = 2.0**-24  # by which FP32 arithmetic rounds a result, at most
 NORMALIZATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -122,8 +123,11 @@ class Reference(Session):
             elif isinstance(weight, Tensor) and weight.ndim > 1 and not isinstance(part, nn.Embedding):
                 part.register_forward_hook(lambda _part, _inputs, output, path=path: after(path, output))
         slack: dict[str, Tensor] = {}
+        counting = _Counting()
         with torch.inference_mode():
-            module(*(i.to(self.device) for i in example(self.spec)))
+            inputs = [i.to(self.device) for i in example(self.spec)]
+            with counting:
+                module(*inputs)
             found = {k: v for k, v in module.state_dict().items() if v.is_floating_point() and v.ndim}
             for path, (_, norm) in folded.items():
                 layer, bn = cast("Any", module.get_submodule(path)), cast("Any", norm)
@@ -145,7 +149,7 @@ class Reference(Session):
         names = (n for n, _ in module.named_parameters())
         known = {f"{path}.{what}" for path in layers for what in ("weight", "bias")}
         others = tuple(n for n in names if n not in known and not n.startswith(gone))
-        return Parameters(_arrays(found), tuple(used), _arrays(slack), others)
+        return Parameters(_arrays(found), tuple(used), _arrays(slack), others, counting.counts)
 
     def modules(self) -> dict[str, str]:
         """Modules without parts of their own, as an exporter folds them."""
@@ -270,6 +274,22 @@ SUMS = (
 TERMS = 16  # that a tensor core's instruction sums up before it rounds (m16n8k16, since Ampere)
 # E[unit^2 f (1 - f)] / x^2, unit of the last bit of x over 2^-bits: 0.541 with log-uniform fractions, and 1/6.
 ROUNDED = 0.541 / 6
+
+
+class _Counting(TorchDispatchMode):
+    """Counts activations; the same one of the same values once, since exporters join those."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counter[str]()
+        self.seen: list[tuple[str, Tensor]] = []  # which holds the values, so that no others get their place
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        word = ACTIVATIONS.get(func.overloadpacket.__name__.removesuffix("_"))
+        if word and not any(word == w and args[0] is values for w, values in self.seen):
+            self.seen.append((word, args[0]))
+            self.counts[word] += 1
+        return func(*args, **(kwargs or {}))
 
 
 class _Rounding(TorchDispatchMode):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from exporters import formats
@@ -15,7 +17,8 @@ SCALE = 1 + 2.0**-9  # a scale may be held in FP16
 
 
 def test_weights_match_the_checkpoint(case: Bench) -> None:
-    """Every weight in the file is the checkpoint's within half a step of what it is stored in; none is missing."""
+    """Every weight in the file is the checkpoint's within half a step of what it is stored in, none is missing, and
+    there are as many activations of each kind as in the model."""
     entry = formats.get(case.spec.format)
     if entry.weights is None:
         raise NotSupported(f"what a {entry.title} file holds is judged by what it computes")
@@ -33,6 +36,11 @@ def test_weights_match_the_checkpoint(case: Bench) -> None:
     compared = len(names) - len(strangers)
     case.evidence["weights"] = {"compared": compared, "strangers": strangers, "furthest": furthest}
     assert compared, f"none of the file's {len(names)} weights has the name of a parameter"
+    counts = case.facts().achieved.counts
+    computed = {k.removeprefix("activations "): n for k, n in counts.items() if k.startswith("activations ")}
+    assert computed == parameters.activations, (
+        f"the file's activations are {_said(computed)}, the model's {_said(parameters.activations)}"
+    )
     if strangers:
         raise NotSupported(
             f"{compared} weights are the checkpoint's, and {len(strangers)} are of no one parameter, which the "
@@ -43,6 +51,10 @@ def test_weights_match_the_checkpoint(case: Bench) -> None:
             f"{compared} weights are the checkpoint's, and {len(others)} parameters of other layers are not read back: "
             f"{', '.join(others[:5])}"
         )
+
+
+def _said(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {word}" for word, n in sorted(counts.items())) or "none"
 
 
 def compare(name: str, want: Array, weight: Weight, slack: Array) -> float:

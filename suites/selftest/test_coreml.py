@@ -129,6 +129,10 @@ elif what == "shift":  # as coremltools writes a picture's bias
             given.name = "image__biased__"
     del ops[:]
     ops.extend([*whole[: at + 1], added, *whole[at + 1 :]])
+elif what == "activation" and network is not None:
+    next(l for l in network.layers if l.WhichOneof("layer") == "activation").activation.ReLU.SetInParent()
+elif what == "activation":
+    next(o for o in operators() if o.type == "silu").type = "relu"
 elif what == "labels" and model.WhichOneof("Type") == "pipeline":
     del model.pipeline.models[1].nonMaximumSuppression.stringClassLabels.vector[:]
 elif what == "rename":
@@ -207,6 +211,11 @@ def test_one_value_of_one_weight_is_seen(workshop: Workshop, judge: Judge, name:
 @pytest.mark.parametrize("name", ["detect coreml int8", "detect coreml int8 palettize"])
 def test_a_scale_or_an_entry_of_a_table_is_seen(workshop: Workshop, judge: Judge, name: str) -> None:
     assert f"weight {LAYER}.weight are not" in caught(workshop, judge, name, WEIGHTS, "scales", LAYER)
+
+
+@pytest.mark.parametrize("name", ["detect coreml fp32", "detect mlmodel fp32"])
+def test_another_activation_is_seen(workshop: Workshop, judge: Judge, name: str) -> None:
+    assert "1 relu" in caught(workshop, judge, name, WEIGHTS, "activation")
 
 
 def test_a_weight_of_no_layer_is_missed(workshop: Workshop, judge: Judge) -> None:
