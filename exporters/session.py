@@ -32,7 +32,8 @@ class Execution:
 
     `providers` counts the nodes that each execution provider took; `fallback` names what ran elsewhere than asked.
     `precision` is "" where the runtime does not tell; `layers` are told by runtimes that know them, with the time of
-    each. `figures` are sizes, by name and unit.
+    each. `figures` are sizes, by name and unit. `operators` counts the convolutions and matrix products that ran in
+    each precision, where that is known beside what the file says.
     """
 
     runtime: str
@@ -45,6 +46,7 @@ class Execution:
     notes: tuple[str, ...] = ()
     layers: tuple[Layer, ...] = ()
     figures: Mapping[str, float] = field(default_factory=dict[str, float])
+    operators: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 class OnDevice(ABC):

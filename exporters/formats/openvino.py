@@ -19,6 +19,8 @@ from exporters.spec import ExportSpec, Precision
 MODULE = "exporters.runtimes.openvino"
 FOLDER = "_openvino_model"
 SAMPLES = "samples"  # of the calibration set, until they are used
+# Quantized, they ran in FP32 all the same (seen), and they have a number for a name, by which no module keeps them.
+TRANSPOSED = ["ConvolutionBackpropData", "GroupConvolutionBackpropData"]
 
 
 def calibrate(job: Job) -> Made:
@@ -55,13 +57,14 @@ def _quantize(model: Any, job: Job) -> tuple[Any, list[str]]:
     names = [op.get_friendly_name() for op in model.get_ordered_ops()]
     spec.check_keep(names, "operator")
     kept = [*heads(spec), *(path for path, _ in spec.model.fp32), *spec.keep]
+    ignored = nncf.IgnoredScope(names=[n for n in names if belongs(n, kept)], types=TRANSPOSED, validate=False)
     try:
         quantized = nncf.quantize(
             model,
             nncf.Dataset(feeds),
             preset=nncf.QuantizationPreset.MIXED,  # activations that SiLU leaves are not symmetric
             subset_size=len(feeds),
-            ignored_scope=nncf.IgnoredScope(names=[n for n in names if belongs(n, kept)], validate=False),
+            ignored_scope=ignored,
         )
     except (RuntimeError, ValueError, nncf.ValidationError) as error:
         raise ExportError(f"NNCF failed ({first_line(error)})", "check the calibration set, or ask for fp16") from error

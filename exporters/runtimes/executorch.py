@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from exporters.artifact import TensorInfo
+from exporters.artifact import TensorInfo, main_precision
 from exporters.errors import ArtifactError, FeedError, first_line
 from exporters.metadata import Metadata, read_json
 from exporters.runtimes.pte import AGAIN, DAMAGED, DELEGATE, METHOD, Pte, damaged
@@ -122,13 +122,14 @@ class ExecuTorchSession(Session):
             "executorch",
             distributions.version("executorch"),
             "cpu",
-            kinds.most_common(1)[0][0] if kinds else "",
+            main_precision(kinds),
             providers,
             # What XNNPACK has no node for runs in portable kernels; a convolution there takes 170 times as long (seen).
             fallback=tuple(k.name for k in self.pte.kernels if k.precision),
             threads=int(bindings._threadpool_get_thread_count()),
             notes=tuple(notes),
             layers=layers,
+            operators=dict(kinds),
         )
 
     def _traced(self) -> Iterator[Layer]:

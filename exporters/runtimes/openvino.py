@@ -125,9 +125,10 @@ class OpenVinoSession(Session):
             "openvino",
             str(library.__version__),
             "cpu",
-            kinds.most_common(1)[0][0] if kinds else "",
+            main_precision(kinds),
             threads=int(self.compiled.get_property("INFERENCE_NUM_THREADS")),
             notes=notes,
+            operators=dict(kinds),
         )
 
     def metadata(self) -> Metadata:

@@ -65,6 +65,9 @@ def test_executed_precision_is_the_requested(case: Bench) -> None:
         f"asked for {asked}, {execution.runtime} executes {execution.precision or 'unknown'} "
         f"({'; '.join(execution.notes)})"
     )
+    if asked is Precision.INT8 and execution.operators:
+        stored, ran = case.facts().achieved.counts.get("operators int8", 0), execution.operators.get("int8", 0)
+        assert ran >= stored, f"the file has {stored} operators in int8, and {execution.runtime} runs {ran} of them so"
 
 
 def test_every_node_runs_on_the_requested_provider(case: Bench) -> None:

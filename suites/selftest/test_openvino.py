@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from exporters.toolchain import resolve
 from suites.conformance.test_metadata import test_class_names_survive_the_round_trip as names_survive
+from suites.conformance.test_precision import test_executed_precision_is_the_requested as executed_precision
 from suites.conformance.test_shapes import test_output_shapes_match_reference as shapes_match
 from suites.support.cases import missing_toolchain
 from suites.support.verdict import Verdict
@@ -17,6 +20,19 @@ if TYPE_CHECKING:
     from suites.selftest.conftest import Workshop
 
 pytestmark = pytest.mark.formats
+
+
+# All in 8 bits, on pictures of noise.
+QUANTIZED = """
+import sys
+import numpy as np, openvino
+sys.modules["openvino_telemetry"] = None
+import nncf
+source, target = sys.argv[1:]
+feeds = [np.random.default_rng(n).random((1, 3, 256, 256), np.float32) for n in range(8)]
+model = nncf.quantize(openvino.Core().read_model(source), nncf.Dataset(feeds), preset=nncf.QuantizationPreset.MIXED)
+openvino.save_model(model, target, compress_to_fp16=False)
+"""
 
 
 @pytest.fixture
@@ -40,6 +56,20 @@ def test_names_of_tensors_are_those_in_the_file(workshop: Workshop, toolchain: N
     assert workshop.judge(cell, shapes_match) == (Verdict.PASS, "")
     verdict, because = workshop.judge(cell, shapes_match, damage)
     assert verdict is Verdict.FAIL and "unnamed0" in because, because
+
+
+def test_8_bits_that_are_computed_in_others_are_noticed(workshop: Workshop, toolchain: None) -> None:
+    """OpenVINO computes the transposed convolution of masks in FP32, though the file has it in 8 bits."""
+    cell = "segment openvino int8"
+
+    def damage(path: Path, workshop: Workshop) -> None:
+        source = workshop.good("segment onnx fp32").path
+        words = [str(resolve("openvino").python), "-c", QUANTIZED, str(source), str(next(path.glob("*.xml")))]
+        subprocess.run(words, check=True, capture_output=True)
+
+    assert workshop.judge(cell, executed_precision) == (Verdict.PASS, "")
+    verdict, because = workshop.judge(cell, executed_precision, damage)
+    assert verdict is Verdict.FAIL and "and openvino runs" in because, because
 
 
 def test_a_graph_that_cannot_be_read_is_one_line(workshop: Workshop, toolchain: None) -> None:
