@@ -26,10 +26,14 @@ LOCKS = Path(__file__).parent / "locks"
 
 @dataclass(frozen=True)
 class Toolchain:
-    """An extra: its name and the distributions that it must have. `pytorch` is what exportgate itself needs."""
+    """An extra: its name, the distributions that it must have, and the tox environment that brings it.
+
+    `pytorch` is what exportgate itself needs.
+    """
 
     name: str
     packages: tuple[str, ...]
+    tox: str = "formats"
 
     @property
     def lock(self) -> Path:
@@ -42,15 +46,15 @@ class Toolchain:
 TOOLCHAINS: Mapping[str, Toolchain] = {
     t.name: t
     for t in (
-        Toolchain("pytorch", ("torch", "numpy", "safetensors")),
-        Toolchain("onnx", ("onnx", "onnxruntime", "onnxscript", "onnxslim")),
-        Toolchain("tensorrt", ("onnx", "onnxruntime", "tensorrt", "pycuda", "nvidia-ml-py")),
+        Toolchain("pytorch", ("torch", "numpy", "safetensors"), "cpu"),
+        Toolchain("onnx", ("onnx", "onnxruntime", "onnxscript", "onnxslim"), "cpu"),
+        Toolchain("tensorrt", ("onnx", "onnxruntime", "tensorrt", "pycuda", "nvidia-ml-py"), "trt"),
         Toolchain("openvino", ("openvino", "nncf")),
         Toolchain("mnn", ("mnn",)),
         Toolchain("ncnn", ("ncnn", "pnnx")),
         Toolchain("executorch", ("executorch", "torchao", "torch")),
         Toolchain("coreml", ("coremltools", "scikit-learn", "numpy", "torch")),
-        Toolchain("rtx", ("onnx", "onnxruntime", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs")),
+        Toolchain("rtx", ("onnx", "onnxruntime", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs"), "rtx"),
     )
 }
 RTX = ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings", "tensorrt-rtx")
@@ -112,7 +116,7 @@ def resolve(name: str) -> Environment:
         missing = absent
     raise ToolchainMissing(
         f"toolchain {name}: package {missing[0]} is not installed",
-        f"run 'exportgate toolchain sync {name}', or install exportgate[{name}]",
+        f"run 'exportgate toolchain sync {name}', or install exportgate[{name}]; tox -e {toolchain.tox} has it",
     )
 
 

@@ -321,7 +321,10 @@ def _for_artifact(selection: Selection, path: Path) -> Selection:
         longest = max((len(f.suffix) for f in fitting), default=0)  # x_aotinductor.pt2 ends in .pt2, too
         chosen = tuple(f.id for f in fitting if len(f.suffix) == longest)
         if not chosen:
-            raise BadRequest(f"artifact '{path}' has a suffix that no format has", "name its format with --format")
+            folder = path.parent.name.lower()
+            whole = next((f for f in formats.registry().values() if folder.endswith(f.suffix)), None)
+            fix = f"name its folder {path.parent}, which is {whole.title}" if whole else "name its format with --format"
+            raise BadRequest(f"artifact '{path}' has a suffix that no format has", fix)
     if len(chosen) > 1 or len(selection.precisions) > 1:
         raise BadRequest(
             f"artifact '{path}' is one artifact, and several formats or precisions are asked for", "name one of each"

@@ -149,11 +149,11 @@ def metadata(path: Path) -> Metadata:
     values = dict(told.userDefined)
     if "names" not in values and "stride" not in values:
         raise ArtifactError(f"'{path}' holds no metadata (user_defined_metadata has none of ours)", AGAIN)
-    found = normalize(values, str(path))
     own = {"description": told.shortDescription, "author": told.author, "license": told.license}
     own |= {"version": told.versionString}
-    for key, value in own.items():
-        if value != getattr(found, key):
+    found = normalize({key: value for key, value in own.items() if value} | values, str(path))
+    for key, value in own.items():  # other exporters write them here alone
+        if key in values and value != getattr(found, key):
             raise ArtifactError(f"'{path}' says {key} {value!r}, and in its metadata {getattr(found, key)!r}", AGAIN)
     labels = labels_of(file)
     has_labels = bool(labels) or file.suppression is not None or found.task == "classify"

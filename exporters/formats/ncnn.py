@@ -55,6 +55,11 @@ def export(job: Job) -> Made:
         wide = _convert(job, scratch / "kept", half=False)
         _, own = _read(wide)
         whole = (wide / f"{NAME}.bin").read_bytes()
+        if len(own) != len(parts):
+            raise ExportError(
+                f"pnnx makes {len(parts)} layers in FP16 and {len(own)} in FP32: none can be taken for the other",
+                "ask for fp32",
+            )
         data = b"".join(
             whole[w.start : w.stop] if spare else data[p.start : p.stop]
             for w, p, spare in zip(own, parts, spared, strict=True)

@@ -69,8 +69,13 @@ def xml_of(path: Path) -> Path:
 
 def describe(model: Any, metadata: Metadata) -> None:
     """Writes what OpenVINO's Model API reads of a YOLO model: how pictures are prepared, labels, suppression."""
+    for key, value in _described(metadata).items():
+        model.set_rt_info(value, [INFO, key])
+
+
+def _described(metadata: Metadata) -> dict[str, Any]:
     if not metadata.task:
-        return
+        return {}
     info: dict[str, Any] = {
         "model_type": "YOLO",
         "reverse_input_channels": True,
@@ -81,8 +86,7 @@ def describe(model: Any, metadata: Metadata) -> None:
     }
     if metadata.task != "classify":
         info["resize_type"] = "fit_to_window_letterbox"
-    for key, value in info.items():
-        model.set_rt_info(value, [INFO, key])
+    return info
 
 
 def labels(metadata: Metadata) -> list[str]:
@@ -140,10 +144,22 @@ class OpenVinoSession(Session):
             raise ArtifactError(
                 f"'{self.xml}': its labels are not the names in {SIDE_CAR}: {told[:80]!r}", "export it again"
             )
+        for key, value in _described(found).items() if self.named else ():  # others may prepare pictures otherwise
+            if key != "labels" and (info := _told(self.model, key)) != _written(value):
+                raise ArtifactError(
+                    f"'{self.xml}' says {key} {info!r} in its rt_info, expected {_written(value)!r}", "export it again"
+                )
         return found
 
     def close(self) -> None:
         del self.request, self.compiled, self.model
+
+
+def _written(value: Any) -> str:
+    """A value as an .xml has it."""
+    if isinstance(value, bool):
+        return "YES" if value else "NO"
+    return " ".join(map(str, cast("list[Any]", value))) if isinstance(value, list) else str(value)
 
 
 def _told(model: Any, key: str) -> str | None:

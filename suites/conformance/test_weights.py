@@ -53,6 +53,13 @@ def test_weights_match_the_checkpoint(case: Bench) -> None:
         )
 
 
+def _largest(values: Array, shape: tuple[int, ...]) -> Array:
+    """The largest value of each channel that has a scale of its own, or of all, broadcast to the values."""
+    joined = tuple(n for n, size in enumerate(shape) if size == 1)
+    # A scale for each block of a channel is repeated for its values: then no axis tells which are one block.
+    return np.abs(values).max(joined or None, initial=0.0, keepdims=True)
+
+
 def _said(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{n} {word}" for word, n in sorted(counts.items())) or "none"
 
@@ -71,7 +78,7 @@ def compare(name: str, want: Array, weight: Weight, slack: Array) -> float:
         allowed = np.minimum(*(np.abs(want - end) for end in ends)) + rounding
     else:
         # By the checkpoint, too: a file with a larger scale than its values need holds fewer than 8 bits of them.
-        finest = np.abs(want).max(initial=0.0) / LEVELS * SCALE
+        finest = _largest(want, weight.step.shape) / LEVELS * SCALE
         allowed = np.minimum(weight.step.astype(np.float64), finest) + rounding
     allowed = np.broadcast_to(allowed, got.shape) * (1 + 2.0**-20)  # the sum and the difference are rounded, too
     wrong = ~(off <= allowed)

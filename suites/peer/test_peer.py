@@ -319,6 +319,19 @@ def test_we_check_the_peers_file(bench: Bench, files: Files, figures: Figures, n
     assert done.returncode == 0, done.stdout
 
 
+def test_we_check_the_peers_core_ml_file(bench: Bench, figures: Figures) -> None:
+    """What Core ML holds of a model is read of the peer's package, too; its output has a name of its own."""
+    folder = bench.folder("check-coreml")
+    with bench.side("export-theirs") as side:
+        path = Path(side.call(checkpoint=bench.copy(bench.folder("theirs-coreml")), format="coreml")["path"])
+    _, done = _check(bench, path, folder, "--precision", "fp32")
+    figures.notes.append(f"check of the peer's coreml: exit {done.returncode}, " + done.stdout.strip().splitlines()[-1])
+    report = json.loads((folder / "report" / "report.json").read_text(encoding="utf-8"))
+    claims = {c["claim"]: c for case in report["cases"] for c in case["claims"]}
+    for claim in ("test_class_names_survive_the_round_trip", "test_output_names_match_reference"):
+        assert claims[claim]["verdict"] == "PASS", f"{claim}: {claims[claim]}"
+
+
 def _check(bench: Bench, path: Path, folder: Path, *options: str) -> tuple[float, subprocess.CompletedProcess[str]]:
     """Judges a brought file; the report goes to folder/report."""
     words = ["exportgate", "check", str(path), "--model", str(bench.checkpoint), "--report", str(folder / "report")]

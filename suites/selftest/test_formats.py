@@ -67,6 +67,7 @@ def _bad(good: bytes, other: bytes) -> Iterator[tuple[str, bytes | None]]:
 def test_bad_files_are_told_in_one_line(workshop: Workshop, tmp_path: Path, cell: str) -> None:
     """Each file of the artifact in turn: missing, empty, cut in half, another format's under this name."""
     case, good = workshop.case(cell), workshop.good(cell)
+    assert not _judged_as_brought(workshop, cell, good.path), "something is said against the good one, too"
     other = workshop.good(f"{MODEL} onnx fp32").path.read_bytes()
     entry = formats.get(case.spec.format)
     for name in _files(good):
@@ -93,7 +94,7 @@ def _judged_as_brought(workshop: Workshop, cell: str, path: Path) -> str:
     brought = foreign(path, entry.id, case.spec.to_dict(), trust=True, is_code=entry.is_code)
     bench = Bench(workshop.run, case, brought)
     try:
-        for claim in CLAIMS:
+        for claim in (*CLAIMS, weights.test_weights_match_the_checkpoint):
             verdict, because = judged(claim, bench)
             if verdict not in CALM:
                 assert verdict in (Verdict.FAIL, Verdict.ERROR), f"{claim.__name__}: {verdict} {because}"

@@ -87,10 +87,12 @@ def test_a_graph_that_cannot_be_read_is_one_line(workshop: Workshop, toolchain: 
     [
         (r"<model_info>.*</model_info>", "", "has lost its labels"),
         (r'(<labels value=")\w+', r"\1another", "its labels are not the names in metadata.yaml"),
+        (r'(<scale_values value=")255', r"\g<1>1", "says scale_values '1' in its rt_info, expected '255'"),
+        (r'(<reverse_input_channels value=")YES', r"\1NO", "says reverse_input_channels 'NO'"),
     ],
-    ids=["model_info lost", "a label renamed"],
+    ids=["model_info lost", "a label renamed", "another scale", "another order of colours"],
 )
-def test_labels_in_rt_info_are_the_class_names(
+def test_what_the_model_api_reads_in_rt_info_is_judged(
     workshop: Workshop, toolchain: None, pattern: str, instead: str, word: str
 ) -> None:
     def damage(path: Path, workshop: Workshop) -> None:

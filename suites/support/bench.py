@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -257,7 +258,12 @@ class Bench:
             return session.inputs, session.outputs
         facts = self.facts()
         assert facts.signature is not None, facts.signature_error
-        return facts.signature
+        inputs, outputs = facts.signature
+        names = [o.name for o in self.model.outputs]
+        if self.brought is not None and len(outputs) == len(names) and not {o.name for o in outputs} & set(names):
+            # What a converter makes of a traced module is called as its trace is: there the place counts.
+            outputs = tuple(replace(o, name=name) for o, name in zip(outputs, names, strict=True))
+        return inputs, outputs
 
     def weights(self) -> dict[str, Weight]:
         """The weights that the artifact's files hold; of formats that can tell."""
