@@ -21,8 +21,8 @@ import numpy as np
 
 from exporters.artifact import TensorInfo, main_precision
 from exporters.errors import ArtifactError, FeedError, first_line
-from exporters.metadata import Metadata, read_json
-from exporters.runtimes.pte import AGAIN, DAMAGED, DELEGATE, METHOD, Pte, damaged
+from exporters.metadata import SIDE_CAR, Metadata, read_json, read_yaml
+from exporters.runtimes.pte import AGAIN, DAMAGED, DELEGATE, METHOD, Pte, damaged, program_of
 from exporters.session import Array, Execution, Feeds, Layer, Session
 from exporters.spec import ExportSpec
 
@@ -58,7 +58,7 @@ class ExecuTorchSession(Session):
     """A loaded program. Names of tensors are those that the file holds as constants; others' files have none."""
 
     def __init__(self, path: Path, spec: ExportSpec) -> None:
-        self.path, self.spec, self.stride = path, spec, spec.model.stride
+        self.path, self.spec, self.stride = (path := program_of(path)), spec, spec.model.stride
         self.pte = Pte(path)  # refuses what the runtime would read beyond the end of
         self.program, self.method = _loaded(path, METHOD)
         try:
@@ -162,6 +162,8 @@ class ExecuTorchSession(Session):
 
     def metadata(self) -> Metadata:
         if METADATA not in self.program.method_names:
+            if (side_car := self.path.with_name(SIDE_CAR)).is_file():
+                return read_yaml(side_car)
             raise ArtifactError(f"'{self.path}' holds no metadata (constant method '{METADATA}')", AGAIN)
         return read_json(self._constant(METADATA), str(self.path))
 

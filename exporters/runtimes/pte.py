@@ -79,6 +79,20 @@ class Heavy:
     weight: str
 
 
+def program_of(path: Path) -> Path:
+    """The .pte file: other exporters make a folder of it and its metadata.
+
+    Raises:
+        ArtifactError: it is a folder without one, or with several.
+    """
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob("*.pte"))
+    if len(found) != 1:
+        raise ArtifactError(f"'{path}' holds {len(found)} .pte files, expected one", AGAIN)
+    return found[0]
+
+
 class Pte:
     """A program as its file says it.
 
@@ -93,7 +107,7 @@ class Pte:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path = program_of(path)
         self.segments: list[bytes] = []
         size, base = _header(path)
         try:

@@ -14,16 +14,19 @@ import pytest
 from exporters import formats
 from exporters.artifact import foreign
 from exporters.errors import ArtifactError, BadRequest, FeedError
+from exporters.metadata import SIDE_CAR, Metadata
 from exporters.runtimes.pte import Pte
 from exporters.toolchain import resolve
 from suites.conformance import test_dynamic as dynamic
 from suites.conformance import test_outputs as outputs
 from suites.conformance import test_precision as precision
+from suites.conformance.test_metadata import test_class_names_survive_the_round_trip as names_survive
+from suites.support.bench import Bench
 from suites.support.cases import missing_toolchain
 from suites.support.verdict import Verdict
 
 if TYPE_CHECKING:
-    from suites.selftest.conftest import Workshop
+    from suites.selftest.conftest import Claim, Judge, Workshop
 
 pytestmark = pytest.mark.formats
 
@@ -108,6 +111,31 @@ def test_products_in_another_precision_are_noticed(workshop: Workshop, toolchain
     claim = precision.test_achieved_precision_is_the_requested
     verdict, because = workshop.judge("mixed executorch fp16", claim, _with_wide_products)
     assert verdict is Verdict.FAIL and "fp32" in because, because
+
+
+def test_a_folder_of_another_exporter_is_read(
+    workshop: Workshop, judge: Judge, toolchain: None, tmp_path: Path
+) -> None:
+    """A program without our constants, and metadata.yaml beside it."""
+    case, folder = workshop.case("twins executorch fp32"), tmp_path / "twins_executorch_model"
+    folder.mkdir()
+    program = folder / "model.pte"
+    _lowered(workshop, program, "small_models.twins().eval()", ["left", "right"], "[XnnpackPartitioner()]")
+    (folder / SIDE_CAR).write_text(Metadata.of(case.spec).as_yaml(), encoding="utf-8")
+
+    def said(claim: Claim) -> tuple[Verdict, str]:
+        brought = foreign(folder, "executorch", case.spec.to_dict(), trust=False, is_code=False)
+        with closing(Bench(workshop.run, case, brought)) as bench:
+            return judge(claim, bench)
+
+    for claim in (names_survive, outputs.test_outputs_match_reference):
+        assert said(claim) == (Verdict.PASS, "")
+    (folder / SIDE_CAR).unlink()
+    verdict, because = said(names_survive)
+    assert verdict is Verdict.FAIL and "holds no metadata" in because, because
+    program.unlink()
+    verdict, because = said(outputs.test_outputs_match_reference)
+    assert verdict is Verdict.ERROR and "holds 0 .pte files, expected one" in because, because
 
 
 def test_sizes_vary_up_to_what_is_planned_for(workshop: Workshop, toolchain: None) -> None:
