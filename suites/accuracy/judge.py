@@ -111,9 +111,11 @@ def _confidences(case: Bench) -> tuple[float, float]:
 
 
 def judged(case: Bench, spec: ExportSpec, budget: Budget) -> tuple[Outcome, ...]:
-    """The outcomes of another request's artifact in the case's runtime: by labels where there are any, then without."""
+    """The outcomes of another request's artifact, of this case or of what it is made from: by labels where there are
+    any, then without."""
     pool, shown = case.run.pool, shown_to(case)
-    session = case.guard(lambda: pool.open(pool.export(spec), spec, case.case.runtime.id, case.case.device))
+    runtime, device = case.runtime_of(spec, is_parent=spec.format != case.spec.format)
+    session = case.guard(lambda: pool.open(pool.export(spec), spec, runtime, device))
     try:
         found = found_in(case, session, spec, shown)
     finally:

@@ -4,6 +4,9 @@ Modules are ranked by how much they suffer from 8 bits (`exporters.graph.sensiti
 shortest beginning of that list that meets the budget on the evaluation set is found by halving, and then each of its
 last SPARED modules that the others make needless is quantized after all: no set is proven to be the smallest.
 
+An engine with mixed precisions takes minutes to build, so sets are tried in the ONNX file that it is made from, on the
+CPU, and what is found is confirmed in the engine: more is kept until that meets the budget, too.
+
 Each border between 8 and 16 bits costs a conversion. Where the set is no faster than nothing in INT8, one region of the
 graph in 8 bits is looked for, which has two borders.
 """
@@ -31,7 +34,8 @@ SPARED = 8  # modules that are tried to be quantized after all, those that suffe
 
 @dataclass(frozen=True)
 class Step:
-    """One try: what stayed in floating point, what both accuracy claims say, and the median latency in milliseconds."""
+    """One try: what stayed in floating point, what both accuracy claims say, and the median latency in milliseconds,
+    which what was tried in the ONNX file alone has none of."""
 
     name: str
     spec: ExportSpec
@@ -65,7 +69,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Found:
-    """Every step in the order of the tries, the chosen one, and the ranked modules."""
+    """The artifact's steps in the order of the tries, those of its ONNX file, the chosen one, the ranked modules."""
 
     steps: tuple[Step, ...]
     chosen: Step
@@ -102,42 +106,77 @@ def search(case: Bench, judged: Callable[[ExportSpec, Budget], tuple[Outcome, ..
 
     The chosen step is the one with the best metric where none meets the budget.
     """
-    budget, tried = Budget(share, True), dict[str, Step]()
-
-    def attempt(name: str, spec: ExportSpec) -> Step:
-        key = repr(spec)
-        if key not in tried:
-            case.run.pool.progress(f"budget of {share:g}: {name}")
-            step = tried[key] = Step(name, spec, judged(spec, budget), _median(case, spec))
-            case.run.pool.progress(f"budget of {share:g}: {name}: {step.outcome.line()}, {step.milliseconds} ms")
-        return tried[key]
-
-    asked = case.case.spec
-    firsts = [attempt(f"everything in INT8, {c}", asked.but(calibrator=c)) for c in CALIBRATORS]
+    tries, asked = _Tries(case, judged, share), case.case.spec
+    firsts = [tries.rehearse(f"everything in INT8, {c}", asked.but(calibrator=c)) for c in CALIBRATORS]
     # Simpler first: where none meets the budget, another method has to be better by more than the first one's doubt.
     best = max(firsts, key=lambda s: s.outcome.change)
     doubtful = firsts[0] if best.outcome.change <= firsts[0].outcome.high else best
-    base = next((s for s in firsts if s.meets), doubtful)
-    noise, ranked = dict[str, dict[str, float]](), tuple[str, ...]()
-    chosen: Step | None = base if base.meets else None
-    if chosen is None:
-        noise = case.guard(lambda: case.run.pool.sensitivity(in_onnx(base.spec)))
-        joint = noise["joint"]
-        ranked = tuple(sorted(noise["alone"], key=lambda m: -max(noise["alone"][m], joint.get(m, 0.0))))
-
-        def keeping(modules: Sequence[str], where: str = "") -> Step:
-            kept = [m for m in noise["alone"] if m in modules]  # in the graph's order: the same set is the same request
-            return attempt(f"{len(kept)} modules{where} in floating point", base.spec.but(keep=tuple(kept)))
-
-        chosen = _fewest(ranked, keeping, SPARED)
+    first = next((s for s in firsts if s.meets), doubtful)
+    base = tries.attempt(f"everything in INT8, {first.spec.calibrator}", first.spec)
     fp16 = asked.but(precision=Precision.FP16, data="", split="val", fraction=1.0, keep=())
-    nothing = attempt("nothing in INT8 (FP16)", fp16)
-    if chosen is not None and ranked and saves_time(case) and _slower(chosen, nothing):
-        inwards = _outside_in({m: max(noise["alone"][m], noise["joint"].get(m, 0.0)) for m in noise["alone"]})
-        region = _fewest(inwards, lambda modules: keeping(modules, " at the ends"))
+    nothing = tries.attempt("nothing in INT8 (FP16)", fp16)
+    if base.meets:
+        return Found(tries.steps, base, (), {})
+    noise = case.guard(lambda: case.run.pool.sensitivity(in_onnx(base.spec)))
+    worst = {m: max(noise["alone"][m], noise["joint"].get(m, 0.0)) for m in noise["alone"]}
+    ranked = sorted(worst, key=lambda m: -worst[m])
+
+    def fewest(order: Sequence[str], spared: int = 0, where: str = "") -> Step | None:
+        def keeping(tried: Try, modules: Sequence[str]) -> Step:
+            kept = tuple(m for m in worst if m in modules)  # in the graph's order: the same set is the same request
+            return tried(f"{len(kept)} modules{where} in floating point", base.spec.but(keep=kept))
+
+        kept = _fewest(order, lambda modules: keeping(tries.rehearse, modules).meets, spared)
+        return _confirmed(order, kept, lambda modules: keeping(tries.attempt, modules))
+
+    chosen = fewest(ranked, SPARED)
+    if chosen is not None and saves_time(case) and _slower(chosen, nothing):
+        region = fewest(_outside_in(worst), where=" at the ends")
         chosen = region if region is not None and _slower(chosen, region) else chosen
-    best_of = max((s for s in tried.values() if s.spec.precision is Precision.INT8), key=lambda s: s.outcome.change)
-    return Found(tuple(tried.values()), chosen or best_of, ranked, noise)
+    best_of = max((s for s in tries.made if s.spec.precision is Precision.INT8), key=lambda s: s.outcome.change)
+    return Found(tries.steps, chosen or best_of, tuple(ranked), noise)
+
+
+Try = Callable[[str, ExportSpec], Step]
+
+
+class _Tries:
+    """Requests tried in the artifact itself, and those rehearsed in the ONNX file that it is made from, once each."""
+
+    def __init__(self, case: Bench, judged: Callable[[ExportSpec, Budget], tuple[Outcome, ...]], share: float) -> None:
+        self.case, self.judged, self.budget = case, judged, Budget(share, True)
+        self.is_of_onnx = _is_of_onnx(case.case.spec)
+        self.tried, self.rehearsed = dict[str, Step](), dict[str, Step]()
+
+    @property
+    def made(self) -> list[Step]:
+        """Of the artifact itself."""
+        return list(self.tried.values())
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """All of them, the artifact's own first."""
+        return (*self.tried.values(), *self.rehearsed.values())
+
+    def attempt(self, name: str, spec: ExportSpec) -> Step:
+        """A request's artifact, judged and timed."""
+        return self._once(self.tried, name, spec, spec)
+
+    def rehearse(self, name: str, spec: ExportSpec) -> Step:
+        """The ONNX file that it is made from, judged; the artifact where it is made from none."""
+        if not self.is_of_onnx:
+            return self.attempt(name, spec)
+        return self._once(self.rehearsed, f"{name}, as ONNX on the CPU", spec, in_onnx(spec))
+
+    def _once(self, steps: dict[str, Step], name: str, spec: ExportSpec, judged: ExportSpec) -> Step:
+        if repr(spec) not in steps:
+            tell, title = self.case.run.pool.progress, f"budget of {self.budget.allowed:g}: {name}"
+            tell(title)
+            outcomes = self.judged(judged, self.budget)
+            step = Step(name, spec, outcomes, _median(self.case, spec) if judged is spec else None)
+            tell(f"{title}: {step.outcome.line()}" + (f", {step.milliseconds} ms" if step.milliseconds else ""))
+            steps[repr(spec)] = step
+        return steps[repr(spec)]
 
 
 def saves_time(case: Bench) -> bool:
@@ -159,21 +198,38 @@ def _outside_in(noise: Mapping[str, float]) -> list[str]:
     return taken
 
 
-def _fewest(ranked: Sequence[str], keeping: Callable[[Sequence[str]], Step], spared: int = 0) -> Step | None:
-    """The step of the shortest beginning of the list that meets the budget, without what the rest makes needless of
-    its last modules."""
+def _fewest(ranked: Sequence[str], meets: Callable[[Sequence[str]], bool], spared: int = 0) -> list[str]:
+    """The shortest beginning of the list that meets the budget, without what the rest makes needless of its last
+    modules; empty where none does."""
     low, high = 0, len(ranked) - 1  # none was tried before; of all of them nothing would be quantized
-    if high < 1 or not keeping(ranked[:high]).meets:
-        return None
+    if high < 1 or not meets(ranked[:high]):
+        return []
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if keeping(ranked[:middle]).meets else (middle, high)
+        low, high = (low, middle) if meets(ranked[:middle]) else (middle, high)
     kept = list(ranked[:high])
     for module in kept[::-1][:spared]:
         fewer = [m for m in kept if m != module]
-        if fewer and keeping(fewer).meets:
+        if fewer and meets(fewer):
             kept = fewer
-    return keeping(kept)
+    return kept
+
+
+def _confirmed(ranked: Sequence[str], kept: Sequence[str], keeping: Callable[[Sequence[str]], Step]) -> Step | None:
+    """The step of these modules in the artifact itself, or with as many more of the list as that needs: 1, 2, 4 ..."""
+    more = 1
+    while 0 < len(kept) < len(ranked):
+        step = keeping(kept)
+        if step.meets:
+            return step
+        kept, more = [*kept, *[m for m in ranked if m not in kept][:more]], 2 * more
+    return None
+
+
+def _is_of_onnx(spec: ExportSpec) -> bool:
+    """Whether the artifact is of another format, made from an ONNX file in 8 bits."""
+    parents = formats.get(spec.format).parents(spec)
+    return spec.format != "onnx" and any(p.format == "onnx" and p.precision in CALIBRATED for p in parents)
 
 
 def in_onnx(spec: ExportSpec) -> ExportSpec:

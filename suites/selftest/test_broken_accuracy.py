@@ -199,6 +199,35 @@ def test_a_set_that_costs_more_than_it_saves_gives_way_to_one_region(
     assert found.chosen.spec.keep == ("stem", "box")
 
 
+def test_what_an_engine_is_made_from_is_searched_and_the_engine_confirms_it(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No engine is built here: a file of an older opset rehearses, in which one module less has to be kept."""
+    bench = workshop.bench("blobs onnx int8 budget")
+    asked: list[tuple[bool, tuple[str, ...]]] = []
+    in_file, in_onnx = _needing("stem", bench), _needing("box", bench)
+
+    def strict(spec: ExportSpec, budget: Budget) -> tuple[Outcome, ...]:
+        is_rehearsal = spec.opset == 17
+        asked.append((is_rehearsal, spec.keep))
+        if is_rehearsal:
+            return in_onnx(spec, budget)
+        return in_file(spec, budget) if "box" in spec.keep else in_onnx(spec, budget)
+
+    noise = {"alone": {"stem": 1.0, "box": 3.0, "score": 0.1}, "joint": dict[str, float]()}
+    monkeypatch.setattr(bench.run.pool, "sensitivity", lambda spec: noise)
+    monkeypatch.setattr(searching, "_is_of_onnx", lambda spec: True)
+    monkeypatch.setattr(searching, "in_onnx", lambda spec: spec.but(opset=17))
+    try:
+        found = search(bench, strict, 0.9)
+    finally:
+        bench.close()
+    assert found.chosen.spec.keep == ("stem", "box") and found.chosen.milliseconds
+    assert [keep for is_rehearsal, keep in asked if not is_rehearsal] == [(), (), ("box",), ("stem", "box")]
+    assert (True, ("box",)) in asked and (True, ("stem", "box")) in asked
+    assert all((s.milliseconds is None) == s.name.endswith("as ONNX on the CPU") for s in found.steps)
+
+
 @pytest.mark.parametrize("damage", [None, _of("spiky onnx fp16")], ids=["good", "all in floating point"])
 def test_a_file_most_of_which_is_kept_is_one_in_8_bits(
     workshop: Workshop, judge: Judge, tmp_path: Path, damage: Damage | None

@@ -224,7 +224,7 @@ class Bench:
     def _open(self, name: str, artifact: Artifact, spec: ExportSpec) -> RemoteSession:
         current = self.opened.get(name)
         if current is None or not current.caller.alive:
-            runtime, device = (self.case.runtime.id, self.case.device) if not name else self._parent_runtime(spec)
+            runtime, device = self.runtime_of(spec, is_parent=bool(name))
             current = self.opened[name] = self.guard(lambda: self.run.pool.open(artifact, spec, runtime, device))
         return current
 
@@ -232,8 +232,10 @@ class Bench:
         """Another request of this case's format, exported and opened in its runtime; who asks closes it."""
         return self.run.pool.open(self.run.pool.export(spec), spec, self.case.runtime.id, self.case.device)
 
-    def _parent_runtime(self, spec: ExportSpec) -> tuple[str, str]:
-        """A runtime for a parent's artifact: on the CPU, by another program than the one that is judged."""
+    def runtime_of(self, spec: ExportSpec, is_parent: bool) -> tuple[str, str]:
+        """A request's runtime and device: the case's own; a parent's on the CPU, by another program than is judged."""
+        if not is_parent:
+            return self.case.runtime.id, self.case.device
         chosen = next(r for r in formats.get(spec.format).runtimes if r.device == "cpu")
         return chosen.id, "cpu"
 
