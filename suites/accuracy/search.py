@@ -8,7 +8,7 @@ An engine with mixed precisions takes minutes to build, so sets are tried in the
 CPU, and what is found is confirmed in the engine: more is kept until that meets the budget, too.
 
 Each border between 8 and 16 bits costs a conversion. Where the set is no faster than nothing in INT8, one region of the
-graph in 8 bits is looked for, which has two borders.
+graph in 8 bits is looked for, which has one border or two: its beginning, its end, or both stay in floating point.
 """
 
 from __future__ import annotations
@@ -131,8 +131,10 @@ def search(case: Bench, judged: Callable[[ExportSpec, Budget], tuple[Outcome, ..
 
     chosen = fewest(ranked, SPARED)
     if chosen is not None and saves_time(case) and _slower(chosen, nothing):
-        region = fewest(_outside_in(worst), where=" at the ends")
-        chosen = region if region is not None and _slower(chosen, region) else chosen
+        orders = {"start": list(worst), "end": list(worst)[::-1], "ends": _outside_in(worst)}
+        regions = [fewest(order, where=f" at the {where}") for where, order in orders.items()]
+        for region in regions:
+            chosen = region if region is not None and _slower(chosen, region) else chosen
     best_of = max((s for s in tries.made if s.spec.precision is Precision.INT8), key=lambda s: s.outcome.change)
     return Found(tries.steps, chosen or best_of, tuple(ranked), noise)
 

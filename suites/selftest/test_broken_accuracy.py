@@ -185,7 +185,8 @@ def test_a_set_that_costs_more_than_it_saves_gives_way_to_one_region(
     strict = _needing("box", bench)
 
     def median(case: Bench, spec: ExportSpec) -> float:
-        return 1.0 if spec.precision is Precision.FP16 else 1.5 if spec.keep == ("box",) else 0.5
+        made_up = {("box",): 1.5, ("stem", "box"): 0.5, ("box", "score"): 0.7}
+        return 1.0 if spec.precision is Precision.FP16 else made_up.get(spec.keep, 2.0)
 
     noise = {"alone": {"stem": 1.0, "box": 3.0, "score": 0.1}, "joint": dict[str, float]()}
     monkeypatch.setattr(bench.run.pool, "sensitivity", lambda spec: noise)
@@ -196,7 +197,8 @@ def test_a_set_that_costs_more_than_it_saves_gives_way_to_one_region(
         found = search(bench, strict, 0.9)
     finally:
         bench.close()
-    assert found.chosen.spec.keep == ("stem", "box")
+    assert found.chosen.spec.keep == ("stem", "box")  # from the start; from the end it takes 0.7
+    assert ("box", "score") in {s.spec.keep for s in found.steps}
 
 
 def test_what_an_engine_is_made_from_is_searched_and_the_engine_confirms_it(
