@@ -42,7 +42,7 @@ class NotSupported(ExportgateError):
 
 
 class ToolchainMissing(ExportgateError):
-    """Raised when the environment that a format needs is not there; becomes the verdict SKIPPED (with because)."""
+    """Raised when the environment or machine that a format needs is not there; becomes the verdict SKIPPED."""
 
 
 class ExportError(ExportgateError):

@@ -322,10 +322,10 @@ def request(model: ModelSpec, format_id: str, **options: Any) -> ExportSpec:
         raise BadRequest(
             f"batch {values['batch']}: model '{model.name}' has no batch axis", "name an axis of its input 'batch'"
         )
-    unused = next((k for k in CALIBRATION if k in values), None) if precision not in CALIBRATED else None
+    unused = next((k for k in EIGHT_BITS if k in values), None) if precision not in CALIBRATED else None
     if unused:
         raise BadRequest(
-            f"option '{unused}' ({given[unused]}) with {precision.value}: only INT8 and FP8 are calibrated",
+            f"option '{unused}' ({given[unused]}) with {precision.value}: it is of INT8 and FP8 alone",
             "leave it out, or ask for int8",
         )
     of_nms = next((k for k in NMS[1:] if k in values), None)
@@ -343,7 +343,7 @@ def request(model: ModelSpec, format_id: str, **options: Any) -> ExportSpec:
 
 
 CALIBRATED = (Precision.INT8, Precision.FP8)
-CALIBRATION = (
+EIGHT_BITS = (
     "data",
     "split",
     "fraction",
@@ -351,6 +351,7 @@ CALIBRATION = (
     "keep",
     "trt_quant_algo",
     "calibration_cache",
+    "palettize",
 )  # options of those alone
 
 NMS = ("nms", "conf", "iou", "max_det", "agnostic_nms")

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from exporters.artifact import Achieved, Artifact, TensorInfo
-from exporters.errors import BadRequest, NotSupported
+from exporters.errors import BadRequest, NotSupported, ToolchainMissing
 from exporters.metadata import Metadata
 from exporters.models.spec import detector_output
 from exporters.session import Session
@@ -26,7 +26,8 @@ class Runtime:
 
     `executes` names the precisions whose arithmetic it really does; for another one of the format's precisions the
     claim about executed precision is NOT_SUPPORTED, with `because`. Where it `runs` nothing at all, artifacts are made
-    for elsewhere, and every claim that needs a session is NOT_SUPPORTED with `because`. One that `builds` an engine
+    for elsewhere, and every claim that needs a session is NOT_SUPPORTED with `because`, or, where exportgate runs them
+    on another machine (`runs_elsewhere`), SKIPPED: that machine's run can stand in for it. One that `builds` an engine
     when it opens a file takes minutes over it the first time. Where it `sums_in_fp16`, FP16 kernels may also round what
     they have summed up so far. `untold` is why it may not tell what it executes of some models.
     """
@@ -37,9 +38,15 @@ class Runtime:
     because: str = ""
     imports: tuple[str, ...] = ()
     runs: bool = True
+    runs_elsewhere: bool = False
     builds: bool = False
     sums_in_fp16: bool = False
     untold: str = ""
+
+    def check_runs(self) -> None:
+        """Raises NotSupported or ToolchainMissing where nothing here runs the format's files."""
+        if not self.runs:
+            raise ToolchainMissing(self.because) if self.runs_elsewhere else NotSupported(self.because)
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,10 @@ def fp32_trace(spec: ExportSpec) -> tuple[ExportSpec, ...]:
 def nothing_further(spec: ExportSpec) -> Mapping[str, str]:
     """A format whose artifact depends on nothing but what every format's depends on."""
     return {}
+
+
+def nothing_needed() -> None:
+    """A format that needs nothing but the packages of its toolchain."""
 
 
 def nothing_left_out(spec: ExportSpec) -> tuple[str, ...]:
@@ -185,6 +196,7 @@ class Format:
         keeps_signature: whether the file holds names and shapes of its inputs, so that its runtime refuses others.
         gone: precision -> why the format does not have it.
         depends: what else its artifact depends on, by name, for the cache.
+        needs: raises ToolchainMissing where something beside its toolchain's packages is not here.
         smaller_batches: whether `batch` is the largest batch, and smaller ones run, too.
         shows_inside: whether it takes ExportSpec.inside.
     """
@@ -212,6 +224,7 @@ class Format:
     keeps_signature: bool = True
     gone: Mapping[Precision, str] = field(default_factory=dict[Precision, str])
     depends: Callable[[ExportSpec], Mapping[str, str]] = nothing_further
+    needs: Callable[[], object] = nothing_needed
     smaller_batches: bool = False
     shows_inside: bool = False
     toolchains: Mapping[str, str] = field(default_factory=dict[str, str])

@@ -13,7 +13,7 @@ from typing import Any
 from exporters.artifact import Achieved, Artifact
 from exporters.errors import ExportError, first_line
 from exporters.formats import Format, Job, Made, Runtime, Step
-from exporters.runtimes.instruction_set import compiled_for
+from exporters.runtimes.instruction_set import compiled_for, compiler
 from exporters.session import Session
 from exporters.spec import ExportSpec, Precision
 
@@ -119,6 +119,7 @@ FORMAT = Format(
     inspect=inspect,
     refusal=refusal,
     depends=depends,
+    needs=compiler,
     is_code=True,
     gone={Precision.INT8: "AOTInductor compiles what was quantized before, and programs of pt2 are not"},
 )

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from exporters.artifact import Achieved, Artifact, TensorInfo
-from exporters.errors import BadRequest
 from exporters.formats import Format, Job, Made, Runtime, Step, fp32_trace, no_nms
 from exporters.metadata import Metadata
 from exporters.models.spec import classifier_output, detector_output
@@ -27,6 +26,7 @@ RUNTIME = Runtime(
     UNTOLD if sys.platform == "darwin" else BECAUSE,
     imports=("exporters.runtimes.coreml",),
     runs=sys.platform == "darwin",
+    runs_elsewhere=True,
 )
 
 
@@ -92,16 +92,8 @@ def weights(path: Path) -> dict[str, Weight]:
 
 
 def refusal(spec: ExportSpec) -> str:
-    """One picture of one size; what Core ML cannot name; and options that go together.
-
-    Raises:
-        BadRequest: a table of values for weights that are not in 8 bits.
-    """
+    """One picture of one size; what Core ML cannot name; and options that go together."""
     model = spec.model
-    if spec.palettize and spec.precision is not Precision.INT8:
-        raise BadRequest(
-            f"palettize with {spec.precision}: tables are of weights in 8 bits", "add --int8, or leave it out"
-        )
     if spec.batch != 1:
         return f"batch {spec.batch}: Core ML takes one picture at a time"
     if spec.dynamic:

@@ -358,6 +358,17 @@ def declared_dynamic_but_baked(path: Path, workshop: Workshop) -> None:
     onnx.save(model, path)
 
 
+def of_any_height(path: Path, workshop: Workshop) -> None:
+    """The graph of any shape, whose signature says all of the fixed one but the height."""
+    model = onnx.load(workshop.good("onnx fp32 dynamic").path)
+    fixed = onnx.load(workshop.good("onnx fp32").path).graph.input[0].type.tensor_type.shape.dim
+    for axis, dim in enumerate(model.graph.input[0].type.tensor_type.shape.dim):
+        if axis != 2:
+            dim.dim_value = fixed[axis].dim_value
+    del model.graph.value_info[:]
+    onnx.save(model, path)
+
+
 @graph_damage
 def right_for_squares_only(model: Any) -> None:
     """Boxes are moved by a share of width - height, as where the two were exchanged in the anchors."""
@@ -709,6 +720,13 @@ BROKEN = (
         "dynamic where fixed is asked",
         "onnx fp32",
         another("onnx fp32 dynamic"),
+        dynamic.test_other_shapes_are_refused,
+        "was taken",
+    ),
+    Broken(
+        "any height where fixed is asked",
+        "onnx fp32",
+        of_any_height,
         dynamic.test_other_shapes_are_refused,
         "was taken",
     ),

@@ -29,7 +29,7 @@ from suites.conformance import test_shapes as shapes
 from suites.selftest.conftest import is_long, judged
 from suites.selftest.test_ahead_of_time import is_here
 from suites.support.bench import Bench
-from suites.support.cases import missing_toolchain
+from suites.support.cases import what_is_missing
 from suites.support.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def test_a_corrupted_artifact_is_never_called_right(
     entry = formats.get(case.spec.format)
     if cell == ENGINE and not is_here():
         pytest.skip("TensorRT-RTX is not installed: exportgate[rtx] brings it")
-    if cell in FURTHER and (missing := missing_toolchain(entry.chain("cpu"))):
+    if cell in FURTHER and (missing := what_is_missing(entry, "cpu")):
         pytest.skip(missing)
     # ncnn has no layer for an operator of `mixed`.
     stranger = "classify" if entry.id == "ncnn" else "mixed"

@@ -22,7 +22,7 @@ from suites.conformance import test_outputs as outputs
 from suites.conformance import test_precision as precision
 from suites.conformance.test_metadata import test_class_names_survive_the_round_trip as names_survive
 from suites.support.bench import Bench
-from suites.support.cases import missing_toolchain
+from suites.support.cases import what_is_missing
 from suites.support.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ Path(target).write_bytes(made.buffer)
 @pytest.fixture
 def toolchain() -> None:
     """Skips where the toolchain is not here."""
-    missing = missing_toolchain("executorch")
+    missing = what_is_missing(formats.get("executorch"), "cpu")
     if missing:
         pytest.skip(missing)
 

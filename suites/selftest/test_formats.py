@@ -30,7 +30,7 @@ from suites.conformance import test_weights as weights
 from suites.selftest.conftest import Claim, judged
 from suites.selftest.test_corrupted import CALM, CLAIMS
 from suites.support.bench import Bench
-from suites.support.cases import MAIN, missing_toolchain
+from suites.support.cases import MAIN, what_is_missing
 from suites.support.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ CELLS = [f"{MODEL} {f.id} {p}" for f in FURTHER for p in f.precisions]
 @pytest.fixture(autouse=True)
 def toolchain(request: pytest.FixtureRequest) -> None:
     """The formats whose toolchain is not here are skipped."""
-    missing = missing_toolchain(formats.get(request.getfixturevalue("cell").split()[1]).chain("cpu"))
+    missing = what_is_missing(formats.get(request.getfixturevalue("cell").split()[1]), "cpu")
     if missing:
         pytest.skip(missing)
 

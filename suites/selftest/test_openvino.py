@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from exporters import formats
 from exporters.toolchain import resolve
 from suites.conformance.test_metadata import test_class_names_survive_the_round_trip as names_survive
 from suites.conformance.test_precision import test_executed_precision_is_the_requested as executed_precision
 from suites.conformance.test_shapes import test_output_shapes_match_reference as shapes_match
-from suites.support.cases import missing_toolchain
+from suites.support.cases import what_is_missing
 from suites.support.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ openvino.save_model(model, target, compress_to_fp16=False)
 
 @pytest.fixture
 def toolchain() -> None:
-    missing = missing_toolchain("openvino")
+    missing = what_is_missing(formats.get("openvino"), "cpu")
     if missing:
         pytest.skip(missing)
 

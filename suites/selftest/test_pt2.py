@@ -17,6 +17,7 @@ from exporters.pool import Pool
 from exporters.runtimes import instruction_set
 from exporters.runtimes.aotinductor import CHECKS
 from exporters.spec import ExportSpec, request
+from suites.support.availability import cells
 
 pytestmark = pytest.mark.formats
 
@@ -151,6 +152,7 @@ def test_no_compiler_is_a_missing_toolchain(monkeypatch: pytest.MonkeyPatch) -> 
     instruction_set.compiled_for.cache_clear()
     with pytest.raises(ToolchainMissing, match="'no-such-compiler' is not on the PATH; install it"):
         instruction_set.compiled_for()
+    assert {c.state for c in cells() if c.format == "aotinductor" and c.precision == "fp32"} == {"missing"}
 
 
 def test_what_a_library_was_compiled_for_is_in_its_package_and_its_key(library: Artifact) -> None:

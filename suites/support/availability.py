@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from exporters import formats
 from exporters.spec import Precision
-from suites.support.cases import missing_gpu, missing_toolchain
+from suites.support.cases import missing_gpu, what_is_missing
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def cells() -> list[Cell]:
     for entry in formats.registry().values():
         for precision in known:
             for runtime in entry.runtimes:
-                missing = missing_toolchain(entry.chain(runtime.device))
+                missing = what_is_missing(entry, runtime.device)
                 if precision not in entry.precisions:
                     state, because = "not supported", entry.gone.get(precision, f"{entry.title} has no such form")
                 elif missing:

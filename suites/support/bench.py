@@ -214,11 +214,10 @@ class Bench:
         """The open session of the artifact in the case's runtime.
 
         Raises:
-            NotSupported: the artifact is made here and run elsewhere.
+            NotSupported, ToolchainMissing: the artifact is made here and run elsewhere.
         """
         self.artifact()
-        if not self.case.runtime.runs:
-            raise NotSupported(self.case.runtime.because)
+        self.case.runtime.check_runs()
         return self._open("", self.artifact(), self.spec)
 
     def _open(self, name: str, artifact: Artifact, spec: ExportSpec) -> RemoteSession:

@@ -17,7 +17,7 @@ from exporters.models.catalog import from_checkpoint, from_table, locate, parse_
 from exporters.models.spec import ModelSpec, named_pictures
 from exporters.spec import (
     CALIBRATED,
-    CALIBRATION,
+    EIGHT_BITS,
     ExportSpec,
     Precision,
     is_factory,
@@ -56,7 +56,7 @@ class Case:
 
     def sibling(self, precision: Precision) -> str:
         """Id of the case that differs from this one in its precision alone (and what calibrates it)."""
-        plain = {f: getattr(ExportSpec, f) for f in CALIBRATION}
+        plain = {f: getattr(ExportSpec, f) for f in EIGHT_BITS}
         return replace(self, spec=self.spec.but(precision=precision, **plain), budget=0.0).id
 
     @property
@@ -175,7 +175,7 @@ def matrix(project: Project, selection: Selection) -> list[Case]:
         own = cases if selection == Selection() else _own(project, Selection(), [], [])
         # Without a matrix of its own any precision may be asked for another time.
         _check_precisions(project, [*own, *cases] if own else [])
-    unused = next((k for k in CALIBRATION if k in dict(selection.options)), None)
+    unused = next((k for k in EIGHT_BITS if k in dict(selection.options)), None)
     if unused and not any(c.spec.precision in CALIBRATED for c in cases):
         raise BadRequest(
             f"option '{unused}' is given and no case is INT8 or FP8", "leave it out, or add --precision int8"
@@ -287,7 +287,7 @@ def _cases(
     entry = formats.get(format_id)
     given = dict(options)
     if precision not in CALIBRATED:
-        given = {k: v for k, v in given.items() if k not in CALIBRATION}
+        given = {k: v for k, v in given.items() if k not in EIGHT_BITS}
     device = parse_device(given.get("device", "cpu"))
     kind = device.split(":")[0]
     if several:  # an option that one of several formats does not take is meant for the others
@@ -303,7 +303,7 @@ def _cases(
     if not runtimes:
         return [Case(spec, Runtime("none", kind, ()), because or f"{entry.title} has no runtime on {kind}")]
     missing = missing_gpu(device)
-    lacks = missing_toolchain(entry.chain(kind)) if missing else ""  # where there is a GPU, the export says so
+    lacks = what_is_missing(entry, kind) if missing else ""  # where there is a GPU, the export says so
     missing = "; ".join(m for m in (missing, lacks) if m)
     return [Case(spec, r, because, missing) for r in runtimes]
 
@@ -316,10 +316,11 @@ def missing_gpu(device: str) -> str:
     return f"there is no NVIDIA GPU {number} here, or no driver for it (nvidia-smi shows what there is)"
 
 
-def missing_toolchain(name: str) -> str:
-    """What a toolchain lacks here, or ""."""
+def what_is_missing(entry: formats.Format, device: str) -> str:
+    """What a format's toolchain lacks here, or ""."""
     try:
-        toolchain.resolve(name)
+        toolchain.resolve(entry.chain(device))
+        entry.needs()
     except ToolchainMissing as error:
         return str(error)
     return ""
