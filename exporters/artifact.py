@@ -48,13 +48,15 @@ class Achieved:
 
     `counts` maps what was counted ("Conv int8", "initializer fp16") to its number; `exceptions` names what is in
     another precision although the request covers it (empty when all is as asked); `rounded` names FP32 values that go
-    through FP16 on their way to FP32 operators.
+    through FP16 on their way to FP32 operators; `in_fp32` names what the file computes in FP32 beside convolutions and
+    matrix products, where it says which module that belongs to, else None.
     """
 
     precision: str
     counts: Mapping[str, int] = field(default_factory=dict[str, int])
     exceptions: tuple[str, ...] = ()
     rounded: tuple[str, ...] = ()
+    in_fp32: tuple[str, ...] | None = None
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Achieved:
@@ -64,6 +66,7 @@ class Achieved:
             data["counts"],
             tuple(data["exceptions"]),
             tuple(data["rounded"]),
+            None if data["in_fp32"] is None else tuple(data["in_fp32"]),
         )
 
 

@@ -82,7 +82,7 @@ class State:
         self.run: Run | None = None
         self.record: records.Record | None = None
         self.verdicts: Counter[Verdict] = Counter()
-        self.missing = Counter[str]()  # why claims were skipped, for a run that judged nothing
+        self.missing = Counter[str]()  # why claims were not judged, for a run that judged none
         self.selftest = Counter[str]()
         self.started = time.monotonic()
         self.claims: set[tuple[str, str]] = set()
@@ -389,7 +389,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         state.record = None  # an end after a line that is cut would be one line with it
         pytest.exit(f"exportgate: error: {error}", pytest.ExitCode.USAGE_ERROR)
     state.verdicts[Verdict(data["claim"]["verdict"])] += 1
-    if data["claim"]["verdict"] == Verdict.SKIPPED:
+    if data["claim"]["verdict"] in (Verdict.SKIPPED, Verdict.NOT_SUPPORTED):
         state.missing[data["claim"]["because"]] += 1
 
 

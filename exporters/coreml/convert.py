@@ -104,7 +104,7 @@ def convert(job: Job, kind: str) -> Any:
             _check_module(graph, path, spec.model.name)
         modules = Modules(parameters)
         pipeline: Any = library.PassPipeline()
-        add_pass(pipeline, modules, (*kept, *spec.keep))
+        add_pass(pipeline, modules, kept)
         options = _interface(spec) | {"convert_to": kind, "pass_pipeline": pipeline, "skip_model_load": True}
         if kind == PROGRAM:
             options["minimum_deployment_target"] = library.target.iOS16  # the first with weights in 8 bits

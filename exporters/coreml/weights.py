@@ -38,8 +38,8 @@ class Stored:
 def read_precision(path: Path) -> Achieved:
     """Each convolution and matrix product by the type of its weights: in 8 bits, or else that of its arithmetic.
 
-    `exceptions` names those that differ. The arithmetic of a NeuralNetwork is not in its file:
-    there the type of the weights alone counts.
+    `exceptions` names those that differ. What else has a module's name was to stay in FP32. The arithmetic of a
+    NeuralNetwork is not in its file: there the type of the weights alone counts.
     """
     file = open_file(path)
     found = {s.name: s for s in every_weight(file) if not s.is_bias}
@@ -48,19 +48,32 @@ def read_precision(path: Path) -> Achieved:
     main = main_precision(counts)
     evidence = {f"operators {k}": n for k, n in counts.items()}
     evidence |= {f"weights {k}": n for k, n in Counter(s.kind for s in found.values()).items()}
-    computed: list[tuple[str, str]] = []
+    computed, kept = list[tuple[str, str]](), dict[str, str]()
     spared = {n for n, s in found.items() if main == "int8" and kinds[n] != main and s.weight.values.size < FEWEST}
     if file.layers is None:
         evidence |= {f"arithmetic {k}": n for k, n in Counter(s.computed for s in found.values()).items()}
         pure = [op for op in file.main.operations if op.op_type in HEAVY and not weight_inputs(op)]
         computed = [(told(op.name), _short(op.outputs[0].dtype)) for op in pure]  # products of two computed tensors
+        kept = {told(op.name): _short(op.outputs[0].dtype) for op in file.main.operations if _is_of_module(op)}
         left = len(spared) + (len(pure) if main == "int8" else 0)
         evidence |= {UNQUANTIZED: left} if left else {}
     arithmetic = "fp16" if main == "int8" else main
     evidence |= {f"activations {k}": n for k, n in Counter(_activations(file)).items()}
     others = [n for n, k in kinds.items() if k != main and n not in spared]
     others += [n for n, k in computed if k != arithmetic]
-    return Achieved(main, evidence, tuple(sorted(others)))
+    return Achieved(
+        main,
+        evidence,
+        tuple(sorted(others)),
+        tuple(n for n, kind in kept.items() if kind == "fp16"),
+        None if file.layers is not None else tuple(n for n, kind in kept.items() if kind == "fp32"),
+    )
+
+
+def _is_of_module(op: Any) -> bool:
+    """Whether an operator is named by its module and computes; a cast may stand at the module's border."""
+    is_weight = op.op_type == "const" or op.op_type.startswith("constexpr_")
+    return "." in told(op.name) and not is_weight and op.op_type not in (*HEAVY, "cast")
 
 
 def _activations(file: File) -> Iterator[str]:

@@ -140,6 +140,11 @@ def contradiction(path: Path, spec: ExportSpec) -> str:
         has, wanted = _names(facts.get(what)), [t.name for t in tensors]
         if has and sorted(has) != sorted(wanted):
             return f"the engine has the {what} {', '.join(has)}, and the model {', '.join(wanted)}"
+    for entry in () if spec.dynamic or spec.profiles else spec.model.inputs:
+        wanted = list(spec.model.shape(entry, spec.batch, spec.imgsz))
+        has = next((list(t["shape"]) for t in facts.get("inputs", []) if t["name"] == entry.name), wanted)
+        if len(has) != len(wanted) or any(h not in (-1, w) for h, w in zip(has, wanted, strict=True)):
+            return f"the engine's input {entry.name} has shape {has}, and {wanted} is asked for"
     told = facts.get("profiles")
     if spec.profiles and told is not None:
         asked_shapes = [

@@ -108,7 +108,7 @@ class OnnxRuntimeSession(Session):
             return {}
         options = {"device_id": self.device.partition(":")[2], "user_compute_stream": str(self.stream.cuda_stream)}
         if self.provider == "CUDAExecutionProvider":
-            return options | {"use_tf32": "1" if self.spec.precision is Precision.TF32 else "0"}
+            return options | {"use_tf32": "0"}
         # The provider names its engines by the graph without its weights: a folder for each file keeps them apart.
         version, gpu = _tensorrt_version(), str(gpu_facts(self.device).get("name", ""))
         folder = cache_root() / "ort-trt" / timing.slug(f"{gpu} {version} {ort.__version__}")

@@ -111,7 +111,12 @@ class TensorRtSession(Session):
             word = named[name][axis] if name in named else axes.get(name, {}).get(axis, f"axis{axis}")
             shape.append(int(size) if size >= 0 else str(word))
         kind = str(self.engine.get_tensor_dtype(name)).rpartition(".")[2].split(":")[0]
-        return TensorInfo(name, tuple(shape), TYPES.get(kind, kind.lower()))
+        if kind not in TYPES:
+            raise ArtifactError(
+                f"tensor '{name}' of the engine is {kind}, which numpy does not have",
+                "build it with FP32 or FP16 there",
+            )
+        return TensorInfo(name, tuple(shape), TYPES[kind])
 
     def bounds(self, profile: int, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Smallest and largest shape of an input in a profile."""

@@ -251,7 +251,7 @@ def _told(found: Library, spec: ExportSpec, log: Log) -> ExportError | NotSuppor
         return BadRequest(made, f"lower workspace (it is {spec.workspace:g} GiB)")
     if "OutOfMemory" in text or "out of memory" in text.lower() or "cudaErrorMemoryAllocation" in text:
         return BadRequest(made, "lower batch or imgsz, or free memory of the GPU")
-    if "workspace" in text.lower() and any(w in text.lower() for w in ("insufficient", "increase", "greater than")):
+    if "workspace" in text.lower() and any(w in text.lower() for w in ("insufficient", "increas", "greater than")):
         return BadRequest(made, f"raise workspace (it is {spec.workspace:g} GiB)")
     if "Could not find any implementation" in text and spec.trt_quant_algo:
         return NotSupported(f"{made}; the calibrator {spec.trt_quant_algo} has no kernels for it")

@@ -69,13 +69,13 @@ def read_engine(path: Path) -> Engine:
             if not 2 <= length <= LIMIT:
                 if file.read(1) == b"{":  # no plan begins so
                     raise ArtifactError(f"'{path}': its metadata header has a length of {length}", "export it again")
-                _check_magic(path, first)
+                check_magic(path, first)
                 return Engine(path, None, 0)
             text, magic = file.read(length), file.read(4)
     except OSError as error:
         raise ArtifactError(f"'{path}' cannot be read ({error.strerror})", "give an engine file") from None
     if not text.lstrip().startswith(b"{"):
-        _check_magic(path, first)
+        check_magic(path, first)
         return Engine(path, None, 0)
     if len(text) < length:
         raise ArtifactError(f"'{path}' ends within its metadata header ({size} bytes)", "export it again")
@@ -85,12 +85,13 @@ def read_engine(path: Path) -> Engine:
         raise ArtifactError(f"'{path}': the metadata header is not JSON ({error})", "export it again") from None
     if size == 4 + length:
         raise ArtifactError(f"'{path}' ends behind its metadata header: there is no plan", "export it again")
-    _check_magic(path, magic)
+    check_magic(path, magic)
     check_header(values, str(path))
     return Engine(path, cast("dict[str, Any]", values), 4 + length)
 
 
-def _check_magic(path: Path, magic: bytes) -> None:
+def check_magic(path: Path, magic: bytes) -> None:
+    """Raises ArtifactError where these first bytes are no plan's."""
     if magic[1:4] != MAGIC:
         raise ArtifactError(f"'{path}' holds no plan of TensorRT (it begins with {magic!r})", "export it again")
 
@@ -111,7 +112,7 @@ def check_header(values: Any, where: str) -> None:
     if length > LIMIT:
         raise wrong("the size in bytes", length)
     batch = header.get("batch", 1)
-    if not isinstance(batch, int) or batch < 1:
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise wrong("batch", header["batch"])
     facts = header.get("plan")
     if not isinstance(facts, dict):  # somebody else's: the peer writes none
@@ -119,8 +120,9 @@ def check_header(values: Any, where: str) -> None:
     ours = cast("dict[str, Any]", facts)
     if not isinstance(ours.get("sha256", "" if "made_by" not in ours else None), str):  # ours always has it
         raise wrong("plan.sha256", ours.get("sha256"))
-    if not isinstance(ours.get("network", {}), dict):
-        raise wrong("plan.network", ours["network"])
+    network = ours.get("network", {})
+    if not isinstance(network, dict) or not all(isinstance(v, str) for v in cast("dict[str, Any]", network).values()):
+        raise wrong("plan.network", network)
     for key in ("operators", "unquantized"):
         names = ours.get(key, [])
         if not isinstance(names, list) or not all(isinstance(n, str) for n in cast("list[Any]", names)):

@@ -24,7 +24,7 @@ def parse_workspace(value: Any) -> float:
     except (TypeError, ValueError):
         gib = 0.0
     if isinstance(value, bool) or not 0.0 < gib <= 1024.0:  # NaN fails, too
-        raise BadRequest(f"workspace '{value}' is no size in GiB", "give a number above 0, as in 4 or 0.5")
+        raise BadRequest(f"workspace '{value}' is no size in GiB", "give a number above 0, up to 1024, as in 4 or 0.5")
     return gib
 
 

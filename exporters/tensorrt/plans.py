@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from exporters.artifact import digest
 from exporters.errors import ArtifactError, BadRequest
-from exporters.tensorrt.header import Engine, check_header, engine_bytes, read_engine
+from exporters.tensorrt.header import Engine, check_header, check_magic, engine_bytes, read_engine
 
 # TensorRT's names of types -> those of a Triton model configuration (its model_configuration.md, "Datatypes").
 TRITON = {
@@ -50,7 +50,7 @@ def wrap(plan: Path, manifest: Path, target: Path) -> Path:
     """Writes the header of a manifest and its plan as one engine file: what `strip` undid.
 
     Raises:
-        ArtifactError: the manifest cannot be read, or the plan is not the one that it describes.
+        ArtifactError: the manifest cannot be read, the plan is not the one that it describes, or is none.
         BadRequest: the file cannot be written.
     """
     try:
@@ -71,7 +71,9 @@ def wrap(plan: Path, manifest: Path, target: Path) -> Path:
             f"'{plan}' is not the plan that '{manifest}' describes (SHA-256 {here[:12]}, expected {told[:12]})",
             "name the manifest that was written with it",
         )
-    _write(target, engine_bytes(cast("dict[str, Any]", header), plan.read_bytes()))
+    data = plan.read_bytes()
+    check_magic(plan, data[:4])
+    _write(target, engine_bytes(cast("dict[str, Any]", header), data))
     return target
 
 

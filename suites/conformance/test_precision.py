@@ -33,6 +33,11 @@ def test_achieved_precision_is_the_requested(case: Bench) -> None:
     assert not wrong, f"asked for {asked}, but {len(wrong)} operators are not: {', '.join(wrong[:5])} ({evidence})"
     lost = [path for path in case.spec.keep if case.brought is None and _is_lost(case, path, achieved.exceptions)]
     assert not lost, f"asked to keep {', '.join(lost)} in floating point, but all of it is {asked} ({evidence})"
+    if achieved.in_fp32 is not None and case.brought is None and asked != "fp32":
+        paths = [path for path, _ in case.model.fp32]  # what one of them computes may be a constant by now
+        assert not paths or any(belongs(name, paths) for name in achieved.in_fp32), (
+            f"{', '.join(paths)} were to stay in FP32, and nothing of them does ({evidence})"
+        )
     # What our request keeps in FP32 is to be kept between its operators too; others' files promise nothing there.
     rounded = achieved.rounded if case.brought is None else ()
     assert not rounded, (

@@ -17,7 +17,7 @@ from exporters.artifact import MANIFEST, UNQUANTIZED, Artifact, list_files
 from exporters.errors import ExportgateError, NotSupported, ToolchainMissing
 from exporters.pool import Pool
 from exporters.spec import ExportSpec, request
-from exporters.tensorrt.header import Engine, read_engine
+from exporters.tensorrt.header import Engine, read_engine, write_engine
 from suites.conformance import test_export, test_metadata, test_precision
 from suites.selftest.conftest import Judge, Workshop
 from suites.selftest.test_bad_input import assert_refused, run
@@ -96,7 +96,6 @@ def test_an_fp32_engine_that_is_called_fp16_is_caught(workshop: Workshop, judge:
 
 def test_an_engine_that_lost_its_names_is_caught(workshop: Workshop, judge: Judge) -> None:
     """Metadata is judged where the engine cannot run, too."""
-    from exporters.tensorrt.header import write_engine
 
     def damage(path: Path, _: Workshop) -> None:
         engine = read_engine(path)
@@ -114,8 +113,6 @@ def test_int8_that_left_a_convolution_in_fp32_is_caught(workshop: Workshop) -> N
         header: dict[str, Any] = json.loads(json.dumps(engine.header))
         kinds = header["plan"]["network"]
         kinds[next(name for name, kind in kinds.items() if kind == "int8")] = "fp32"
-        from exporters.tensorrt.header import write_engine
-
         write_engine(path, header, engine.plan())
 
     verdict, because = workshop.judge("blobs engine int8", PRECISION, damage)
@@ -330,6 +327,18 @@ def test_an_engine_for_other_gpus_or_shapes_is_not_qualified(
     done = run([*check, *asked], tmp_path)
     assert done.returncode == 1
     assert all(word in done.stdout for word in words), done.stdout
+
+
+def test_an_engine_of_another_size_behind_the_right_metadata_is_not_qualified(trained: Path, tmp_path: Path) -> None:
+    """What was read off the network counts, not the size that its header was asked for."""
+    common = ["--format", "engine", "--compute-capability", "8.6"]
+    for size in ("64", "96"):
+        assert run(["export", str(trained), *common, "--imgsz", size, "--output", size], tmp_path).returncode == 0
+    small, right = (read_engine(next((tmp_path / size).glob("*.engine"))) for size in ("64", "96"))
+    write_engine(tmp_path / "forged.engine", {**(right.header or {}), "plan": dict(small.facts)}, small.plan())
+    check = ["check", "forged.engine", "--model", str(trained), *common, "--imgsz", "96", "--trust"]
+    done = run(check, tmp_path)
+    assert done.returncode == 1 and "has shape [1, 3, 64, 64], and [1, 3, 96, 96] is asked for" in done.stdout
 
 
 def test_a_verbose_build_keeps_its_log(trained: Path, tmp_path: Path) -> None:

@@ -331,6 +331,21 @@ def test_normalizations_that_the_converter_folds_are_folded_here(
     bench.close()
 
 
+def test_a_decode_that_does_not_stay_in_fp32_is_seen(workshop: Workshop, judge: Judge) -> None:
+    """FP16 has steps of 1 px from 1024 on, and where nothing runs the file no box shows it."""
+
+    def damage(path: Path, workshop: Workshop) -> None:
+        spec = workshop.case("detect coreml fp16").spec
+        made = workshop.run.pool.export(spec.but(model=replace(spec.model, fp32=())))
+        shutil.rmtree(path)
+        shutil.copytree(made.path, path)
+
+    claim = test_precision.test_achieved_precision_is_the_requested
+    assert judge(claim, workshop.bench("detect coreml fp16")) == (Verdict.PASS, "")
+    verdict, because = workshop.judge("detect coreml fp16", claim, damage)
+    assert verdict is Verdict.FAIL and "model.22.decode" in because and "nothing of them" in because, because
+
+
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS runs it")
 def test_what_needs_macos_is_left_to_a_machine_that_has_it(workshop: Workshop, judge: Judge) -> None:
     """SKIPPED, which another machine's run can stand in for, where NOT_SUPPORTED would be the last word."""

@@ -156,6 +156,10 @@ def _damaged(folder: Path) -> None:
     text = json.dumps({**HEADER, "plan": facts}).encode()
     (folder / "unsigned.engine").write_bytes(len(text).to_bytes(4, "little") + text + PLAN)
     write_engine(folder / "batch.engine", {**HEADER, "batch": "x"}, PLAN)
+    write_engine(folder / "network.engine", {**HEADER, "plan": {**HEADER["plan"], "network": {"a": {"b": 1}}}}, PLAN)
+    (folder / "garbage.plan").write_bytes(b"garbage, no plan")
+    told = {"sha256": hashlib.sha256(b"garbage, no plan").hexdigest(), "header": {"names": {"0": "a"}}}
+    (folder / "garbage.plan.json").write_text(json.dumps(told))
 
 
 @pytest.mark.parametrize(
@@ -184,6 +188,8 @@ def _damaged(folder: Path) -> None:
         (["show", "deep.engine"], ("deep.engine", "not JSON")),
         (["show", "inputs.engine"], ("inputs.engine", "plan.inputs", "5")),
         (["strip", "tensor.engine"], ("tensor.engine", "plan.outputs")),
+        (["show", "network.engine"], ("network.engine", "plan.network", "'b': 1")),
+        (["wrap", "garbage.plan"], ("garbage.plan", "holds no plan of TensorRT")),
         (["show", "half.engine"], ("half.engine", "ud800")),
         (["show", "unsigned.engine"], ("unsigned.engine", "plan.sha256", "None")),
         (["strip", "best.engine", "--output", "plain.engine/x"], ("plain.engine/x", "cannot be written")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import json
 import subprocess
 import sys
@@ -162,6 +163,18 @@ def test_the_declared_toolchains_are_the_extras_of_the_project() -> None:
         assert {Requirement(r).name for r in extras[name]} <= set(chain.packages), name
         assert chain.lock.is_file(), chain.lock
     assert {f.toolchain for f in formats.registry().values()} <= set(toolchain.TOOLCHAINS)
+
+
+@pytest.mark.parametrize("name", [n for n in toolchain.TOOLCHAINS if n != "pytorch"])  # which all of them have
+def test_the_tox_environment_that_is_named_has_the_toolchain(name: str) -> None:
+    if not (ROOT / "tox.ini").is_file():
+        pytest.skip("tox.ini is in a checkout only")
+    found = configparser.RawConfigParser()
+    found.read(ROOT / "tox.ini")
+    section = found[f"testenv:{toolchain.TOOLCHAINS[name].tox}"]
+    extras = section.get("extras", found["testenv"]["extras"])
+    extras = extras.replace("{[testenv:cpu]extras}", found["testenv:cpu"]["extras"])
+    assert name in extras.split() or f"toolchain sync {name}" in section["commands"], extras
 
 
 def test_collection_imports_no_torch(trained: Path, tmp_path: Path) -> None:
