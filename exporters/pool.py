@@ -134,7 +134,7 @@ class RemoteSession:
         told = self._call("parameters", folder=str(place))
         try:
             values, slack = ({k: v.copy() for k, v in load(told[part]).items()} for part in ("values", "slack"))
-            return Parameters(values, tuple(told["used"]), slack, tuple(told["others"]), told["activations"])
+            return Parameters(values, tuple(told["used"]), slack, tuple(told["others"]), told["counts"])
         finally:
             shutil.rmtree(place, ignore_errors=True)
 

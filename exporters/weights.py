@@ -11,7 +11,9 @@ from exporters.errors import ArtifactError
 
 # What a file that nothing runs must have as many of as the model, by the names of ATen and of Core ML. A SiLU is a
 # product with a sigmoid, and is written as either.
-ACTIVATIONS: Mapping[str, str] = {
+COUNTED: Mapping[str, str] = {
+    **{f"conv{turned}{n}d": "convolution" for turned in ("", "_transpose") for n in (1, 2, 3)},
+    **{word: "convolution" for word in ("convolution", "conv", "conv_transpose")},
     **{word: word for word in ("sigmoid", "relu", "leaky_relu", "tanh", "max_pool")},
     **{"silu": "sigmoid", "ReLU": "relu", "leakyReLU": "leaky_relu", "max_pool2d": "max_pool"},
     "max_pool2d_with_indices": "max_pool",
@@ -39,14 +41,14 @@ class Parameters:
 
     `used` names those of convolutions and matrix products: weights, and biases that are not 0. `slack` is how far those
     that a normalization was folded into may differ at each value, in FP32. `others` names parameters of other layers.
-    `activations` counts what is computed of the kinds in ACTIVATIONS; the same of the same values counts once.
+    `counts` says how much of each kind in COUNTED is computed; the same of the same values counts once.
     """
 
     values: Mapping[str, Array]
     used: tuple[str, ...]
     slack: Mapping[str, Array]
     others: tuple[str, ...]
-    activations: Mapping[str, int]
+    counts: Mapping[str, int]
 
 
 def by_short(names: Iterable[str], where: str) -> dict[str, str]:

@@ -191,7 +191,7 @@ class Server:
         assert isinstance(session, Reference)
         found, folder = session.parameters(), Path(call["folder"])
         values, slack = save(found.values, folder / "values"), save(found.slack, folder / "slack")
-        told = {"used": found.used, "others": found.others, "activations": dict(found.activations)}
+        told = {"used": found.used, "others": found.others, "counts": dict(found.counts)}
         return {"values": values, "slack": slack} | told
 
     def _facts(self, call: Json, read: Callable[[], Metadata]) -> Json:

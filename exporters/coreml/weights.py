@@ -16,7 +16,7 @@ from exporters.coreml.naming import HEAVY, LAYERS, is_stored, told, weight_input
 from exporters.coreml.read import AGAIN, BROKEN, File, open_file
 from exporters.errors import ArtifactError, first_line
 from exporters.session import Array
-from exporters.weights import ACTIVATIONS, Weight
+from exporters.weights import COUNTED, Weight
 
 _builtin: Any = importlib.import_module("coremltools.converters.mil.mil.types")
 
@@ -58,7 +58,7 @@ def read_precision(path: Path) -> Achieved:
         left = len(spared) + (len(pure) if main == "int8" else 0)
         evidence |= {UNQUANTIZED: left} if left else {}
     arithmetic = "fp16" if main == "int8" else main
-    evidence |= {f"activations {k}": n for k, n in Counter(_activations(file)).items()}
+    evidence |= {f"of kind {k}": n for k, n in Counter(_kinds(file)).items()}
     others = [n for n, k in kinds.items() if k != main and n not in spared]
     others += [n for n, k in computed if k != arithmetic]
     return Achieved(
@@ -76,16 +76,18 @@ def _is_of_module(op: Any) -> bool:
     return "." in told(op.name) and not is_weight and op.op_type not in (*HEAVY, "cast")
 
 
-def _activations(file: File) -> Iterator[str]:
-    """Those in ACTIVATIONS, one by one."""
+def _kinds(file: File) -> Iterator[str]:
+    """Those in COUNTED, one by one."""
     if file.layers is None:
-        yield from (ACTIVATIONS[op.op_type] for op in file.main.operations if op.op_type in ACTIVATIONS)
+        yield from (COUNTED[op.op_type] for op in file.main.operations if op.op_type in COUNTED)
         return
     for layer in file.layers.layers:
         kind = layer.WhichOneof("layer")
         word = layer.activation.WhichOneof("NonlinearityType") if kind == "activation" else ""
-        if word in ACTIVATIONS:
-            yield ACTIVATIONS[word]
+        if word in COUNTED:
+            yield COUNTED[word]
+        elif kind == "convolution":
+            yield kind
         elif kind == "pooling" and layer.pooling.type == layer.pooling.MAX:
             yield "max_pool"
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +26,7 @@ from exporters.models.build import as_tuple, example, for_export
 from exporters.models.spec import belongs
 from exporters.session import Array, Execution, Feeds, OnDevice, Session
 from exporters.spec import ExportSpec
-from exporters.weights import ACTIVATIONS, Parameters
+from exporters.weights import COUNTED, Parameters
 
 UNIT = 2.0**-24  # by which FP32 arithmetic rounds a result, at most
 NORMALIZATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -277,17 +278,18 @@ ROUNDED = 0.541 / 6
 
 
 class _Counting(TorchDispatchMode):
-    """Counts activations; the same one of the same values once, since exporters join those."""
+    """Counts what is in COUNTED; the same of the same values once, since exporters join those."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts = Counter[str]()
-        self.seen: list[tuple[str, Tensor]] = []  # which holds the values, so that no others get their place
+        self.seen: list[tuple[str, list[Tensor]]] = []  # which holds the values, so that no others get their place
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        word = ACTIVATIONS.get(func.overloadpacket.__name__.removesuffix("_"))
-        if word and not any(word == w and args[0] is values for w, values in self.seen):
-            self.seen.append((word, args[0]))
+        word = COUNTED.get(func.overloadpacket.__name__.removesuffix("_"))
+        of = list(args[:2] if word == "convolution" else args[:1])  # with its weights
+        if word and not any(word == w and all(map(operator.is_, of, values)) for w, values in self.seen):
+            self.seen.append((word, of))
             self.counts[word] += 1
         return func(*args, **(kwargs or {}))
 

@@ -18,7 +18,7 @@ SCALE = 1 + 2.0**-9  # a scale may be held in FP16
 
 def test_weights_match_the_checkpoint(case: Bench) -> None:
     """Every weight in the file is the checkpoint's within half a step of what it is stored in, none is missing, and
-    there are as many activations of each kind as in the model."""
+    there are as many convolutions and activations of each kind as in the model."""
     entry = formats.get(case.spec.format)
     if entry.weights is None:
         raise NotSupported(f"what a {entry.title} file holds is judged by what it computes")
@@ -37,9 +37,9 @@ def test_weights_match_the_checkpoint(case: Bench) -> None:
     case.evidence["weights"] = {"compared": compared, "strangers": strangers, "furthest": furthest}
     assert compared, f"none of the file's {len(names)} weights has the name of a parameter"
     counts = case.facts().achieved.counts
-    computed = {k.removeprefix("activations "): n for k, n in counts.items() if k.startswith("activations ")}
-    assert computed == parameters.activations, (
-        f"the file's activations are {_said(computed)}, the model's {_said(parameters.activations)}"
+    computed = {k.removeprefix("of kind "): n for k, n in counts.items() if k.startswith("of kind ")}
+    assert computed == parameters.counts, (
+        f"the file computes {_said(computed)}, and the model {_said(parameters.counts)}"
     )
     if strangers:
         raise NotSupported(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -134,6 +135,22 @@ elif what == "activation" and network is not None:
     next(l for l in network.layers if l.WhichOneof("layer") == "activation").activation.ReLU.SetInParent()
 elif what == "activation":
     next(o for o in operators() if o.type == "silu").type = "relu"
+elif what == "layer":
+    functions = inner.mlProgram.functions.values()
+    blocks = [b.operations for f in functions for b in f.block_specializations.values()]
+    there = network.layers if network is not None else blocks[0]
+    is_one = (lambda o: o.type == "conv") if network is None else (lambda o: o.WhichOneof("layer") == "convolution")
+    at = next(n for n, o in enumerate(there) if is_one(o))
+    whole = [type(o).FromString(o.SerializeToString()) for o in there]
+    added = type(whole[at]).FromString(whole[at].SerializeToString())
+    if network is None:
+        added.outputs[0].name = "one__more"
+        if "name" in added.attributes:
+            added.attributes["name"].immediateValue.tensor.strings.values[0] = "one__more"
+    else:
+        added.name = added.output[0] = "one__more"
+    del there[:]
+    there.extend([*whole[: at + 1], added, *whole[at + 1 :]])
 elif what == "labels" and model.WhichOneof("Type") == "pipeline":
     del model.pipeline.models[1].nonMaximumSuppression.stringClassLabels.vector[:]
 elif what == "rename":
@@ -212,6 +229,11 @@ def test_one_value_of_one_weight_is_seen(workshop: Workshop, judge: Judge, name:
 @pytest.mark.parametrize("name", ["detect coreml int8", "detect coreml int8 palettize"])
 def test_a_scale_or_an_entry_of_a_table_is_seen(workshop: Workshop, judge: Judge, name: str) -> None:
     assert f"weight {LAYER}.weight are not" in caught(workshop, judge, name, WEIGHTS, "scales", LAYER)
+
+
+@pytest.mark.parametrize("name", ["detect coreml fp32", "detect mlmodel fp32"])
+def test_one_more_layer_is_seen(workshop: Workshop, judge: Judge, name: str) -> None:
+    assert re.search(r"computes 64 convolution.*the model 63 conv", caught(workshop, judge, name, WEIGHTS, "layer"))
 
 
 @pytest.mark.parametrize("name", ["detect coreml fp32", "detect mlmodel fp32"])
