@@ -326,9 +326,10 @@ class Selftest:
 
 @dataclass(frozen=True)
 class End:
-    """The last line: pytest's exit code and the run's length in seconds."""
+    """The last line: pytest's exit code, the run's length in seconds, and bytes of disk that it took at most."""
 
     time: str
     exit: int
     seconds: float | None = None
     selftest: Selftest | None = None
+    disk: int | None = None

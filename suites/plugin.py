@@ -23,6 +23,7 @@ from exporters.errors import BadRequest, ExportgateError, NotSupported
 from exporters.pool import Pool
 from exporters.spec import ExportSpec
 from exporters.tensorrt import timing
+from exporters.toolchain import cache_root
 from suites.interrupt import end_in_order, go_on
 from suites.options import (
     add_options,
@@ -37,6 +38,7 @@ from suites.support.ahead import export_ahead, exports_at_once
 from suites.support.bench import Bench, Run
 from suites.support.cases import Case, matrix
 from suites.support.config import Project, Waiver, find_project
+from suites.support.machine import DiskPeak
 from suites.support.release import check_complete, check_release, check_waivers, must_pass_of
 from suites.support.verdict import Judged, Verdict, one_line, verdict_of
 
@@ -85,6 +87,7 @@ class State:
         self.missing = Counter[str]()  # why claims were not judged, for a run that judged none
         self.selftest = Counter[str]()
         self.started = time.monotonic()
+        self.disk: DiskPeak | None = None
         self.claims: set[tuple[str, str]] = set()
         self.afterwards = 0  # claims of latency that the processes of pytest-xdist have set aside
         self.told: dict[tuple[str, str], str] = {}  # (case, because) -> the claim that said it first
@@ -350,7 +353,7 @@ def _open_record(state: State) -> None:
         project = state.project.folder / "exportgate.toml"
         head = records.run_head(state.identity, _command(), project, state.release, must_pass)
         end_in_order()  # from now on there is something to end
-        state.record = records.Record(state.folder, head)
+        state.record, state.disk = records.Record(state.folder, head), DiskPeak(cache_root())
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -507,23 +510,26 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         failed = any(v.is_failure for v in state.verdicts) or (state.release and bool(_summary(state).unmet))
         if failed and int(session.exitstatus) == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        seconds, disk = round(time.monotonic() - state.started, 1), state.disk.end() if state.disk else None
         try:
             state.record.write(
                 "end",
                 exit=int(session.exitstatus),
-                seconds=round(time.monotonic() - state.started, 1),
+                seconds=seconds,
                 selftest={"passed": passed, "failed": state.selftest["failed"]},
+                disk=disk,
             )
-            state.lines = [*reasons, *_report(state, bool(session.config.getoption("json")))]
+            state.lines = [*reasons, *_report(state, bool(session.config.getoption("json")), seconds, disk)]
         except ExportgateError as error:
             state.lines = [*reasons, f"exportgate: error: {error}"]
             if int(session.exitstatus) == pytest.ExitCode.OK:  # nobody can sign what was not written
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def _report(state: State, as_json: bool) -> list[str]:
-    """Writes the report and gives the lines that a log reader understands: where it is, and the headline."""
+def _report(state: State, as_json: bool, seconds: float, disk: int | None) -> list[str]:
+    """Writes the report and gives the lines that a log reader understands: what it cost, where it is, the headline."""
     import reports
+    from reports import wording
 
     made = reports.write([state.folder], state.folder)
     text = made["json"].read_text(encoding="utf-8") if as_json else ""
@@ -531,7 +537,8 @@ def _report(state: State, as_json: bool) -> list[str]:
         with os.fdopen(os.dup(int(os.environ["EXPORTGATE_JSON"])), "w", encoding="utf-8") as output:
             output.write(text + "\n")
         text = ""
-    return [*([text] if text else []), f"report: {made['html']}", _summary(state).headline]
+    cost = f"took {wording.duration(seconds)} and {wording.size(disk)} of disk at most"
+    return [*([text] if text else []), cost, f"report: {made['html']}", _summary(state).headline]
 
 
 def _summary(state: State) -> Any:

@@ -27,6 +27,7 @@ from exporters.models.spec import ModelSpec
 from exporters.pool import Pool
 from exporters.spec import request
 from suites.selftest.conftest import SMALL
+from suites.support.machine import DiskPeak
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = """
@@ -439,6 +440,18 @@ def test_a_cache_that_is_full_is_one_line_and_keeps_nothing_in_halves(
         pool.export(spec).verify()
         disk.unmount()
     assert ends[0] is False and ends[-1] is True, ends
+
+
+def test_the_most_that_a_run_took_of_its_disk_is_told(disk: Disk) -> None:
+    """Also of what is gone by its end, as files are that an export needs for a while."""
+    disk.size(4096)
+    peak, path = DiskPeak(disk.folder / "cache"), disk.folder / "passing"
+    path.write_bytes(bytes(1 << 20))
+    give_up = time.monotonic() + 30
+    while peak.most == peak.before and time.monotonic() < give_up:
+        time.sleep(0.1)
+    path.unlink()
+    assert peak.end() == 1 << 20
 
 
 def test_a_cache_that_is_full_fails_the_run(house: House, disk: Disk) -> None:

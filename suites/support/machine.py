@@ -6,6 +6,8 @@ import hashlib
 import os
 import platform
 import re
+import shutil
+import threading
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -14,6 +16,27 @@ from typing import Any
 import psutil
 
 from exporters.cuda.nvml import gpu_facts
+
+
+class DiskPeak:
+    """How many bytes more of a folder's disk are in use, at most, than when this was made, looked at twice a second.
+
+    What others write meanwhile counts, too.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = next(p for p in (folder, *folder.parents) if p.is_dir())
+        self.before = self.most = shutil.disk_usage(self.folder).used
+        self.ended = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while not self.ended.wait(0.5):
+            self.most = max(self.most, shutil.disk_usage(self.folder).used)
+
+    def end(self) -> int:
+        self.ended.set()
+        return max(self.most, shutil.disk_usage(self.folder).used) - self.before
 
 
 @cache
