@@ -29,7 +29,7 @@ ADVICE = {
     "TIMEOUT": "Find what hangs, or raise the time limit.",
     "CRASH": "Run the command with --in-process under a debugger; the worker's log holds its last words.",
     "INCONCLUSIVE": "Quieten the machine (fixed clocks, nothing else running), or allow more processes.",
-    "INSENSITIVE": "Bring feeds that make the model fire, or trained weights.",
+    "INSENSITIVE": "Bring feeds that make the model fire (pictures, with --evaluate), or trained weights.",
     "NOT_SUPPORTED": "Take it off the must-pass list, or choose a runtime that supports it.",
     "SKIPPED": "Make the environment (exportgate toolchain sync NAME), or run it on the machine that is named.",
     "NO_BASELINE": "Accept a baseline for this case on this machine, with its reason.",
