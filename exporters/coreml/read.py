@@ -158,7 +158,11 @@ def metadata(path: Path) -> Metadata:
     labels = labels_of(file)
     has_labels = bool(labels) or file.suppression is not None or found.task == "classify"
     if has_labels and found.names and labels != [n for _, n in sorted(found.names.items())]:
-        raise ArtifactError(f"'{path}': its class labels {labels[:5]} are not the names in its metadata", AGAIN)
+        few = f"{labels[:3]} ... {labels[-1:]}" if len(labels) > 4 else str(labels)
+        raise ArtifactError(
+            f"'{path}': its {len(labels)} class labels {few} are not the {len(found.names)} names in its metadata",
+            AGAIN,
+        )
     return found
 
 
@@ -182,7 +186,10 @@ def signature(path: Path, spec: ExportSpec) -> tuple[tuple[TensorInfo, ...], tup
     """
     file = open_file(path)
     described = file.whole.description
-    inputs = tuple(_input(file, f, spec.model) for f in described.input if not f.type.isOptional)
+    own = file.suppression  # whose thresholds may be given at every call, or are those in the file
+    thresholds = (own.iouThresholdInputFeatureName, own.confidenceThresholdInputFeatureName) if own is not None else ()
+    given = [f for f in described.input if not f.type.isOptional and f.name not in thresholds]
+    inputs = tuple(_input(file, f, spec.model) for f in given)
     if file.suppression is not None:
         names = {f.name for f in described.output}
         if names != {BOXES, SCORES}:
@@ -239,11 +246,12 @@ def _anchors(file: File, spec: ExportSpec) -> TensorInfo:
         words = ["iou {:g}, conf {:g}, agnostic {}".format(*values) for values in (found, wanted)]
         raise ArtifactError(f"'{file.path}' suppresses with {words[0]}, expected {words[1]}", AGAIN)
     given = {f.name: _array(f) for f in file.network.description.output}
-    scores, boxes = (list(given[name].shape) if name in given else [] for name in (SCORES, BOXES))
+    names = (told.confidenceInputFeatureName, told.coordinatesInputFeatureName)  # others' have names of their own
+    scores, boxes = (list(given[name].shape) if name in given else [] for name in names)
     if len(scores) != 2 or len(boxes) != 2 or scores[0] != boxes[0]:
         raise ArtifactError(f"'{file.path}': its suppression takes scores {scores} and boxes {boxes}", AGAIN)
     channels = int(boxes[1]) + int(scores[1])
-    return TensorInfo(spec.model.outputs[0].name, (1, channels, scores[0]), given[SCORES].dtype)
+    return TensorInfo(spec.model.outputs[0].name, (1, channels, scores[0]), given[names[0]].dtype)
 
 
 def _array(entry: Any) -> TensorInfo:
