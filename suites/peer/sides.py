@@ -55,7 +55,7 @@ def export_theirs() -> Callable[[Call], Call]:
     from ultralytics import YOLO  # pyright: ignore[reportMissingImports] (installed by tox -e peer only)
 
     def answer(call: Call) -> Call:
-        options = {"simplify": True} if call["format"] == "onnx" else {}
+        options = {"simplify": True} if call["format"] == "onnx" else {"nms": True} if call.get("nms") else {}
         model: Any = YOLO(call["checkpoint"])
         start = time.perf_counter()
         path = model.export(format=call["format"], imgsz=640, **options)

@@ -332,6 +332,22 @@ def test_we_check_the_peers_core_ml_file(bench: Bench, figures: Figures) -> None
         assert claims[claim]["verdict"] == "PASS", f"{claim}: {claims[claim]}"
 
 
+def test_what_the_peers_core_ml_suppression_is_told_of(bench: Bench, figures: Figures) -> None:
+    """Its weights and thresholds are the model's. It has 80 classes, of which the checkpoint has 6 (8.4.190)."""
+    folder = bench.folder("check-coreml-nms")
+    with bench.side("export-theirs") as side:
+        copy = bench.copy(bench.folder("theirs-coreml-nms"))
+        path = Path(side.call(checkpoint=copy, format="coreml", nms=True)["path"])
+    _, done = _check(bench, path, folder, "--precision", "fp16", "--nms", "--iou", "0.7")
+    figures.notes.append(f"check of the peer's coreml, nms: exit {done.returncode}, " + done.stdout.splitlines()[-1])
+    report = json.loads((folder / "report" / "report.json").read_text(encoding="utf-8"))
+    claims = {c["claim"]: c for case in report["cases"] for c in case["claims"]}
+    for claim in ("weights_match_the_checkpoint", "input_signature_is_the_requested"):
+        assert claims[f"test_{claim}"]["verdict"] == "PASS", claims[f"test_{claim}"]
+    assert "its 80 class labels" in claims["test_class_names_survive_the_round_trip"]["because"]
+    assert "[1, 84, 8400], expected [1, 10, 8400]" in claims["test_output_shapes_match_reference"]["because"]
+
+
 def _check(bench: Bench, path: Path, folder: Path, *options: str) -> tuple[float, subprocess.CompletedProcess[str]]:
     """Judges a brought file; the report goes to folder/report."""
     words = ["exportgate", "check", str(path), "--model", str(bench.checkpoint), "--report", str(folder / "report")]
