@@ -326,13 +326,14 @@ class Workshop:
         options |= {"batch": 2} if "pair" in words else {}
         options |= {name: True for name in ("nms", "palettize") if name in words}
         options |= {"keep": "box"} if "kept" in words and "int8" in words else {}  # a module of blobs
-        calibrated = "int8" in words and "data" in formats.get(words[0]).options
+        calibrated = bool({"int8", "fp8"} & {*words}) and "data" in formats.get(words[0]).options
         options |= {"data": model.feeds} if calibrated else {}
         if calibrated and model.feeds == "suites.reference.scenes:feeds":
             options |= {"data": "suites.reference.scenes:training", "calibrator": "percentile"}
         options = {k: v for k, v in options.items() if k in formats.get(words[0]).options | {"imgsz"}}
         options |= {"device": "cuda:0"} if "cuda" in words else {}
-        options |= {"compute_capability": "8.6,8.9,12.0"} if words[0] == "engine" and "cuda" not in words else {}
+        here = "8.9,12.0" if "fp8" in words else "8.6,8.9,12.0"
+        options |= {"compute_capability": here} if words[0] == "engine" and "cuda" not in words else {}
         spec = request(model, words[0], precision=words[1], **options)
         kind = spec.device.partition(":")[0]
         runtime = next(r for r in formats.get(spec.format).runtimes if r.device == kind)

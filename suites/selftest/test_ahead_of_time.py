@@ -63,6 +63,13 @@ def test_the_matrix_builds_for_three_generations(workshop: Workshop, judge: Judg
     assert facts["profiles"] == ([{"images": [low, best, high]}] if low else [])
 
 
+def test_fp8_builds_where_there_is_fp8(workshop: Workshop, judge: Judge) -> None:
+    name = "blobs engine fp8"
+    assert judge(PRECISION, workshop.bench(name)) == (Verdict.PASS, "")
+    facts = _engine(workshop, name).facts
+    assert facts["compute_capability"] == "8.9,12.0" and "fp8" in facts["network"].values(), facts["network"]
+
+
 @pytest.mark.parametrize("name", ["engine fp32", "engine fp16", "blobs engine int8"])
 def test_two_builds_give_the_same_bytes(
     workshop: Workshop, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -84,7 +84,7 @@ def _passes(judge: Judge, bench: Bench, claims: tuple[Claim, ...]) -> None:
 
 
 @pytest.mark.parametrize("shape", ["", "dynamic", "pair"])
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16", "fp8", "int8"])
 def test_a_good_engine_passes(workshop: Workshop, judge: Judge, precision: str, shape: str) -> None:
     # The boxes of `blobs` are small: BF16's roundings are as large as the damage that a comparison has to notice.
     model = "twins" if precision == "bf16" else "blobs"
@@ -93,6 +93,23 @@ def test_a_good_engine_passes(workshop: Workshop, judge: Judge, precision: str, 
     more = (test_dynamic.test_random_shapes_match_reference,) if shape == "dynamic" else ()
     more += (test_dynamic.test_smaller_batches_match_reference,) if shape == "pair" else ()
     _passes(judge, bench, (*CLAIMS, *more))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"refit": True},
+        {"version_compatible": True},
+        {"hardware_compatibility": "ampere_plus"},
+        {"dynamic": True, "profiles": "1x96x96:1x160x160:1x160x160,1x160x160:2x160x160:4x320x320"},
+    ],
+    ids=["refit", "version compatible", "hardware compatible", "two profiles"],
+)
+def test_an_engine_built_otherwise_passes(workshop: Workshop, judge: Judge, options: dict[str, Any]) -> None:
+    """Options of the builder change how an engine may be used, not what it computes."""
+    case = workshop.case("blobs engine fp16 cuda")
+    spec = request(case.spec.model, "engine", precision="fp16", device="0", **options)
+    _passes(judge, Bench(workshop.run, replace(case, spec=spec)), CLAIMS)
 
 
 @pytest.mark.parametrize("name", ["engine fp32 cuda nms", "engine fp16 cuda nms pair"])
