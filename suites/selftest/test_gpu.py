@@ -101,7 +101,7 @@ def test_a_good_engine_passes(workshop: Workshop, judge: Judge, precision: str, 
         {"refit": True},
         {"version_compatible": True},
         {"hardware_compatibility": "ampere_plus"},
-        {"dynamic": True, "profiles": "1x96x96:1x160x160:1x160x160,1x160x160:2x160x160:4x320x320"},
+        {"dynamic": True, "batch": 4, "profiles": "1x96x96:1x160x160:1x160x160,1x160x160:2x160x160:4x320x320"},
     ],
     ids=["refit", "version compatible", "hardware compatible", "two profiles"],
 )
