@@ -215,6 +215,7 @@ def _export(options: argparse.Namespace, further: list[str]) -> int:
     from exporters import formats
     from exporters.cuda.nvml import gpu_facts
     from exporters.pool import Pool
+    from exporters.spec import parse_device
     from exporters.tensorrt import timing
     from suites.options import names_in
     from suites.support.cases import Selection, find_model
@@ -226,7 +227,8 @@ def _export(options: argparse.Namespace, further: list[str]) -> int:
     names = [formats.canonical(f) for f in names_in("format", options.format)]
     with Pool(project.limits) as pool, _progress(pool):
         if options.device not in (None, "cpu"):
-            timing.seed(project.baselines, str(gpu_facts().get("name", "")), pool.progress)
+            gpu = gpu_facts(parse_device(options.device))
+            timing.seed(project.baselines, str(gpu.get("name", "")), pool.progress)
         # Started before the checkpoint is read: importing torch is the longest part of a cold export.
         for name in names:
             pool.start_early(name)

@@ -230,8 +230,8 @@ def exportgate_run(request: pytest.FixtureRequest) -> Iterator[Run]:
         state.project, pool, damage, Pool(state.project.limits, progress=start, environment=old) if old else None
     )
     judged = list({c.id: c for item in request.session.items if (c := _case_of(item))}.values())
-    if any(c.spec.device != "cpu" for c in judged):
-        timing.seed(state.project.baselines, str(gpu_facts().get("name", "")), start)
+    for device in sorted({c.spec.device for c in judged} - {"cpu"}):
+        timing.seed(state.project.baselines, str(gpu_facts(device).get("name", "")), start)
     count = exports_at_once(state.exports, judged)
     try:
         if count > 1 and len(judged) > 1 and state.brought is None and not pool.in_process and old is None:
