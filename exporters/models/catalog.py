@@ -397,7 +397,15 @@ def _overridden(spec: ModelSpec, table: Mapping[str, Any], folder: Path, where: 
     if "names" in table:
         changes["names"] = class_names(table["names"], where)
     if "preprocess" in table:
-        changes["preprocess"] = _preprocess(table["preprocess"], where)
+        how = changes["preprocess"] = _preprocess(table["preprocess"], where)
+        pictures = [i for i in spec.inputs if i.shape[-2:] == ("height", "width")]
+        grey = next((i for i in pictures if len(i.shape) > 2 and i.shape[-3] != 3), None)
+        if grey is not None and (any(how.mean) or set(how.std) != {1.0}):
+            raise BadRequest(
+                f"{where}: preprocess mean {list(how.mean)}, std {list(how.std)}: input '{grey.name}' has "
+                f"{grey.shape[-3]} channels, and these are of three colours",
+                "leave them out, and normalize in the module",
+            )
     if "feeds" in table:
         feeds = str(table["feeds"])
         if ":" not in feeds and not (folder / feeds).exists():

@@ -233,6 +233,11 @@ def test_class_names_with_a_gap_are_refused(trained: Path, tmp_path: Path) -> No
         ("[models.a]\nweihgts = 'x'", ("'weihgts'",)),
         ("[models.a]\nweights = 'nowhere.pt'\n[matrix]\nformats = ['onnx']", ("nowhere.pt", "does not exist")),
         ("[matrix]\nmodels = ['b']", ("'b'", "[models.b]")),
+        (
+            "[models.a]\nfactory = 'b:c'\ninputs = [{name = 'x', shape = ['batch', 1, 'height', 'width']}]\n"
+            "preprocess = {mean = [0.5, 0.5, 0.5]}\n[matrix]\nformats = ['onnx']",
+            ("mean [0.5, 0.5, 0.5]", "'x' has 1 channels", "three colours"),
+        ),
         ("[latency]\ndelta = 'much'", ("delta", "'much'")),
         ("[[waivers]]\ncase = 'a'\nclaim = 'b'", ("waiver", "no reason")),
         (
