@@ -156,9 +156,14 @@ class TensorRtSession(Session):
             self.profile = profile
 
     def _run(self, feeds: Feeds) -> dict[str, Array]:
-        self.slot.fill(feeds)
-        self.slot.enqueue()
-        return self.slot.outputs()
+        """The first inference of a shape enqueues kernel by kernel; from the second on its CUDA graph is replayed."""
+        slot = self.slot
+        slot.fill(feeds)
+        again = self.bound is slot
+        if not again:  # a graph is void once its context was told anything else
+            slot.release_graph()
+        slot.enqueue(graph=again and slot.capture())
+        return slot.outputs()
 
     def on_device(self, feeds: Feeds) -> Slot:
         """Feeds in GPU memory of their own, to be timed."""
@@ -267,7 +272,7 @@ class Slot(OnDevice):
             buffer.upload(feeds[info.name], session.stream)
             changed = changed or buffer.bytes != before
         if changed:
-            self._release_graph()
+            self.release_graph()
             self.shapes = dict(shapes)
             session.bound = None  # bound again before the next inference
 
@@ -358,14 +363,15 @@ class Slot(OnDevice):
         self.wait()
         return {name: view.copy() for name, view in views.items()}
 
-    def _release_graph(self) -> None:
+    def release_graph(self) -> None:
+        """Frees the captured graph, if there is one; the next `capture` makes another."""
         if self.graph is not None:
             self.graph.close()
         self.graph, self.captured = None, False
 
     def close(self) -> None:
         """Gives the memory back."""
-        self._release_graph()
+        self.release_graph()
         for buffer in self.buffers.values():
             buffer.free()
         self.buffers.clear()

@@ -80,8 +80,12 @@ def main(words: list[str] | None = None) -> int:
         for side in sides
     }
     result = {"machine": found[0]["machine"], "median ms by side, build and process": medians}
+    result["samples ms of the last round, by engine and process"] = {
+        name: [p["samples"][name] for p in found] for name in engines
+    }
     result["ratios"], beyond = _ratios(medians)
-    asked.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in result.items())
+    asked.output.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
     for side, builds in medians.items():
         print(f"{side}: builds {_between(builds)}")
     print("; ".join(f"{k} {v:.3f}" for k, v in result["ratios"].items()))
@@ -181,7 +185,10 @@ def _build(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measure(task: dict[str, Any]) -> dict[str, Any]:
-    """Median milliseconds of each engine in each round, all of them open in this process and measured in turns."""
+    """Median milliseconds of each engine in each round, all of them open in this process and measured in turns.
+
+    Beside them the single samples of each engine's last round.
+    """
     from itertools import islice
 
     from exporters import calibration
@@ -193,12 +200,15 @@ def _measure(task: dict[str, Any]) -> dict[str, Any]:
     feeds = [dict(f) for f in islice(calibration.feeds_from(DATA, spec), 2)]
     sessions = {name: TensorRtSession(Path(path), spec, "cuda:0") for name, path in task["engines"].items()}
     ms: dict[str, list[float]] = {name: [] for name in sessions}
+    samples: dict[str, list[float]] = {}
     for _ in range(ROUNDS):
         for name, session in sessions.items():
-            ms[name].append(statistics.median(measure(session, feeds, MeasurementPlan(seconds=SECONDS)).milliseconds))
+            found = measure(session, feeds, MeasurementPlan(seconds=SECONDS)).milliseconds
+            ms[name].append(statistics.median(found))
+            samples[name] = [round(s, 5) for s in found]
     for session in sessions.values():
         session.close()
-    return {"ms": ms, "machine": {"folder": baseline_folder("cuda:0"), **comparable("cuda:0", {})}}
+    return {"ms": ms, "samples": samples, "machine": {"folder": baseline_folder("cuda:0"), **comparable("cuda:0", {})}}
 
 
 def _between(builds: list[list[float]]) -> str:

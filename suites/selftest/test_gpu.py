@@ -395,6 +395,68 @@ def test_several_contexts_at_a_time(workshop: Workshop) -> None:
     two.close()
 
 
+def test_a_repeated_shape_is_replayed_as_a_cuda_graph(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replay gives what was enqueued, for other values too, and never outlives a change of shape or of the context."""
+    from exporters.cuda.graph import Graph
+    from exporters.runtimes.tensorrt import TensorRtSession
+
+    launched: list[int] = []
+    own = Graph.launch
+    monkeypatch.setattr(Graph, "launch", lambda graph: (launched.append(id(graph)), own(graph))[1])
+    name = "blobs engine fp16 cuda dynamic"
+    large = feeds(workshop, name)
+    small = {"images": np.ascontiguousarray(large["images"][..., :80, :])}
+    other = {"images": np.ascontiguousarray(large["images"][..., ::-1])}
+    with TensorRtSession(workshop.good(name).path, workshop.case(name).spec, "cuda:0") as session:
+        plain: list[dict[str, np.ndarray[Any, Any]]] = []
+        for given in (large, small, other):  # each is bound anew, so none is replayed
+            session.bound = None
+            plain.append(session.run(given))
+        assert not launched
+        assert any(not np.array_equal(plain[0][k], plain[2][k]) for k in plain[0])
+
+        def runs(given: dict[str, np.ndarray[Any, Any]], wanted: int, replayed: bool) -> None:
+            launched.clear()
+            got = session.run(given)
+            assert all(np.array_equal(got[k], plain[wanted][k]) for k in got)
+            assert bool(launched) is replayed
+
+        runs(large, 0, True)  # `other` had this shape
+        runs(other, 2, True)
+        runs(small, 1, False)
+        runs(small, 1, True)
+        runs(large, 0, False)
+        runs(other, 2, True)
+        session.on_device(small).close()  # the context is told other shapes and addresses
+        runs(large, 0, False)
+        runs(other, 2, True)
+
+
+def test_two_contexts_compute_at_the_same_time(workshop: Workshop) -> None:
+    """Both are enqueued before either is waited for, each on its stream with shapes of its own."""
+    from exporters.runtimes.tensorrt import TensorRtSession
+
+    name = "blobs engine fp16 cuda dynamic"
+    path, spec = workshop.good(name).path, workshop.case(name).spec
+    large = feeds(workshop, name)
+    small = {"images": np.ascontiguousarray(large["images"][..., :80, :])}
+    with TensorRtSession(path, spec, "cuda:0") as one, TensorRtSession(path, spec, "cuda:0") as two:
+        alone = one.run(small), two.run(large)
+        slots = one.on_device(small), two.on_device(large)
+        for graph in (False, True):
+            assert not graph or all(slot.capture() for slot in slots)
+            for slot in slots:
+                slot.forget()
+            for _ in range(50):
+                for slot in slots:
+                    slot.enqueue(graph)
+            for slot, wanted in zip(slots, alone, strict=True):
+                got = slot.outputs()
+                assert all(np.array_equal(got[k], wanted[k]) for k in wanted)
+        for slot in slots:
+            slot.close()
+
+
 SPARSE = '''
 import torch
 
@@ -488,9 +550,10 @@ def test_no_room_is_one_line_and_the_gpu_works_on(workshop: Workshop) -> None:
         again.close()
 
 
-def test_a_tiny_workspace_says_what_to_raise_or_builds(workshop: Workshop) -> None:
-    """TensorRT finds kernels that need none, or the line names the option."""
-    spec = request(workshop.models["blobs"], "engine", device="0", workspace=1e-9)
+@pytest.mark.parametrize("workspace", [1e-9, 1024.0])
+def test_an_impossible_workspace_names_the_option_or_builds(workshop: Workshop, workspace: float) -> None:
+    """TensorRT finds kernels that need none, and takes no more than there is; or the line names the option."""
+    spec = request(workshop.models["blobs"], "engine", device="0", workspace=workspace)
     try:
         assert workshop.run.pool.export(spec).path.is_file()
     except ExportgateError as error:
