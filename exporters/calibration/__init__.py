@@ -112,16 +112,31 @@ def feeds_from(factory: str, spec: ExportSpec) -> Iterator[dict[str, Array]]:
 
 def whole_batches(spec: ExportSpec, *, varies: bool) -> tuple[int, Iterator[dict[str, Array]]]:
     """How many samples a calibration batch has, and the batches. A graph whose batch does not vary is calibrated with
-    that batch; a short last one is left out there."""
+    that batch; a short last one is left out there.
+
+    Raises:
+        BadRequest: there is none, told by the iterator.
+    """
     size = calibration_batch(spec.batch) if varies else spec.batch
-    made = batches(spec, size)
-    return size, made if varies else (b for b in made if len(next(iter(b.values()))) == size)
+
+    def made() -> Iterator[dict[str, Array]]:
+        number = 0
+        for batch in batches(spec, size):
+            if varies or len(next(iter(batch.values()))) == size:
+                number += 1
+                yield batch
+        if not number:
+            raise BadRequest(
+                f"data '{spec.data}' has fewer samples than a batch of {size}", "give more, or a smaller --batch"
+            )
+
+    return size, made()
 
 
 def keep_batches(spec: ExportSpec, folder: Path) -> None:
     """Writes the calibration batches below `folder`, for a step whose toolchain lacks what the user's code imports."""
-    size, made = whole_batches(spec, varies=spec.dynamic)
-    names, number = [i.name for i in spec.model.inputs], -1
+    _, made = whole_batches(spec, varies=spec.dynamic)
+    names = [i.name for i in spec.model.inputs]
     for number, feeds in enumerate(made):
         if lacking := [name for name in names if name not in feeds]:
             raise BadRequest(
@@ -129,10 +144,6 @@ def keep_batches(spec: ExportSpec, folder: Path) -> None:
                 f"yield mappings from {', '.join(names)} to arrays",
             )
         save({name: feeds[name] for name in names}, folder / f"{number:06}")
-    if number < 0:
-        raise BadRequest(
-            f"data '{spec.data}' has fewer samples than a batch of {size}", "give more, or a smaller --batch"
-        )
 
 
 def kept_batches(spec: ExportSpec, folder: Path) -> list[dict[str, Array]]:

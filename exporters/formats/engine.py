@@ -98,7 +98,7 @@ def _in_precision(job: Job) -> Path:
     kept = [*(path for path, _ in spec.model.fp32), *(["nms"] if spec.nms else [])]
     graph = onnx.load(source)
     if spec.precision is Precision.FP8:
-        graph, _ = quantize(source, job.folder, spec)
+        graph, _ = quantize(source, job.folder, replace(spec, batch_axis=parents(spec)[0].batch_axis))
     if spec.precision is Precision.INT8:
         graph = pad(graph)
     if spec.precision is Precision.BF16:

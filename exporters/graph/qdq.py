@@ -1,11 +1,14 @@
-"""INT8 and FP8 as explicit Q/DQ: symmetric, activations per tensor, weights per channel, where `placement` says."""
+"""INT8 and FP8 as explicit Q/DQ, symmetric, where `placement` says: activations and FP8's weights have one scale a
+tensor, INT8's weights one a channel."""
 # pyright: reportUnknownMemberType=false
 # (onnx.load leaves the type of a path open)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -65,7 +68,7 @@ def insert(model: onnx.ModelProto, placement: Placement, ranges: Mapping[str, fl
     shared: dict[str, float] = {}
     for tensor, name in placement.group.items():
         shared[name] = max(shared.get(name, 0.0), ranges[tensor])
-    zero = _zero("exportgate/zero", 1, precision)
+    zero = _zero("exportgate/zero", (), precision)
     graph.initializer.append(zero)
     nodes = {n.name: n for n in graph.node}
     behind: dict[str, list[onnx.NodeProto]] = {}
@@ -96,9 +99,11 @@ def insert(model: onnx.ModelProto, placement: Placement, ranges: Mapping[str, fl
 
 
 def _weights(graph: onnx.GraphProto, node: onnx.NodeProto, precision: Precision) -> list[onnx.NodeProto]:
-    """Quantizes a node's weights per output channel; returns the node that dequantizes them.
+    """Quantizes a node's weights, INT8's per output channel; returns the node that dequantizes them.
 
-    The output channel is axis 0 of a convolution and of a transposed Gemm, the last axis of a product.
+    The output channel is axis 0 of a convolution and of a transposed Gemm, the last axis of a product. FP8's weights
+    have one scale: TensorRT has no kernels for more (10.6 on an H200: FP16 throughout, and other values), and numbers
+    with an exponent of their own need none.
     """
     stored = {i.name: i for i in graph.initializer}
     slot = next(n for n, name in enumerate(node.input[:2]) if name in stored)
@@ -109,27 +114,27 @@ def _weights(graph: onnx.GraphProto, node: onnx.NodeProto, precision: Precision)
     node.input[slot] = f"{name}/dq"
     if f"{name}/q" in stored:  # shared by another node
         return []
-    others = tuple(a for a in range(values.ndim) if a != axis)
-    scale = _grid(np.abs(values).max(others) / LARGEST[precision])
-    shape = [-1 if a == axis else 1 for a in range(values.ndim)]
-    scaled = values / scale.reshape(shape)
+    if precision is Precision.INT8:
+        others = tuple(a for a in range(values.ndim) if a != axis)
+        scale = _grid(np.abs(values).max(others, keepdims=True) / LARGEST[precision])
+    else:
+        scale = _grid(np.abs(values).max() / LARGEST[precision])
+    scaled, scale = values / scale, scale.reshape([-1] if scale.ndim else [])
     if precision is Precision.INT8:
         quantized = numpy_helper.from_array(np.clip(np.rint(scaled), -127, 127).astype(np.int8), f"{name}/q")
     else:
         quantized = helper.make_tensor(f"{name}/q", TYPES[precision], values.shape, scaled.reshape(-1).tolist())
     graph.initializer.append(quantized)
     graph.initializer.append(numpy_helper.from_array(scale.astype(np.float32), f"{name}/scale"))
-    graph.initializer.append(_zero(f"{name}/zero", len(scale), precision))
-    return [
-        helper.make_node(
-            "DequantizeLinear", [f"{name}/q", f"{name}/scale", f"{name}/zero"], [f"{name}/dq"], f"{name}/DQ", axis=axis
-        )
-    ]
+    graph.initializer.append(_zero(f"{name}/zero", scale.shape, precision))
+    along: dict[str, Any] = {"axis": axis} if scale.ndim else {}
+    inputs = [f"{name}/q", f"{name}/scale", f"{name}/zero"]
+    return [helper.make_node("DequantizeLinear", inputs, [f"{name}/dq"], f"{name}/DQ", **along)]
 
 
-def _zero(name: str, count: int, precision: Precision) -> TensorProto:
-    """Zero points: a scalar, or one a channel."""
-    return helper.make_tensor(name, TYPES[precision], [] if count == 1 else [count], [0] * count)
+def _zero(name: str, shape: tuple[int, ...], precision: Precision) -> TensorProto:
+    """Zero points, as many as scales."""
+    return helper.make_tensor(name, TYPES[precision], shape, [0] * math.prod(shape))
 
 
 def _grid(scale: Array) -> Array:
