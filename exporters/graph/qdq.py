@@ -102,8 +102,8 @@ def _weights(graph: onnx.GraphProto, node: onnx.NodeProto, precision: Precision)
     """Quantizes a node's weights, INT8's per output channel; returns the node that dequantizes them.
 
     The output channel is axis 0 of a convolution and of a transposed Gemm, the last axis of a product. FP8's weights
-    have one scale: TensorRT has no kernels for more (10.6 on an H200: FP16 throughout, and other values), and numbers
-    with an exponent of their own need none.
+    have one scale: scales by channel are for matrix products alone (TensorRT's release notes, 10.6), and numbers with
+    an exponent of their own need none.
     """
     stored = {i.name: i for i in graph.initializer}
     slot = next(n for n, name in enumerate(node.input[:2]) if name in stored)
