@@ -202,11 +202,15 @@ class Worker(Caller):
                 )
 
     def _check_memory(self, operation: str) -> None:
-        """Sampled, since a limit on address space (RLIMIT_AS) breaks CUDA."""
+        """Sampled, since a limit on address space (RLIMIT_AS) breaks CUDA. What it started (pnnx, a compiler) counts."""
         import psutil
 
         with suppress(psutil.Error):
-            used = psutil.Process(self.process.pid).memory_info().rss
+            worker = psutil.Process(self.process.pid)
+            used = worker.memory_info().rss
+            for child in worker.children(recursive=True):
+                with suppress(psutil.Error):  # ended meanwhile
+                    used += child.memory_info().rss
             if used > self.limits.memory * 2**30:
                 self.close()
                 raise WorkerCrash(

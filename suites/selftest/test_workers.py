@@ -47,7 +47,7 @@ ROOT = Path(suites.__file__).parent.parent
 Judge = Callable[[Callable[[Bench], None], Bench], tuple[Verdict, str]]
 
 MODULE = '''
-import os, signal, sys, time
+import os, signal, subprocess, sys, time
 import torch
 
 
@@ -103,11 +103,16 @@ def prints():
     os.system("echo printed by a child")
 
 
+def breeds():
+    subprocess.run([sys.executable, "-c", "import time; held = b'x' * (3 << 29); time.sleep(60)"])
+
+
 def plain(): return Model(nothing)
 def aborting(): return Model(aborts)
 def killed(): return Model(is_killed)
 def hanging(): return Model(hangs)
 def swelling(): return Model(swells)
+def breeding(): return Model(breeds)
 def babbling(): return Model(babbles)
 def printing(): return Model(prints)
 '''
@@ -123,8 +128,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Iterator[Run]:
-    """One pool for all misbehaving models, which may run 3 s and hold 1 GiB."""
-    made = Run(Project(folder), Pool(Limits(run=3.0, memory=1.0)))
+    """One pool for all misbehaving models, which may run 8 s and hold 1 GiB."""
+    made = Run(Project(folder), Pool(Limits(run=8.0, memory=1.0)))
     yield made
     made.close()
 
@@ -143,8 +148,9 @@ def bench_of(run: Run, folder: Path, factory: str, format_id: str = "pytorch") -
     [
         ("aborting", (Verdict.CRASH, "died during run", "SIGABRT")),
         ("killed", (Verdict.CRASH, "died during run", "SIGKILL")),
-        ("hanging", (Verdict.TIMEOUT, "run took longer than 3 s")),
+        ("hanging", (Verdict.TIMEOUT, "run took longer than 8 s")),
         ("swelling", (Verdict.CRASH, "more than its limit of 1 GiB")),
+        ("breeding", (Verdict.CRASH, "more than its limit of 1 GiB")),
         ("babbling", (Verdict.CRASH, "answered run with 'no answer", "which is no answer")),
     ],
     ids=lambda x: x if isinstance(x, str) else x[0].value,
