@@ -202,7 +202,7 @@ class Worker(Caller):
                 )
 
     def _check_memory(self, operation: str) -> None:
-        """Sampled, since a limit on address space (RLIMIT_AS) breaks CUDA. What it started (pnnx, a compiler) counts."""
+        """Sampled, since a limit on address space (RLIMIT_AS) breaks CUDA. What it started (a compiler) counts."""
         import psutil
 
         with suppress(psutil.Error):

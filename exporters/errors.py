@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import reprlib
+from typing import Any
+
+MOST_SHOWN = 100  # characters of a value in a message
+
 
 def first_line(error: BaseException) -> str:
     """The first line of an exception's own words, at most 300 characters; its type's name where it has none."""
     return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def shown(value: Any) -> str:
+    """A value for a message, at most 100 characters of it, however deep or long it is."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxother, short.maxstring = 3, MOST_SHOWN, MOST_SHOWN
+    text = short.repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 4]} ..."
 
 
 class ExportgateError(Exception):

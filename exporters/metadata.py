@@ -14,13 +14,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
-from exporters.errors import ArtifactError, BadRequest, first_line
+from exporters.errors import ArtifactError, BadRequest, first_line, shown
 from exporters.models.spec import class_names
 from exporters.spec import NMS, ExportSpec, Precision
 from exporters.version import __version__
 
 SIDE_CAR = "metadata.yaml"  # in the folder, or beside the file, of formats that hold no metadata
 LARGEST = 16 << 20  # bytes of a side-car
+MOST_VALUES = 1 << 20  # that it holds: a YAML alias stands for all that it names, and those may stand in each other
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,10 @@ class Metadata:
         return yaml.safe_dump(self.values(), sort_keys=False, allow_unicode=True)
 
 
+# What PyYAML, json, literals and conversions raise of text that is wrong, beside errors of their own.
+UNREADABLE = (ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
+
+
 def read_yaml(path: Path) -> Metadata:
     """Metadata from a side-car.
 
@@ -124,8 +129,15 @@ def read_yaml(path: Path) -> Metadata:
         raise ArtifactError(f"'{path}' is larger than {LARGEST >> 20} MiB", again)
     try:
         values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, *UNREADABLE) as error:
         raise ArtifactError(f"'{path}' is not YAML ({first_line(error)})", again) from None
+    left, stack = MOST_VALUES, [values]
+    while stack and left > 0:
+        one: Any = stack.pop()
+        left -= 1
+        stack += _inside(one)
+    if stack:
+        raise ArtifactError(f"'{path}' holds more than {MOST_VALUES} values, its aliases counted", again)
     return normalize(values, str(path))
 
 
@@ -133,8 +145,9 @@ def read_json(text: str, where: str) -> Metadata:
     """Metadata from JSON text, as TorchScript's config.txt holds it."""
     try:
         values = json.loads(text)
-    except ValueError as error:
-        raise ArtifactError(f"{where}: the metadata is not JSON ({error})", "export the artifact again") from None
+    except (ValueError, RecursionError) as error:
+        told = first_line(error)
+        raise ArtifactError(f"{where}: the metadata is not JSON ({told})", "export the artifact again") from None
     return normalize(values, where)
 
 
@@ -155,24 +168,41 @@ def normalize(values: Any, where: str) -> Metadata:
     try:
         for key in ("stride", "batch"):
             if key in values:
-                read[key] = int(_literal(values[key]))
+                read[key] = _whole(values[key], key)
         if "imgsz" in values:
             size = _literal(values["imgsz"])
-            pair: list[Any] = [size, size] if isinstance(size, int) else list(size)
-            read["imgsz"] = (int(pair[0]), int(pair[1]))
+            pair = _inside(size) if isinstance(size, (list, tuple)) else [size, size]
+            if len(pair) != 2:
+                raise ValueError(f"imgsz is {shown(size)}, expected height and width")
+            read["imgsz"] = (_whole(pair[0], "imgsz"), _whole(pair[1], "imgsz"))
         if "names" in values:
             read["names"] = class_names(_literal(values["names"]), where)
         if "args" in values:  # older artifacts of the peer lack it
             read["args"] = dict(_literal(values["args"]))
         if values.get("kpt_shape"):
-            read["kpt_shape"] = tuple(int(v) for v in _literal(values["kpt_shape"]))
-    except (ValueError, SyntaxError, TypeError, LookupError, OverflowError, RecursionError, MemoryError) as error:
-        raise ArtifactError(
-            f"{where}: the metadata cannot be read ({type(error).__name__}: {error})", "export the artifact again"
-        ) from None
-    except BadRequest as error:
-        raise ArtifactError(f"{where}: {error.what}", "export the artifact again") from None
+            read["kpt_shape"] = tuple(_whole(v, "kpt_shape") for v in _literal(values["kpt_shape"]))
+    except (SyntaxError, MemoryError, *UNREADABLE) as error:
+        told = f"{type(error).__name__}: {first_line(error)}"
+        raise ArtifactError(f"{where}: the metadata cannot be read ({told})", "export the artifact again") from None
+    except BadRequest as error:  # of class names, with the place
+        raise ArtifactError(error.what, "export the artifact again") from None
     return Metadata(**read)
+
+
+def _inside(value: Any) -> list[Any]:
+    """What a mapping, list or tuple holds."""
+    if isinstance(value, dict):
+        both = cast("dict[Any, Any]", value)
+        return [*both, *both.values()]
+    return list(cast("list[Any]", value)) if isinstance(value, (list, tuple)) else []
+
+
+def _whole(value: Any, key: str) -> int:
+    """A whole number, or the text of one."""
+    found = _literal(value)
+    if type(found) is not int:
+        raise ValueError(f"{key} is {shown(value)}, expected a whole number")
+    return found
 
 
 def _literal(value: Any) -> Any:

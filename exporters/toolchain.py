@@ -92,7 +92,11 @@ def cache_root() -> Path:
 def known(name: str) -> Toolchain:
     """The toolchain with this name."""
     if name not in TOOLCHAINS:
-        raise BadRequest(f"toolchain '{name}' is not known", "toolchains: " + ", ".join(TOOLCHAINS))
+        from exporters import formats
+
+        own = next((f.toolchain for f in formats.registry().values() if name in (f.id, *f.aliases)), "")
+        fix = f"format '{name}' is made with '{own}'" if own else "toolchains: " + ", ".join(TOOLCHAINS)
+        raise BadRequest(f"toolchain '{name}' is not known", fix)
     return TOOLCHAINS[name]
 
 

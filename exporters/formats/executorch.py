@@ -16,7 +16,7 @@ import numpy as np
 
 from exporters import calibration
 from exporters.artifact import Achieved, Artifact
-from exporters.errors import ExportError, first_line
+from exporters.errors import ExportError, NotSupported, first_line
 from exporters.formats import Format, Job, Made, Runtime, Step, heads, needs_data
 from exporters.models.spec import belongs
 from exporters.session import Session
@@ -66,6 +66,11 @@ def _exported(module: Any, inputs: tuple[Any, ...], spec: ExportSpec) -> Exporte
         for name, size in zip(("height", "width"), spec.imgsz, strict=True):
             cells = Dim(f"{name}_cells", min=1, max=LARGER * size // model.stride)
             varies[name] = cells * model.stride if model.stride > 1 else cells
+        other = next((d for i in model.inputs for d in i.shape if isinstance(d, str) and d not in varies), None)
+        if other is not None:
+            raise NotSupported(
+                f"dynamic: axis '{other}' varies, and memory is planned for batch, height and width alone"
+            )
         shapes = tuple({n: varies[d] for n, d in enumerate(i.shape) if isinstance(d, str)} for i in model.inputs)
     try:
         with warnings.catch_warnings():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporters.artifact import Achieved, Artifact
-from exporters.errors import ArtifactError, ExportError
+from exporters.errors import ArtifactError, ExportError, ToolchainMissing
 from exporters.formats import Format, Job, Made, Runtime, Step, fp32_trace
 from exporters.metadata import SIDE_CAR
 from exporters.models.spec import belongs
@@ -94,9 +94,12 @@ def _pnnx(job: Job, scratch: Path, option: str) -> tuple[int, list[str]]:
     """Runs pnnx on the parent in a new folder: its exit code, and the lines that it said."""
     spec = job.spec
     found = importlib.util.find_spec("pnnx")  # not imported: the package brings torch, and the program needs none
-    assert found is not None
-    assert found.origin is not None
-    program = next(p for p in (Path(found.origin).with_name(n) for n in ("pnnx", "pnnx.exe")) if p.is_file())
+    beside = Path(found.origin or "") if found is not None else Path()
+    program = next((p for p in (beside.with_name(n) for n in ("pnnx", "pnnx.exe") if beside.name) if p.is_file()), None)
+    if program is None:
+        raise ToolchainMissing(
+            "pnnx's package is not here, or has no program in it: run exportgate toolchain sync ncnn"
+        )
     scratch.mkdir(parents=True)
     shutil.copyfile(job.parents[0].path, scratch / "model.pt")
     shapes = (

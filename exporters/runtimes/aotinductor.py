@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, cast
 import torch
 
 from exporters.artifact import Achieved, TensorInfo, main_precision
-from exporters.errors import ArtifactError, first_line
+from exporters.errors import ArtifactError, NotSupported, first_line, shown
 from exporters.metadata import Metadata, normalize
 from exporters.runtimes.instruction_set import lacking
 from exporters.runtimes.pt2_archive import AGAIN, LIBRARY, Pt2Archive
@@ -50,6 +51,8 @@ def check_cpu(archive: Pt2Archive) -> None:
             f"'{archive.path}' is compiled for the device '{device}', and aotinductor runs on a CPU here",
             "export it for the CPU",
         )
+    if not told.get("AOTI_MACHINE") and not told.get(FLAGS):
+        raise ArtifactError(f"'{archive.path}' does not say for which CPU it was compiled", "export it on this machine")
     lacks = lacking(told.get("AOTI_MACHINE", ""), told.get("AOTI_CPU_ISA", ""), told.get(FLAGS, ""))
     if lacks:
         raise ArtifactError(f"'{archive.path}' was compiled for another CPU: {lacks}", "export it on this machine")
@@ -70,11 +73,26 @@ def open_library(path: Path) -> tuple[Pt2Archive, Any]:
         wrapper = next((f for f in library if ".wrapper." in f.name), library[0] if library else None)
         if wrapper is None:
             raise ArtifactError(f"'{path}' holds no compiled library (.so)", AGAIN)
+        if NATIVE is None:
+            raise NotSupported(f"PyTorch {torch.__version__} cannot load what AOTInductor compiled")
+        _check_whole(path, wrapper)
         try:
             return archive, NATIVE.AOTIModelContainerRunnerCpu(str(wrapper), 1)
         except (RuntimeError, ValueError, AttributeError) as error:
             told = first_line(error).replace(folder, "")
             raise ArtifactError(f"'{path}': its library cannot be loaded ({told})", AGAIN) from None
+
+
+def _check_whole(path: Path, library: Path) -> None:
+    """Raises ArtifactError where a library was cut off: the process that loads such a one dies of SIGBUS."""
+    data = library.read_bytes()
+    if data[:5] != b"\x7fELF\x02" or len(data) < 64:  # of 64 bits; other systems have libraries of their own
+        return
+    (sections,) = struct.unpack_from("<Q", data, 0x28)
+    size, count = struct.unpack_from("<HH", data, 0x3A)
+    if sections + size * count > len(data):
+        what = f"its library {library.name} has {len(data)} bytes of at least {sections + size * count}"
+        raise ArtifactError(f"'{path}' was cut off: {what}", AGAIN)
 
 
 class LibrarySession(TorchSession):
@@ -115,10 +133,15 @@ def _inputs(archive: Pt2Archive) -> tuple[TensorInfo, ...]:
         return ()
     try:
         found = tuple(TensorInfo(str(n), tuple(int(d) for d in shape), str(t)) for n, shape, t in json.loads(text))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ArtifactError(
             f"'{archive.path}': its list of inputs cannot be read ({first_line(error)})", AGAIN
         ) from None
+    for info in found:
+        sizes = [d for d in info.shape if isinstance(d, int)]
+        if not isinstance(getattr(torch, info.dtype, None), torch.dtype) or min(sizes, default=1) < 1:
+            what = f"input '{shown(info.name)}' of type {shown(info.dtype)} and shape {shown(sizes)}"
+            raise ArtifactError(f"'{archive.path}' says that it takes an {what}, which cannot be", AGAIN)
     return found
 
 

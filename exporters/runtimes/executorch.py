@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata as distributions
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -73,8 +73,11 @@ class ExecuTorchSession(Session):
     def _infos(self, indices: list[int], constant: str, names: list[str]) -> Iterator[TensorInfo]:
         """The signature; an axis that varies gets the name that the model gives it: the file says of a tensor that it
         varies, and not where."""
-        if constant in self.program.method_names:
-            names = json.loads(self._constant(constant))
+        if constant in self.pte.constants:
+            told: Any = json.loads(self.pte.constants[constant])
+            if not isinstance(told, list):
+                raise ArtifactError(f"'{self.path}' is damaged: '{constant}' is no list of names", AGAIN)
+            names = [str(name) for name in cast("list[Any]", told)]
         axes = {t.name: dict(enumerate(t.shape)) for t in self.spec.model.inputs} | {
             o.name: dict(o.axes) for o in self.spec.model.outputs
         }
@@ -85,9 +88,6 @@ class ExecuTorchSession(Session):
             shape = tuple(v if isinstance(v := varies.get(n, d), str) else d for n, d in enumerate(tensor.sizes))
             kind = str(tensor.scalar_type.name)
             yield TensorInfo(name, shape, DTYPES.get(kind, kind.lower()))
-
-    def _constant(self, name: str) -> str:
-        return str(_loaded(self.path, name)[1].execute([])[0])
 
     def _run(self, feeds: Feeds) -> dict[str, Array]:
         for name, most in self.largest.items():
@@ -161,11 +161,11 @@ class ExecuTorchSession(Session):
                 yield Layer(name, kind, kinds[-1] if kinds else "", (told.end_time - told.start_time) / 1e6)
 
     def metadata(self) -> Metadata:
-        if METADATA not in self.program.method_names:
+        if METADATA not in self.pte.constants:
             if (side_car := self.path.with_name(SIDE_CAR)).is_file():
                 return read_yaml(side_car)
             raise ArtifactError(f"'{self.path}' holds no metadata (constant method '{METADATA}')", AGAIN)
-        return read_json(self._constant(METADATA), str(self.path))
+        return read_json(self.pte.constants[METADATA], str(self.path))
 
     def close(self) -> None:
         del self.method, self.program

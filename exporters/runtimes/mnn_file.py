@@ -142,8 +142,8 @@ def read(path: Path) -> MnnFile:
                 inputs[op.name] = tuple(int(n) for n in given.array(0, "<i4")), TYPES.get(kind, f"type {kind}")
         found = MnnFile(data, net.text(0), inputs, tuple(net.texts(4)), ops)
     except (IndexError, ValueError, OverflowError) as error:  # UnicodeDecodeError is a ValueError
-        what = f"'{path}' is not an MNN model, or one that was cut off" if data else f"'{path}' is empty"
-        raise ArtifactError(f"{what} ({error})", "export it again") from None
+        what = f"'{path}' is not an MNN model, or one that was cut off ({error})" if data else f"'{path}' is empty"
+        raise ArtifactError(what, "export it again") from None
     if not found.ops or not found.inputs:
         raise ArtifactError(f"'{path}' is not an MNN model (it holds no graph)", "export it again")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from exporters.spec import ExportSpec, Precision
 
 # Options that let ncnn store or compute in 16 bits. It is an operator's affair whether it does on this CPU.
 NARROW = ("fp16_packed", "fp16_storage", "fp16_arithmetic", "bf16_packed", "bf16_storage")
+LARGEST = 1 << 30  # values of an input
 TAKEN = {"float32": "float32", "int32": "int32", "int64": "int32"}  # an input's type -> what ncnn takes
 
 
@@ -46,12 +48,20 @@ class NcnnSession(Session):
         self.inputs = tuple(self._input(blob, number) for number, blob in enumerate(self.feeding))
         # ncnn keeps a batch apart from the axes of a blob, and gives each output the one of what it was made of.
         self.batched = any(len(self.sizes[b] or i.shape[1:]) < len(i.shape) for b, i in self._pairs())
-        zeros = {i.name: np.zeros([int(s) for s in i.shape], i.dtype) for i in self.inputs}
+        zeros = {i.name: np.zeros(self._sane(i), i.dtype) for i in self.inputs}
         self.bits = self._try(layers, zeros)
         names = [o.name for o in spec.model.outputs]
         names += [f"unnamed{number}" for number in range(len(names), len(self.giving))]
         self.names = tuple(names[: len(self.giving)])
         self.outputs = tuple(TensorInfo(n, a.shape, str(a.dtype)) for n, a in self._run(zeros).items())
+
+    def _sane(self, info: TensorInfo) -> list[int]:
+        """An input's shape, before memory is taken for what the files say."""
+        sizes = [int(s) for s in info.shape]
+        if min(sizes, default=1) < 1 or math.prod(sizes) > LARGEST:
+            what = f"of {list(sizes)} is more than {LARGEST} values" if min(sizes) > 0 else f"has the sizes {sizes}"
+            raise ArtifactError(f"'{self.param}': input {info.name} {what} (the batch is of {SIDE_CAR})", AGAIN)
+        return sizes
 
     def _pairs(self) -> zip[tuple[str, TensorInfo]]:
         return zip(self.feeding, self.inputs, strict=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from exporters.artifact import Achieved
+from exporters.artifact import Achieved, main_precision
 from exporters.errors import ArtifactError
 
 library: Any = importlib.import_module("ncnn")
@@ -275,7 +275,7 @@ def read_precision(path: Path) -> Achieved:
     parts, data = read_weights(param, weights, layers), weights.read_bytes()
     kinds = [(layer.name, found) for layer, part in zip(layers, parts, strict=True) if (found := _kind(part))]
     counts = Counter(kind for _, kind in kinds)
-    main = counts.most_common(1)[0][0] if counts else ""
+    main = main_precision(counts)
     stored = {layer.tops[0]: part for layer, part in zip(layers, parts, strict=True) if layer.kind == "MemoryData"}
     exact = 0
     for layer in layers:
@@ -288,7 +288,7 @@ def read_precision(path: Path) -> Achieved:
         exact += fits
         kinds += [] if fits else [(layer.name, "fp32")]
     counts = Counter(kind for _, kind in kinds)
-    main = main or (counts.most_common(1)[0][0] if counts else "")
+    main = main or main_precision(counts)
     evidence = {f"operators {kind}": count for kind, count in counts.items()}
     evidence |= {"matrix products by constants that FP16 holds exactly": exact} if exact else {}
     return Achieved(main, evidence, tuple(sorted(name for name, kind in kinds if kind != main)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -55,8 +56,6 @@ def xml_of(path: Path) -> Path:
     if len(found) != 1:
         names = ", ".join(f.name for f in found) or "none"
         raise ArtifactError(f"'{path}' holds {len(found)} .xml files ({names}), expected one", "export it again")
-    if not found[0].with_suffix(".bin").is_file():
-        raise ArtifactError(f"'{found[0]}' has no weights: {found[0].stem}.bin is missing", "export it again")
     try:
         with found[0].open("rb") as file:
             begin = file.read(512)
@@ -64,6 +63,10 @@ def xml_of(path: Path) -> Path:
         raise ArtifactError(f"'{found[0]}' cannot be read ({error.strerror})", "export it again") from None
     if b"<net" not in begin:  # OpenVINO goes by the content, and reads ONNX and others under this name
         raise ArtifactError(f"'{found[0]}' is no OpenVINO IR: it does not begin with <net>", "export it again")
+    weights = found[0].with_suffix(".bin")
+    if not weights.is_file():
+        state = "is no file" if weights.exists() else "is missing"
+        raise ArtifactError(f"'{found[0]}' has no weights: {weights.name} {state}", "export it again")
     return found[0]
 
 
@@ -90,8 +93,8 @@ def _described(metadata: Metadata) -> dict[str, Any]:
 
 
 def labels(metadata: Metadata) -> list[str]:
-    """Class names in order, as rt_info has them: it divides them by spaces."""
-    return [name.replace(" ", "_") for _, name in sorted(metadata.names.items())]
+    """Class names in order, as rt_info has them: what reads it divides them by blanks of any kind."""
+    return [re.sub(r"\s", "_", name) or "_" for _, name in sorted(metadata.names.items())]
 
 
 class OpenVinoSession(Session):

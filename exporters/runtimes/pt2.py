@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import warnings
 import zipfile
@@ -14,7 +15,7 @@ from typing import Any, cast
 
 import torch
 
-from exporters.artifact import Achieved, TensorInfo
+from exporters.artifact import Achieved, TensorInfo, main_precision
 from exporters.errors import ArtifactError, FeedError, first_line
 from exporters.metadata import Metadata, read_json
 from exporters.runtimes.pt2_archive import AGAIN, PROGRAM, Pt2Archive
@@ -52,6 +53,23 @@ def signature(program: Any) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, .
     return tuple(infos(told.user_inputs)), tuple(infos(told.user_outputs))
 
 
+class _Heard(logging.Handler):
+    """Keeps the exception that torch.export logs, and raises another one in the place of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cause: BaseException | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.cause = (record.exc_info[1] if record.exc_info else None) or self.cause
+
+    def __enter__(self) -> None:
+        logging.getLogger("torch.export").addHandler(self)
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("torch.export").removeHandler(self)
+
+
 class ProgramSession(TorchSession):
     """A loaded program, run by PyTorch eagerly. Names and shapes are those in the file."""
 
@@ -59,8 +77,9 @@ class ProgramSession(TorchSession):
 
     def __init__(self, path: Path, spec: ExportSpec, device: str) -> None:
         self.archive = Pt2Archive.open(path, "pt2")
+        heard = _Heard()
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), heard:
                 warnings.simplefilter("ignore")
                 program: Any = torch.export.load(str(path))
                 if any(str(t.device) != device for t in program.state_dict.values()) or device != "cpu":
@@ -70,7 +89,7 @@ class ProgramSession(TorchSession):
                 inputs, outputs = signature(program)
                 self.call = program.module()
         except UNLOADABLE as error:
-            told = first_line(error)
+            told = first_line(heard.cause or error)
             raise ArtifactError(f"'{path}' cannot be loaded by torch.export ({told})", AGAIN) from None
         axes = {i.name: i.shape for i in spec.model.inputs}
         self.inputs = tuple(
@@ -81,10 +100,10 @@ class ProgramSession(TorchSession):
             self.begin(spec, device, [o.name for o in outputs])
         except (AssertionError, RuntimeError, LookupError, TypeError) as error:
             wanted = ", ".join(f"{i.name} {i.dtype} {list(i.shape)}" for i in self.inputs)
-            raise ArtifactError(
-                f"'{path}' does not run on {wanted} ({first_line(error)})",
-                "ask for the batch and image size that it was exported for",
-            ) from None
+            taken = {i.name: i.dtype for i in spec.model.inputs}
+            same = all(taken.get(i.name, i.dtype) == i.dtype for i in self.inputs)
+            fix = "ask for the batch and image size that it was exported for" if same else AGAIN
+            raise ArtifactError(f"'{path}' does not run on {wanted} ({first_line(error)})", fix) from None
         self.outputs = tuple(
             TensorInfo(o.name, tuple(_axis(d, n, ()) for n, d in enumerate(o.shape)), o.dtype) for o in outputs
         )
@@ -147,7 +166,7 @@ def _precision(archive: Pt2Archive) -> Achieved:
             counts[f"operators {kind}"] += 1
     if not operators:
         counts.update(f"values {k}" for k in kinds.values() if k)
-    main = counts.most_common(1)[0][0].partition(" ")[2] if counts else ""
+    main = main_precision(Counter(operators.values() if operators else kinds.values()))
     return Achieved(main, dict(counts), tuple(sorted(n for n, k in operators.items() if k != main)))
 
 

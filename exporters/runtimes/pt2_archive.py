@@ -47,6 +47,8 @@ class Pt2Archive:
         if damaged is not None:
             raise ArtifactError(f"'{path}': its record '{damaged}' is damaged (another checksum)", AGAIN)
         found = Pt2Archive(path, {n.partition("/")[2]: n for n in listed})
+        if len(found.names) < len(listed):
+            raise ArtifactError(f"'{path}' is no .pt2 archive: two of its records have one name", AGAIN)
         if "archive_format" not in found.names or found.read("archive_format").strip() != b"pt2":
             raise ArtifactError(f"'{path}' is no .pt2 archive: its zip has no archive_format 'pt2'", AGAIN)
         held = {
@@ -88,10 +90,21 @@ class Pt2Archive:
         return cast("dict[str, Any]", value)
 
     def extract(self, folder: Path) -> list[Path]:
-        """Writes the records of the compiled model into a folder, by their last names."""
+        """Writes the records of the compiled model into a folder, by their last names.
+
+        Raises:
+            ArtifactError: two have one name, or the disk takes no more.
+        """
         made: list[Path] = []
         for name in self.names:
             if name.startswith(LIBRARY):
-                made.append(folder / PurePosixPath(name).name)
-                made[-1].write_bytes(self.read(name))
+                target = folder / PurePosixPath(name).name
+                if target in made:
+                    raise ArtifactError(f"'{self.path}' has two records '{target.name}'", AGAIN)
+                made.append(target)
+                try:
+                    target.write_bytes(self.read(name))
+                except OSError as error:
+                    what = f"'{self.path}' cannot be unpacked into '{folder}' ({error.strerror})"
+                    raise ArtifactError(what, "free some of that disk") from None
         return made

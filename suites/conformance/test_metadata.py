@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from exporters import formats
-from exporters.errors import NotSupported
+from exporters.errors import NotSupported, shown
 from exporters.metadata import Metadata
 from suites.support.bench import Bench
 
@@ -24,7 +24,7 @@ def test_class_names_survive_the_round_trip(case: Bench) -> None:
         return
     different = next(i for i in sorted({*names, *want}) if names.get(i) != want.get(i))
     raise AssertionError(
-        f"class names differ at index {different}: {names.get(different)!r}, expected {want.get(different)!r} "
+        f"class names differ at index {different}: {shown(names.get(different))}, expected {want.get(different)!r} "
         f"({len(names)} names, expected {len(want)})"
     )
 
@@ -36,7 +36,7 @@ def test_metadata_describes_the_request(case: Bench) -> None:
     want |= {"kpt_shape": case.model.kpt_shape} if case.model.kpt_shape else {}
     for key, value in want.items():
         got = getattr(found, key)
-        assert got == value, f"metadata {key} is {got!r}, expected {value!r}"
+        assert got == value, f"metadata {key} is {shown(got)}, expected {value!r}"
     wrong = formats.get(case.spec.format).contradiction(case.artifact().path, case.spec)
     assert not wrong, wrong
     # Artifacts of older exporters lack args, and those of others have some of them only.
@@ -46,7 +46,7 @@ def test_metadata_describes_the_request(case: Bench) -> None:
     assert not missing, f"metadata args lack {', '.join(missing)}"
     # Which operator set and simplifier a brought file was made with is not part of what it is checked for.
     for key in (k for k in told if case.brought is None or k not in ("opset", "simplify")):
-        assert told[key] == asked[key], f"metadata args say {key} = {told[key]!r}, expected {asked[key]!r}"
+        assert told[key] == asked[key], f"metadata args say {key} = {shown(told[key])}, expected {asked[key]!r}"
 
 
 def test_metadata_names_the_owner(case: Bench) -> None:

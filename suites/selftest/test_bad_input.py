@@ -146,6 +146,7 @@ def test_an_option_that_cannot_be_met_is_refused(
         (["qualify", "a" * 300 + ".pt"], ("name too long",)),
         (["export", "best.pt", "--format", "onnx", "--", "-x"], ("-x", "for pytest")),
         (["toolchain", "sync", "nosuch"], ("'nosuch'", "onnx")),
+        (["toolchain", "sync", "mlmodel"], ("'mlmodel'", "is made with 'coreml'")),
         # One form, whoever found it: the command line, pytest's start, or the collection.
         (["qualify", "--release", "--", "--lf"], ("exportgate: error: '-- --lf'", "leave it out")),
         (["qualify", "--release", "--", "-x"], ("exportgate: error: a release run was given -x",)),

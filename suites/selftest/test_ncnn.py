@@ -164,6 +164,28 @@ def test_metadata_of_another_size_are_noticed(pool: Pool, model: ModelSpec, tmp_
         pool.open(brought, spec, "ncnn", "cpu")
 
 
+@pytest.mark.parametrize(
+    ("file", "before", "after"),
+    [
+        ("model.ncnn.param", "2=3 1=32 0=32", "2=3 1=32 0=-32"),
+        ("model.ncnn.param", "2=3 1=32 0=32", "2=3 1=2000000000 0=2000000000"),
+        ("metadata.yaml", "batch: 1", "batch: -9"),
+        ("metadata.yaml", "batch: 1", "batch: 99999999"),
+    ],
+    ids=["negative", "too large", "negative batch", "too large a batch"],
+)
+def test_sizes_that_cannot_be_take_no_memory(
+    pool: Pool, model: ModelSpec, tmp_path: Path, file: str, before: str, after: str
+) -> None:
+    spec = request(model, "ncnn")
+    brought = copy(pool.export(spec), tmp_path, spec)
+    path = brought.path / file
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, after, 1))
+    with pytest.raises(ArtifactError, match="input images"):
+        pool.open(brought, spec, "ncnn", "cpu")
+
+
 def test_a_size_in_the_file_that_its_layers_contradict_is_noticed(pool: Pool, model: ModelSpec, tmp_path: Path) -> None:
     spec = request(model, "ncnn")
     brought = copy(pool.export(spec), tmp_path, spec)

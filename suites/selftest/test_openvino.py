@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from exporters import formats
+from exporters.artifact import foreign
+from exporters.errors import ArtifactError
 from exporters.toolchain import resolve
 from suites.conformance.test_metadata import test_class_names_survive_the_round_trip as names_survive
+from suites.conformance.test_metadata import test_metadata_describes_the_request as describes_request
 from suites.conformance.test_precision import test_executed_precision_is_the_requested as executed_precision
 from suites.conformance.test_shapes import test_output_shapes_match_reference as shapes_match
+from suites.support.bench import Bench
 from suites.support.cases import what_is_missing
 from suites.support.verdict import Verdict
 
 if TYPE_CHECKING:
-    from suites.selftest.conftest import Workshop
+    from suites.selftest.conftest import Judge, Workshop
 
 pytestmark = pytest.mark.formats
 
@@ -83,6 +89,37 @@ def test_a_graph_that_cannot_be_read_is_one_line(workshop: Workshop, toolchain: 
     assert verdict is Verdict.ERROR and "cannot be read (Is a directory); export it again" in because, because
 
 
+def test_class_names_with_any_blank_survive(workshop: Workshop, judge: Judge, toolchain: None) -> None:
+    """Who reads labels divides them by blanks: a name is one label, whatever is in it."""
+    case = workshop.case("blobs openvino fp32")
+    model = replace(case.spec.model, names={0: "a\u00a0b", 1: "a\tb", 2: ""})
+    bench = Bench(workshop.run, replace(case, spec=case.spec.but(model=model)))
+    try:
+        assert judge(names_survive, bench) == (Verdict.PASS, "")
+    finally:
+        bench.close()
+
+
+def test_what_lies_beside_the_graph_is_told(workshop: Workshop, toolchain: None, tmp_path: Path) -> None:
+    spec = workshop.case("blobs openvino fp32").spec
+
+    def refused(path: Path) -> str:
+        brought = foreign(path, "openvino", spec.to_dict(), trust=False, is_code=False)
+        with pytest.raises(ArtifactError) as caught:
+            workshop.run.pool.open(brought, spec, "ov", "cpu")
+        return str(caught.value)
+
+    folder = shutil.copytree(workshop.good("blobs openvino fp32").path, tmp_path / "folder")
+    weights = next(folder.glob("*.bin"))
+    weights.unlink()
+    assert f"{weights.name} is missing" in refused(folder)
+    weights.mkdir()
+    assert f"{weights.name} is no file" in refused(folder)
+    other = tmp_path / "other_openvino_model"
+    other.write_text("nothing of OpenVINO's")
+    assert "is no OpenVINO IR" in refused(other)
+
+
 @pytest.mark.parametrize(
     ("pattern", "instead", "word"),
     [
@@ -107,3 +144,14 @@ def test_what_the_model_api_reads_in_rt_info_is_judged(
     assert workshop.judge(cell, names_survive) == (Verdict.PASS, "")
     verdict, because = workshop.judge(cell, names_survive, damage)
     assert verdict is Verdict.FAIL and word in because, because
+
+
+@pytest.mark.parametrize("wrong", ["stride: 32.9", "stride: true", "stride: !!bool maybe"])
+def test_metadata_that_are_no_whole_numbers_fail(workshop: Workshop, toolchain: None, wrong: str) -> None:
+    def damage(path: Path, workshop: Workshop) -> None:
+        side_car = path / "metadata.yaml"
+        text = side_car.read_text(encoding="utf-8")
+        side_car.write_text(re.sub(r"^stride: \d+$", wrong, text, flags=re.MULTILINE), encoding="utf-8")
+
+    verdict, because = workshop.judge("classify openvino fp32", describes_request, damage)
+    assert verdict is Verdict.FAIL and "metadata.yaml" in because, because

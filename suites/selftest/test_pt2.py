@@ -112,6 +112,7 @@ def test_programs_and_libraries_are_told_apart_by_what_is_in_them(
     [
         ({"AOTI_MACHINE": "aarch65"}, "it is for aarch65, and this machine is"),
         ({"AOTI_CPU_ISA": "AVX512 AVX1024_VNNI"}, "avx1024vnni"),
+        ({"AOTI_MACHINE": None, "instruction_set": None}, "does not say for which CPU it was compiled"),
         ({"instruction_set": "avx1024f"}, "it uses avx1024f, and this CPU has no such instructions"),
         ({"AOTI_DEVICE_KEY": "cuda"}, "is compiled for the device 'cuda'"),
         ({}, "its library cannot be loaded"),  # what the others are refused before
@@ -145,6 +146,49 @@ def test_a_library_refuses_other_sizes_though_its_metadata_say_none(
     with Pool() as pool:
         error = opened(pool, path, request(small_models["twins"], "aotinductor", imgsz=64))
     assert "does not run on images float32 [" in str(error) and "expected" in str(error), error
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ('[["images", [1, 3, 8, 8], "float33"]]', "type 'float33'"),
+        ('[["images", [1, 3, -8, 8], "float32"]]', "which cannot be"),
+        ("[" * 5000, "list of inputs cannot be read"),
+    ],
+    ids=["type", "size", "nested"],
+)
+def test_inputs_that_cannot_be_are_refused(
+    pool: Pool, small_models: dict[str, ModelSpec], library: Artifact, tmp_path: Path, inputs: str, said: str
+) -> None:
+    def change(name: str, data: bytes) -> bytes:
+        return saying(inputs=inputs)(name, data) if name.endswith("_metadata.json") else data
+
+    path = changed(library.path, tmp_path / library.path.name, change)
+    assert said in str(opened(pool, path, request(small_models["twins"], "aotinductor")))
+
+
+def test_a_library_that_was_cut_off_is_one_line(
+    pool: Pool, small_models: dict[str, ModelSpec], library: Artifact, tmp_path: Path
+) -> None:
+    """What loads such a one dies of SIGBUS."""
+
+    def cut(name: str, data: bytes) -> bytes:
+        return data[: len(data) // 2] if name.endswith(".so") else data
+
+    path = changed(library.path, tmp_path / library.path.name, cut)
+    assert "was cut off: its library" in str(opened(pool, path, request(small_models["twins"], "aotinductor")))
+
+
+def test_what_is_wrong_with_a_program_is_told(pool: Pool, small_models: dict[str, ModelSpec], tmp_path: Path) -> None:
+    """torch.export logs it, and raises something else."""
+    program = pool.export(request(small_models["twins"], "pt2"))
+
+    def without(name: str, data: bytes) -> bytes:
+        return b"" if "/data/weights/weight_" in name else data
+
+    path = changed(program.path, tmp_path / program.path.name, without)
+    error = str(opened(pool, path, request(small_models["twins"], "pt2")))
+    assert "cannot be loaded by torch.export" in error and "check the warnings above" not in error, error
 
 
 def test_no_compiler_is_a_missing_toolchain(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 from exporters import formats, toolchain
 from exporters.errors import ArtifactError, BadRequest
-from exporters.metadata import Metadata, normalize, read_json
+from exporters.metadata import Metadata, normalize, read_json, read_yaml
 from exporters.models.spec import ModelSpec, class_names
 from exporters.spec import ExportSpec, Precision, parse_imgsz, request
 from suites.support.cases import Case, Selection, matrix
@@ -52,14 +52,44 @@ def test_a_thousand_names_with_quotes_and_newlines_survive() -> None:
         {"imgsz": "[]"},
         {"names": "{0: 'a', 2: 'b'}"},
         {"imgsz": "(" * 5000},
+        {"stride": 32.9},
+        {"batch": True},
+        {"batch": "1.0"},
+        {"imgsz": [256.0, 256]},
+        {"imgsz": [256, 256, 256]},
+        {"kpt_shape": [17, 2.5]},
         [],
     ],
 )
 def test_metadata_that_cannot_be_read_is_an_error_of_one_line(values: object) -> None:
     with pytest.raises(ArtifactError) as caught:
         normalize(values, "file.onnx")
-    assert "file.onnx" in str(caught.value)
+    assert str(caught.value).count("file.onnx") == 1
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("stride: !!bool maybe", "is not YAML"),
+        ("task: !!timestamp soon", "is not YAML"),
+        ('stride: !!int ""', "is not YAML"),
+        ("batch: " + "[" * 5000, "is not YAML"),
+        ("a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9)), "values"),
+        ("a: &a [*a]", "values"),
+    ],
+    ids=["bool", "timestamp", "int", "nested", "aliases in aliases", "an alias in itself"],
+)
+def test_a_side_car_that_cannot_be_read_is_an_error_of_one_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "metadata.yaml").write_text(text)
+    with pytest.raises(ArtifactError, match=said) as caught:
+        read_yaml(tmp_path / "metadata.yaml")
+    assert "metadata.yaml" in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_nested_json_is_an_error_of_one_line() -> None:
+    with pytest.raises(ArtifactError, match=r"file\.pt2: the metadata is not JSON"):
+        read_json('{"a":' + "[" * 100_000, "file.pt2")
 
 
 @pytest.mark.parametrize("value", [{0: "a", 2: "c"}, {1: "a"}, {"x": "a"}, 3, {0: ["a"]}])
