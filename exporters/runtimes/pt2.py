@@ -32,6 +32,8 @@ HEAVY = frozenset(
 )
 # Numbers of types that are no integers of sizes, as torch/_export/serde/schema.py has them.
 TYPES = {1: "int8", 2: "int8", 6: "fp16", 7: "fp32", 8: "fp64", 13: "bf16"}
+SIZES = {3: 2, 4: 4, 5: 8, 6: 2, 7: 4, 8: 8, 13: 2}  # bytes of a value, of types that have more than one
+FOLDERS = ("data/weights", "data/constants")
 # What torch.export.load raises of a zip that is intact and holds something else than a program.
 UNLOADABLE = (
     *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, SyntaxError, ImportError),
@@ -51,6 +53,36 @@ def signature(program: Any) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, .
             yield TensorInfo(name, shape, str(value.dtype).removeprefix("torch."))
 
     return tuple(infos(told.user_inputs)), tuple(infos(told.user_outputs))
+
+
+def _check_stored(archive: Pt2Archive) -> None:
+    """Raises ArtifactError where a tensor's record is missing or too short: PyTorch takes an empty one for any."""
+    for folder in FOLDERS:
+        listed = _list_of(folder)
+        told: dict[str, Any] = archive.read_json(listed) if listed in archive.names else {"config": {}}
+        try:
+            entries = cast("Mapping[str, dict[str, Any]]", told["config"])
+            plain = {name: e for name, e in entries.items() if not e.get("use_pickle") and e.get("tensor_meta")}
+            needed = [(n, f"{folder}/{e['path_name']}", _bytes(e["tensor_meta"])) for n, e in plain.items()]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"'{listed}' is no list of tensors ({type(error).__name__}: {first_line(error)})"
+            raise ArtifactError(f"'{archive.path}': {what}", AGAIN) from None
+        for name, record, least in needed:
+            if archive.size(record) < least:
+                what = f"tensor '{name}' needs {least} bytes, and '{record}' has {archive.size(record)}"
+                raise ArtifactError(f"'{archive.path}': {what}", AGAIN)
+
+
+def _list_of(folder: str) -> str:
+    """The record that lists a folder's tensors."""
+    return f"{folder}/model_{folder.rpartition('/')[2]}_config.json"
+
+
+def _bytes(meta: Mapping[str, Any]) -> int:
+    """Bytes that a tensor's record has at least."""
+    sizes, strides = ([int(n["as_int"]) for n in meta[key]] for key in ("sizes", "strides"))
+    reach = sum((n - 1) * step for n, step in zip(sizes, strides, strict=True)) + 1 if all(sizes) else 0
+    return (reach + int(meta["storage_offset"]["as_int"]) * bool(reach)) * SIZES.get(int(meta["dtype"]), 1)
 
 
 class _Heard(logging.Handler):
@@ -77,6 +109,7 @@ class ProgramSession(TorchSession):
 
     def __init__(self, path: Path, spec: ExportSpec, device: str) -> None:
         self.archive = Pt2Archive.open(path, "pt2")
+        _check_stored(self.archive)
         heard = _Heard()
         try:
             with warnings.catch_warnings(), heard:
@@ -178,7 +211,8 @@ def _kind(meta: Mapping[str, Any]) -> str:
 def _stored(archive: Pt2Archive, specs: list[dict[str, dict[str, Any]]]) -> Iterator[tuple[str, str]]:
     """(name in the graph, type in the file) of parameters, buffers and constants."""
     found: dict[str, Any] = {}
-    for name in ("data/weights/model_weights_config.json", "data/constants/model_constants_config.json"):
+    for folder in FOLDERS:
+        name = _list_of(folder)
         found |= archive.read_json(name)["config"] if name in archive.names else {}
     for entry in specs:
         for kind, told in entry.items():

@@ -79,6 +79,11 @@ class Pt2Archive:
         except UNREADABLE as error:
             raise ArtifactError(f"'{self.path}': '{name}' cannot be read ({first_line(error)})", AGAIN) from None
 
+    def size(self, name: str) -> int:
+        """A record's bytes, unpacked; 0 where it is not there."""
+        with zipfile.ZipFile(self.path) as file:
+            return file.getinfo(self.names[name]).file_size if name in self.names else 0
+
     def read_json(self, name: str) -> dict[str, Any]:
         """A record that is a JSON object."""
         try:
