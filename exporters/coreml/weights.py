@@ -180,12 +180,12 @@ def _of_network(file: File) -> Iterator[Stored]:
         params, name = getattr(layer, kind), told(layer.name)
         if params.HasField("weights"):
             turned = kind == "convolution" and bool(params.isDeconvolution)
-            yield _stored_in_layer(f"{name}.weight", params.weights, _shape(kind, params), False, file, turned)
+            yield stored_in_layer(f"{name}.weight", params.weights, shape_in_layer(kind, params), False, file, turned)
         if params.HasField("bias"):
-            yield _stored_in_layer(f"{name}.bias", params.bias, (-1,), True, file)
+            yield stored_in_layer(f"{name}.bias", params.bias, (-1,), True, file)
 
 
-def _shape(kind: str, params: Any) -> tuple[int, ...]:
+def shape_in_layer(kind: str, params: Any) -> tuple[int, ...]:
     """PyTorch's shape of a layer's weights."""
     if kind == "innerProduct":
         return int(params.outputChannels), int(params.inputChannels)
@@ -196,7 +196,7 @@ def _shape(kind: str, params: Any) -> tuple[int, ...]:
     return (*shape, *(int(n) for n in params.kernelSize))
 
 
-def _stored_in_layer(
+def stored_in_layer(
     name: str, params: Any, shape: tuple[int, ...], is_bias: bool, file: File, turned: bool = False
 ) -> Stored:
     try:
