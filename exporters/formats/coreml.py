@@ -17,7 +17,8 @@ from exporters.weights import Weight
 MODULE = "exporters.coreml.convert"
 IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)  # what Core ML takes as a tensor's name
 TASKS = ("box", "score")  # what anchors have that Core ML's suppression passes on
-BECAUSE = "Core ML is part of macOS and iOS: here its files are made and read back, and nothing runs them"
+BECAUSE = "Core ML is part of macOS and iOS: here its files are made and read back, and it does not run"
+COMPUTED = "computed by exportgate with PyTorch: Core ML itself runs on macOS"
 UNTOLD = "Core ML does not tell in which precision it computes"
 RUNTIME = Runtime(
     "coreml",
@@ -27,6 +28,15 @@ RUNTIME = Runtime(
     imports=("exporters.runtimes.coreml",),
     runs=sys.platform == "darwin",
     runs_elsewhere=True,
+)
+# Beside Core ML, so that a run on macOS can stand in for what is SKIPPED here, and what is computed here stands.
+EVALUATOR = Runtime(
+    "evaluator",
+    "cpu",
+    (),
+    COMPUTED,
+    imports=("exporters.runtimes.evaluator",),
+    untimed=COMPUTED,
 )
 
 
@@ -57,7 +67,11 @@ def export(job: Job) -> Made:
 
 
 def load(artifact: Artifact, spec: ExportSpec, runtime: Runtime, device: str) -> Session:
-    """Loads it in Core ML."""
+    """Loads it in Core ML, or to be computed with PyTorch."""
+    if runtime.id == EVALUATOR.id:
+        from exporters.runtimes.evaluator import EvaluatorSession
+
+        return EvaluatorSession(artifact.path, spec, brought=not artifact.has_manifest)
     from exporters.runtimes.coreml import CoreMlSession
 
     return CoreMlSession(artifact.path, spec)
@@ -134,7 +148,7 @@ FORMAT = Format(
     precisions=(Precision.FP32, Precision.FP16, Precision.INT8),
     options=frozenset({"batch", "dynamic", "device", "nms", "conf", "iou", "agnostic_nms", "keep", "palettize"}),
     toolchain="coreml",
-    runtimes=(RUNTIME,),
+    runtimes=(RUNTIME, EVALUATOR),
     steps=steps,
     load=load,
     inspect=inspect,

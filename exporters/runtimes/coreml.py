@@ -1,9 +1,10 @@
-"""Core ML on macOS, through coremltools' predict. Nowhere else is there anything that runs these files."""
+"""Core ML on macOS, through coremltools' predict; what any session of a Core ML file takes and gives stands here."""
 
 from __future__ import annotations
 
 import importlib
 import platform
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -21,11 +22,10 @@ library: Any = importlib.import_module("coremltools")
 _types: Any = importlib.import_module("coremltools.proto.FeatureTypes_pb2")
 
 
-class CoreMlSession(Session):
-    """A loaded model. It was written where nothing runs it, from coremltools' documentation: no macOS has seen it yet.
+class FileSession(Session):
+    """A Core ML file, whoever computes it: feeds are the model's, outputs have its names.
 
-    Pictures are given as arrays of values in 0..255, for which a copy of the specification says so: as pictures they
-    would be rounded to 8 bits, which feeds are not. The program behind them is the file's.
+    Pictures are given as arrays of values in 0..255: as pictures they would be rounded to 8 bits, which feeds are not.
     """
 
     def __init__(self, path: Path, spec: ExportSpec) -> None:
@@ -33,14 +33,11 @@ class CoreMlSession(Session):
         self.file = open_file(path)
         self.inputs, self.outputs = signature(path, spec)
         self.labels = labels_of(self.file)
-        try:
-            self.model = library.models.MLModel(
-                _with_arrays(self.file), weights_dir=str(self.file.weights), compute_units=library.ComputeUnit.CPU_ONLY
-            )
-        except (RuntimeError, ValueError, OSError) as error:
-            raise ArtifactError(
-                f"'{path}' cannot be loaded by Core ML ({first_line(error)})", "export it again"
-            ) from None
+
+    @abstractmethod
+    def predict(self, given: Feeds) -> Mapping[str, Array]:
+        """Outputs by the session's names for features by the file's; a classifier's are (1, classes) in the order of
+        its labels, of a pipeline with suppression SCORES (N, classes) and BOXES (N, 4) of what is left."""
 
     def _run(self, feeds: Feeds) -> dict[str, Array]:
         given: dict[str, Array] = {}
@@ -49,15 +46,10 @@ class CoreMlSession(Session):
             if is_image(entry):
                 value = self._pixels(value)
             given[feature(entry.name)] = value.astype(np.float32 if value.dtype.kind == "f" else np.int32)
-        found = cast("Mapping[str, Any]", self.model.predict(given))
-        name = self.outputs[0].name
+        found = self.predict(given)
         if self.file.suppression is not None:
-            return {name: self._detections(np.asarray(found[SCORES]), np.asarray(found[BOXES]))}
-        told = self.file.whole.description
-        if told.predictedFeatureName:
-            shares = found[told.predictedProbabilitiesName]
-            return {name: np.array([[shares[label] for label in self.labels]], np.float32)}
-        return {o.name: np.asarray(found[o.name], np.float32) for o in self.outputs}
+            return {self.outputs[0].name: self._detections(found[SCORES], found[BOXES])}
+        return dict(found)
 
     def _pixels(self, value: Array) -> Array:
         """Values in 0..255 of what the model takes."""
@@ -80,11 +72,39 @@ class CoreMlSession(Session):
         rows[0, : len(order), 5] = scores[order].argmax(1) if len(order) else 0
         return rows
 
-    def execution(self) -> Execution:
-        return Execution("coreml", f"macOS {platform.mac_ver()[0]}", "cpu")
-
     def metadata(self) -> Metadata:
         return metadata(self.path)
+
+
+class CoreMlSession(FileSession):
+    """A loaded model. It was written where nothing runs it, from coremltools' documentation: no macOS has seen it yet.
+
+    A copy of the specification says that pictures are arrays. The program behind them is the file's.
+    """
+
+    def __init__(self, path: Path, spec: ExportSpec) -> None:
+        super().__init__(path, spec)
+        try:
+            self.model = library.models.MLModel(
+                _with_arrays(self.file), weights_dir=str(self.file.weights), compute_units=library.ComputeUnit.CPU_ONLY
+            )
+        except (RuntimeError, ValueError, OSError) as error:
+            raise ArtifactError(
+                f"'{path}' cannot be loaded by Core ML ({first_line(error)})", "export it again"
+            ) from None
+
+    def predict(self, given: Feeds) -> Mapping[str, Array]:
+        found = cast("Mapping[str, Any]", self.model.predict(dict(given)))
+        if self.file.suppression is not None:
+            return {name: np.asarray(found[name]) for name in (SCORES, BOXES)}
+        told = self.file.whole.description
+        if told.predictedFeatureName:
+            shares = found[told.predictedProbabilitiesName]
+            return {self.outputs[0].name: np.array([[shares[label] for label in self.labels]], np.float32)}
+        return {o.name: np.asarray(found[o.name], np.float32) for o in self.outputs}
+
+    def execution(self) -> Execution:
+        return Execution("coreml", f"macOS {platform.mac_ver()[0]}", "cpu")
 
     def close(self) -> None:
         del self.model

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from exporters.artifact import Artifact
+from exporters.errors import NotSupported
 from exporters.measure import MeasurementPlan, Samples
 from exporters.pool import Pool
 from suites.accuracy.judge import against_labels
@@ -43,6 +44,8 @@ class Side:
         """One process more, which opens the artifact and measures."""
         case, runtime, device = self.case, self.case.case.runtime, self.case.case.device
         runtime.check_runs()
+        if runtime.untimed:
+            raise NotSupported(runtime.untimed)
         settings = case.run.project.latency_on(device)
         feeds, number = case.feeds_of(case.spec)[:2], len(self.processes) + 1
         plan = MeasurementPlan(seconds=settings.seconds, inferences=-(-NEEDED[50] // settings.processes))

@@ -40,6 +40,8 @@ def cells() -> list[Cell]:
                     state, because = "missing", "no NVIDIA GPU"
                 elif not runtime.runs:
                     state, because = "available", f"made here, run elsewhere: {runtime.because}"
+                elif not runtime.executes:
+                    state, because = "available", runtime.because
                 else:
                     state, because = (
                         "available",
