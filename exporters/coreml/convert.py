@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from exporters.coreml.naming import HEAVY, LAYERS, Modules, add_pass, told, weight_inputs
-from exporters.coreml.read import BOXES, SCORES
+from exporters.coreml.read import BOXES, FAILURES, SCORES
 from exporters.errors import BadRequest, ExportError, first_line
 from exporters.formats import Job
 from exporters.models.build import as_tuple, example, one_thread
@@ -26,7 +26,6 @@ library: Any = importlib.import_module("coremltools")
 PROGRAM, NETWORK = "mlprogram", "neuralnetwork"
 NMS = "nms"  # the module that makes of anchors what suppression takes
 NAMES = {"images": "image"}  # of inputs whose name users of Core ML know otherwise
-FAILURES = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError, AssertionError)
 
 
 def is_image(entry: InputSpec) -> bool:
@@ -196,7 +195,11 @@ def in_eight_bits(model: Any, spec: ExportSpec) -> Any:
 
 
 def compressed(model: Any, spec: ExportSpec) -> Any:
-    """A NeuralNetwork with its weights in 16 bits, or in 8: linear, with a scale for each output channel."""
+    """A NeuralNetwork with its weights in 16 bits, or in 8: linear, with a scale for each output channel.
+
+    Raises:
+        ExportError: coremltools failed.
+    """
     tools: Any = importlib.import_module("coremltools.models.neural_network.quantization_utils")
     kept = [*kept_in_fp32(spec), *spec.keep]
 
@@ -206,10 +209,11 @@ def compressed(model: Any, spec: ExportSpec) -> Any:
             own: Any = super()
             return chosen and bool(own.do_quantize(layer, **further))
 
-    in_16 = spec.precision is Precision.FP16
-    return tools.quantize_weights(
-        model, 16 if in_16 else 8, "linear" if in_16 else "linear_symmetric", selector=Chosen()
-    )
+    bits, how = (16, "linear") if spec.precision is Precision.FP16 else (8, "linear_symmetric")
+    try:
+        return tools.quantize_weights(model, bits, how, selector=Chosen())
+    except FAILURES as error:
+        raise ExportError(f"coremltools failed ({first_line(error)})", "ask for fp32") from error
 
 
 def describe(model: Any, job: Job) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 from exporters.artifact import TensorInfo
+from exporters.coreml.blobs import check_blobs
 from exporters.errors import ArtifactError, first_line
 from exporters.metadata import Metadata, normalize
 from exporters.models.spec import ModelSpec
@@ -22,17 +23,18 @@ _decode: Any = importlib.import_module("google.protobuf.message")
 _program: Any = importlib.import_module("coremltools.converters.mil.frontend.milproto.load")
 
 AGAIN = "export it again"
-# What coremltools raises while it reads a program that does not hold together.
-BROKEN = (
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    IndexError,
-    AssertionError,
+# What coremltools raises where it fails, and while it reads a program that does not hold together.
+FAILURES = (
     RuntimeError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
     NotImplementedError,
+    AssertionError,
 )
+KINDS = {"coreml": "an ML Program", "mlmodel": "a NeuralNetwork"}  # that a format's files hold
 LARGEST = 1 << 20  # bytes of a manifest
 SCALE = 1 / 255
 NETWORKS = ("neuralNetwork", "neuralNetworkClassifier", "neuralNetworkRegressor")
@@ -81,32 +83,26 @@ class File:
         Raises:
             ArtifactError: it does not hold together, or its weights are missing or cut off.
         """
-        if any(True for _ in _stored(self.network.mlProgram)) and not any(self.weights.glob("*.bin")):
-            raise ArtifactError(f"'{self.path}' has no weights: {self.weights} is missing or empty", AGAIN)
+        check_blobs(self.path, self.network.mlProgram, self.weights)
         try:
             version = self.network.specificationVersion
             made = _program.load(self.network, specification_version=version, file_weights_dir=str(self.weights))
             return made.functions["main"]
-        except BROKEN as error:
+        except FAILURES as error:
             raise ArtifactError(f"'{self.path}': its program cannot be read ({first_line(error)})", AGAIN) from None
-
-
-def _stored(message: Any) -> Iterator[Any]:
-    """The operators of a program whose values lie in the file of weights."""
-    for function in message.functions.values():
-        for block in function.block_specializations.values():
-            for op in block.operations:
-                if any(value.WhichOneof("value") == "blobFileValue" for value in op.attributes.values()):
-                    yield op
 
 
 def open_file(path: Path) -> File:
     """The specification of a .mlpackage folder or a .mlmodel file.
 
     Raises:
-        ArtifactError: it is missing, empty, cut off, or no Core ML file.
+        ArtifactError: it is missing, empty, cut off, or no Core ML file; or a folder where users expect a file.
     """
-    source = _root(path) if path.is_dir() else path
+    is_package = path.is_dir()
+    if path.suffix in (".mlpackage", ".mlmodel") and is_package != (path.suffix == ".mlpackage"):
+        kinds = ("a folder", "a file") if is_package else ("a file", "a folder")
+        raise ArtifactError(f"'{path}' is {kinds[0]}, and what is named {path.suffix} is {kinds[1]}", AGAIN)
+    source = _root(path) if is_package else path
     try:
         data = source.read_bytes()
     except OSError as error:
@@ -122,6 +118,20 @@ def open_file(path: Path) -> File:
     return File(path, whole, source.parent / "weights")
 
 
+def of_format(path: Path, format_id: str) -> File:
+    """The specification of a file of this format: an ML Program for coreml, a NeuralNetwork for mlmodel.
+
+    Raises:
+        ArtifactError: see `open_file`; or it is the other one's.
+    """
+    file = open_file(path)
+    found = next(f for f in KINDS if (f == "mlmodel") == (file.layers is not None))
+    if found != format_id:
+        told = f"is {KINDS[found]}, and {format_id} is {KINDS[format_id]}: say --format {found}"
+        raise ArtifactError(f"'{path}' {told}", "or " + AGAIN)
+    return file
+
+
 def _root(package: Path) -> Path:
     """The specification's file in a package, by the package's manifest."""
     manifest = package / "Manifest.json"
@@ -135,6 +145,8 @@ def _root(package: Path) -> Path:
         raise ArtifactError(f"'{manifest}' is no manifest of a package ({type(error).__name__})", AGAIN) from None
     if ".." in Path(place).parts or Path(place).is_absolute():
         raise ArtifactError(f"'{manifest}' names '{place}', which lies outside", AGAIN)
+    if not place.isprintable():  # a NUL or half of a surrogate pair, with which nothing can be opened
+        raise ArtifactError(f"'{manifest}' names {place!a}, which is no path", AGAIN)
     return package / "Data" / place
 
 
@@ -181,10 +193,10 @@ def signature(path: Path, spec: ExportSpec) -> tuple[tuple[TensorInfo, ...], tup
     """Inputs and outputs under the model's names; of a suppression what it takes, in the layout of anchors.
 
     Raises:
-        ArtifactError: a picture has other channels, or is scaled otherwise than to 0..1; a suppression has other
-            thresholds.
+        ArtifactError: see `of_format`; a picture has other channels, or is scaled otherwise than to 0..1; a
+            suppression has other thresholds.
     """
-    file = open_file(path)
+    file = of_format(path, spec.format)
     described = file.whole.description
     own = file.suppression  # whose thresholds may be given at every call, or are those in the file
     thresholds = (own.iouThresholdInputFeatureName, own.confidenceThresholdInputFeatureName) if own is not None else ()

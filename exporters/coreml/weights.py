@@ -13,7 +13,7 @@ import numpy as np
 
 from exporters.artifact import UNQUANTIZED, Achieved, main_precision
 from exporters.coreml.naming import HEAVY, LAYERS, is_stored, told, weight_inputs
-from exporters.coreml.read import AGAIN, BROKEN, File, open_file
+from exporters.coreml.read import AGAIN, FAILURES, File, of_format, open_file
 from exporters.errors import ArtifactError, first_line
 from exporters.session import Array
 from exporters.weights import COUNTED, Weight
@@ -35,13 +35,16 @@ class Stored:
     is_bias: bool
 
 
-def read_precision(path: Path) -> Achieved:
+def read_precision(path: Path, format_id: str) -> Achieved:
     """Each convolution and matrix product by the type of its weights: in 8 bits, or else that of its arithmetic.
 
     `exceptions` names those that differ. What else has a module's name was to stay in FP32. The arithmetic of a
     NeuralNetwork is not in its file: there the type of the weights alone counts.
+
+    Raises:
+        ArtifactError: see `every_weight`; or the file is another format's.
     """
-    file = open_file(path)
+    file = of_format(path, format_id)
     found = {s.name: s for s in every_weight(file) if not s.is_bias}
     kinds = {name: s.kind if s.kind == "int8" else s.computed for name, s in found.items()}
     counts = Counter(kinds.values())
@@ -105,7 +108,7 @@ def every_weight(file: File) -> Iterator[Stored]:
     """
     try:
         yield from _of_program(file) if file.layers is None else _of_network(file)
-    except BROKEN as error:
+    except FAILURES as error:
         raise ArtifactError(f"'{file.path}': its weights cannot be read ({first_line(error)})", AGAIN) from None
 
 

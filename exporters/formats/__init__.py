@@ -29,8 +29,8 @@ class Runtime:
     for elsewhere, and every claim that needs a session is NOT_SUPPORTED with `because`, or, where exportgate runs them
     on another machine (`runs_elsewhere`), SKIPPED: that machine's run can stand in for it. One that `builds` an engine
     when it opens a file takes minutes over it the first time. Where it `sums_in_fp16`, FP16 kernels may also round what
-    they have summed up so far. `untold` is why it may not tell what it executes of some models, `untimed` why its latency is not
-    that of what executes the format where it is deployed, so that it is not measured.
+    they have summed up so far. `untold` is why it may not tell what it executes of some models, `untimed`
+    why its latency is not that of what executes the format where it is deployed, so that it is not measured.
     """
 
     id: str

@@ -81,7 +81,7 @@ def inspect(path: Path) -> Achieved:
     """See exporters.coreml.weights."""
     from exporters.coreml.weights import read_precision
 
-    return read_precision(path)
+    return read_precision(path, "coreml")
 
 
 def metadata(path: Path) -> Metadata:

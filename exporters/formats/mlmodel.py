@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from exporters.errors import ExportError, first_line
+from pathlib import Path
+
+from exporters.artifact import Achieved
 from exporters.formats import Format, Job, Made, Step, coreml, fp32_trace
 from exporters.spec import ExportSpec, Precision
 
@@ -18,15 +20,19 @@ def export(job: Job) -> Made:
     model = convert.convert(job, convert.NETWORK)
     notes: tuple[str, ...] = ()
     if job.spec.precision is not Precision.FP32:
-        try:
-            model = convert.compressed(model, job.spec)
-        except convert.FAILURES as error:
-            raise ExportError(f"coremltools failed ({first_line(error)})", "ask for fp32") from error
+        model = convert.compressed(model, job.spec)
         notes = ("the system chooses the arithmetic of a NeuralNetwork: its file says what weights are stored in",)
     convert.describe(model, job)
     name = f"{job.stem}.mlmodel"
     convert.save(model, job.folder / name)
     return Made(name, notes)
+
+
+def inspect(path: Path) -> Achieved:
+    """See exporters.coreml.weights."""
+    from exporters.coreml.weights import read_precision
+
+    return read_precision(path, "mlmodel")
 
 
 def steps(spec: ExportSpec) -> tuple[Step, ...]:
@@ -45,7 +51,7 @@ FORMAT = Format(
     runtimes=(coreml.RUNTIME, coreml.EVALUATOR),
     steps=steps,
     load=coreml.load,
-    inspect=coreml.inspect,
+    inspect=inspect,
     parents=fp32_trace,
     refusal=coreml.refusal,
     metadata=coreml.metadata,

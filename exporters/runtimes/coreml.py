@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from exporters.coreml.convert import feature, is_image, normalizes
-from exporters.coreml.read import BOXES, SCORES, File, labels_of, metadata, open_file, signature
+from exporters.coreml.read import BOXES, SCORES, File, labels_of, metadata, of_format, signature
 from exporters.errors import ArtifactError, first_line
 from exporters.metadata import Metadata
 from exporters.session import Array, Execution, Feeds, Session
@@ -30,7 +30,7 @@ class FileSession(Session):
 
     def __init__(self, path: Path, spec: ExportSpec) -> None:
         self.path, self.spec, self.stride = path, spec, spec.model.stride
-        self.file = open_file(path)
+        self.file = of_format(path, spec.format)
         self.inputs, self.outputs = signature(path, spec)
         self.labels = labels_of(self.file)
 

@@ -45,8 +45,9 @@ class EvaluatorSession(FileSession):
     def predict(self, given: Feeds) -> Mapping[str, Array]:
         found = self.evaluated(given)
         told = self.file.suppression
-        names = list(self.names) if told is None else []
-        names = names or [told.confidenceInputFeatureName, told.coordinatesInputFeatureName]
+        names = list(self.names)
+        if told is not None:
+            names = [told.confidenceInputFeatureName, told.coordinatesInputFeatureName]
         absent = next((n for n in names if n not in found), None)
         if absent is not None:
             raise ArtifactError(f"'{self.path}' describes the output {absent}, and gives {', '.join(found)}", AGAIN)

@@ -1,4 +1,4 @@
-"""An ML Program's operators, computed one by one with PyTorch as Apple's MIL specification (iOS 15, 16) defines them."""
+"""An ML Program's operators, computed one by one with PyTorch as MIL (iOS 15, 16) defines them."""
 # pyright: reportUnknownMemberType=false
 # (torch's from_numpy and nn.functional have no types)
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from exporters.coreml.read import AGAIN, BROKEN, File
+from exporters.coreml.read import AGAIN, FAILURES, File
 from exporters.errors import ArtifactError, NotSupported, first_line
 from exporters.session import Array
 
@@ -59,7 +59,7 @@ class Given:
         value = self.values.get(name)
         if value is None:
             return default
-        return value.tolist() if isinstance(value, (Tensor, np.ndarray, np.generic)) else value
+        return cast("Any", value).tolist() if isinstance(value, (Tensor, np.ndarray, np.generic)) else value
 
     def refuse(self, what: str) -> NotSupported:
         """This operator in a form that is not computed here."""
@@ -228,9 +228,7 @@ def _batch_norm(g: Given) -> Tensor:
 
 
 def _instance_norm(g: Given) -> Tensor:
-    return functional.instance_norm(
-        g("x"), weight=g.maybe("gamma"), bias=g.maybe("beta"), eps=g.plain("epsilon", 1e-5)
-    )
+    return functional.instance_norm(g("x"), weight=g.maybe("gamma"), bias=g.maybe("beta"), eps=g.plain("epsilon", 1e-5))
 
 
 def _layer_norm(g: Given) -> Tensor:
@@ -255,7 +253,7 @@ def _split(g: Given) -> list[Tensor]:
     if sizes is None:
         count = int(g.plain("num_splits"))
         sizes = [x.shape[axis] // count] * count
-    return list(x.split([int(n) for n in sizes], axis))
+    return list(cast("Sequence[Tensor]", x.split([int(n) for n in sizes], axis)))
 
 
 def _reshape(g: Given) -> Tensor:
@@ -454,14 +452,14 @@ class Program:
     def _constant(self, op: Any) -> Any:
         """A constant's value; of weights in 8 bits what they stand for."""
         try:
-            value = op.outputs[0].val if op.op_type == "const" else op.materialized_val_inference()
-        except BROKEN as error:
+            value: Any = op.outputs[0].val if op.op_type == "const" else op.materialized_val_inference()
+        except FAILURES as error:
             what = f"its constant {op.outputs[0].name} cannot be read ({first_line(error)})"
             raise ArtifactError(f"'{self.file.path}': {what}", AGAIN) from None
-        if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "fiub":
-            wide = value.astype(np.int32) if value.dtype == np.uint16 else value
-            return torch.from_numpy(np.array(wide))
-        return value
+        array: Any = np.array(value)
+        if array.dtype.kind not in "fiub":  # a word
+            return value
+        return torch.from_numpy(array.astype(np.int32) if array.dtype == np.uint16 else array)
 
     @torch.inference_mode()
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -477,7 +475,7 @@ class Program:
         for op, done in zip(self.operations, self.done, strict=True):
             made = self._computed(op, values)
             for var, value in zip(op.outputs, made, strict=True):
-                said = [int(n) if isinstance(n, (int, np.integer)) else None for n in var.shape]
+                said = [int(cast("int", n)) if isinstance(n, (int, np.integer)) else None for n in var.shape]
                 if len(said) != value.ndim or any(n not in (None, m) for n, m in zip(said, value.shape, strict=True)):
                     raise ArtifactError(
                         f"'{self.file.path}': {op.op_type} {op.name} gives {list(value.shape)}, and says {said}", AGAIN

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -86,12 +86,12 @@ def _activation(layer: Layer) -> Tensor:
     p = getattr(layer.params, kind)
     known: Mapping[str, Callable[[], Tensor]] = {
         "linear": lambda: x * p.alpha + p.beta,
-        "ReLU": lambda: x.relu(),
+        "ReLU": x.relu,
         "leakyReLU": lambda: functional.leaky_relu(x, p.alpha),
         "thresholdedReLU": lambda: torch.where(x >= p.alpha, x, 0.0),
-        "tanh": lambda: x.tanh(),
+        "tanh": x.tanh,
         "scaledTanh": lambda: p.alpha * (p.beta * x).tanh(),
-        "sigmoid": lambda: x.sigmoid(),
+        "sigmoid": x.sigmoid,
         "sigmoidHard": lambda: (x * p.alpha + p.beta).clamp(0, 1),
         "ELU": lambda: functional.elu(x, p.alpha),
         "softsign": lambda: functional.softsign(x),
@@ -121,7 +121,7 @@ def _concat(layer: Layer) -> Tensor:
 def _split(layer: Layer) -> list[Tensor]:
     p, x = layer.params, layer.x
     sizes = [int(n) for n in p.splitSizes] or [x.shape[p.axis] // int(p.numSplits)] * int(p.numSplits)
-    return list(x.split(sizes, p.axis))
+    return list(cast("Sequence[Tensor]", x.split(sizes, p.axis)))
 
 
 def _slice(layer: Layer) -> Tensor:
@@ -173,13 +173,13 @@ def _unary(layer: Layer) -> Tensor:
     x = layer.x * p.scale + p.shift
     kind = p.Operation.Name(p.type)
     known: Mapping[str, Callable[[], Tensor]] = {
-        "SQRT": lambda: x.sqrt(),
-        "RSQRT": lambda: (x + p.epsilon).rsqrt(),
-        "INVERSE": lambda: (x + p.epsilon).reciprocal(),
+        "SQRT": x.sqrt,
+        "RSQRT": (x + p.epsilon).rsqrt,
+        "INVERSE": (x + p.epsilon).reciprocal,
         "POWER": lambda: x.pow(p.alpha),
-        "EXP": lambda: x.exp(),
-        "LOG": lambda: x.log(),
-        "ABS": lambda: x.abs(),
+        "EXP": x.exp,
+        "LOG": x.log,
+        "ABS": x.abs,
         "THRESHOLD": lambda: x.clamp_min(p.alpha),
     }
     if kind not in known:

@@ -318,7 +318,8 @@ class Workshop:
 
     def case(self, name: str) -> Case:
         """A case from words: "onnx fp16 dynamic" of the trained checkpoint, "twins onnx fp32" of a small model, "pose
-        onnx fp16" of a reference ("unlabelled": the detector without pictures to judge accuracy on)."""
+        onnx fp16" of a reference ("unlabelled": the detector without pictures to judge accuracy on). Of several
+        runtimes it is in the one that a word names ("detect coreml fp16 evaluator"), else in the first."""
         words = name.split()
         model = self.models[words.pop(0) if words[0] in self.models else "obstacles"]
         options: dict[str, Any] = {"imgsz": 320} if model.name == self.models["obstacles"].name else {}
@@ -336,7 +337,8 @@ class Workshop:
         options |= {"compute_capability": here} if words[0] == "engine" and "cuda" not in words else {}
         spec = request(model, words[0], precision=words[1], **options)
         kind = spec.device.partition(":")[0]
-        runtime = next(r for r in formats.get(spec.format).runtimes if r.device == kind)
+        runtimes = [r for r in formats.get(spec.format).runtimes if r.device == kind]
+        runtime = next((r for r in runtimes if r.id in words[2:]), runtimes[0])
         return Case(spec, runtime, budget=0.99 if "budget" in words else 0.0)
 
     def bench(self, name: str) -> Bench:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,10 +15,14 @@ from pathlib import Path
 import pytest
 
 from exporters import formats, toolchain
+from exporters.artifact import foreign
 from exporters.errors import BadRequest, NotSupported, ToolchainMissing
+from exporters.formats.coreml import COMPUTED
 from exporters.models.spec import ModelSpec, OutputSpec
 from exporters.spec import request
-from suites.conformance import test_metadata, test_precision, test_shapes, test_weights
+from suites.accuracy import test_accuracy
+from suites.conformance import test_metadata, test_outputs, test_precision, test_shapes, test_weights
+from suites.performance import test_latency
 from suites.selftest.conftest import Claim, Judge, Workshop
 from suites.support.bench import Bench
 from suites.support.cases import Case
@@ -135,6 +141,55 @@ elif what == "activation" and network is not None:
     next(l for l in network.layers if l.WhichOneof("layer") == "activation").activation.ReLU.SetInParent()
 elif what == "activation":
     next(o for o in operators() if o.type == "silu").type = "relu"
+elif what in ("concat", "permuted") and network is not None:
+    pairs = [l for l in network.layers if l.WhichOneof("layer") == "concatND" and len(l.input) == 2]
+    layer = pairs[-1 if what == "permuted" else -2]
+    layer.input[:] = layer.input[::-1]
+elif what in ("concat", "permuted"):  # of box centre and size; of boxes and scores, the last one
+    pairs = [o.inputs["values"].arguments for o in operators() if o.type == "concat"]
+    both = [a for a in pairs if len(a) == 2][-1 if what == "permuted" else -2]
+    both[0].name, both[1].name = both[1].name, both[0].name
+elif what == "strides" and network is not None:
+    data = next(l for l in network.layers if l.name == "strides.1").loadConstantND.data
+    data.floatValue[:] = [2 * v for v in data.floatValue]
+elif what == "strides":  # in pixels, by which the decode multiplies boxes
+    import numpy as np
+
+    op = next(o for o in operators() if o.type == "const" and o.outputs[0].name == "strides_1")
+    change_bytes(op.attributes["val"], lambda data: (np.frombuffer(data, np.float32) * 2).tobytes())
+elif what == "sub" and network is not None:  # where the converter writes b - a as b + (-a)
+    negative = [l for l in network.layers if l.activation.linear.alpha == -1][-1]
+    added = next(l for l in network.layers if negative.output[0] in l.input)
+    other = next(n for n, name in enumerate(added.input) if name != negative.output[0])
+    negative.input[0], added.input[other] = added.input[other], negative.input[0]
+elif what == "sub":
+    op = [o for o in operators() if o.type == "sub"][-1]
+    x, y = op.inputs["x"].arguments[0], op.inputs["y"].arguments[0]
+    x.name, y.name = y.name, x.name
+elif what == "wiring" and network is not None:
+    first, second = (next(l for l in network.layers if l.name == name.replace(".", "__")) for name in sys.argv[3:])
+    second.input[0] = first.input[0]
+elif what == "wiring":
+    names = [name.replace(".", "__") + "__weight" for name in sys.argv[3:]]
+    convolutions = [o for o in operators() if o.type == "conv"]
+    first, second = (
+        next(o for o in convolutions if o.inputs["weight"].arguments[0].name.startswith(name)) for name in names
+    )
+    second.inputs["x"].arguments[0].name = first.inputs["x"].arguments[0].name
+elif what == "mean" and network is not None:  # added to pictures, its negative
+    data = next(l for l in network.layers if l.WhichOneof("layer") == "loadConstantND").loadConstantND.data
+    data.floatValue[:] = list(data.floatValue)[::-1]
+elif what == "mean":
+    op = next(o for o in operators() if o.type in ("sub", "add"))
+    names = {a.name for i in op.inputs.values() for a in i.arguments}
+    tensor = next(o for o in operators() if o.outputs[0].name in names and o.type == "const").attributes["val"]
+    values = tensor.immediateValue.tensor.floats.values
+    values[:] = list(values)[::-1]
+elif what == "unknown" and network is not None:
+    layer = next(l for l in network.layers if l.WhichOneof("layer") == "activation")
+    layer.asin.SetInParent()
+elif what == "unknown":
+    next(o for o in operators() if o.type == "silu").type = "asin"
 elif what == "layer":
     functions = inner.mlProgram.functions.values()
     blocks = [b.operations for f in functions for b in f.block_specializations.values()]
@@ -207,9 +262,14 @@ def injury(*words: str) -> Callable[[Path, Workshop], None]:
     return damage
 
 
+GOOD: dict[tuple[str, Claim], tuple[Verdict, str]] = {}  # what is said of good files
+
+
 def caught(workshop: Workshop, judge: Judge, name: str, claim: Claim, *words: str) -> str:
     """The line by which a claim that does not fail on the good artifact fails on the damaged one."""
-    good, because = judge(claim, workshop.bench(name))
+    if (name, claim) not in GOOD:  # proving that a comparison could have failed takes half a minute
+        GOOD[name, claim] = judge(claim, workshop.bench(name))
+    good, because = GOOD[name, claim]
     # A NeuralNetwork has no convolution of the decode's constants, so that the claim is one of the others alone.
     assert good is Verdict.PASS or (claim is WEIGHTS and "1 parameters of other layers" in because), because
     verdict, because = workshop.judge(name, claim, injury(*words))
@@ -381,6 +441,126 @@ def test_a_decode_that_does_not_stay_in_fp32_is_seen(workshop: Workshop, judge: 
     assert judge(claim, workshop.bench("detect coreml fp16")) == (Verdict.PASS, "")
     verdict, because = workshop.judge("detect coreml fp16", claim, damage)
     assert verdict is Verdict.FAIL and "model.22.decode" in because and "nothing of them" in because, because
+
+
+OUTPUTS, ACCURACY = test_outputs.test_outputs_match_reference, test_accuracy.test_detections_agree_without_labels
+WIRING = ("wiring", "model.2.m.0.cv1.conv", "model.2.m.0.cv2.conv")
+
+
+@pytest.mark.parametrize("words", [("concat",), ("permuted",), ("strides",), ("sub",), WIRING], ids=lambda w: w[0])
+@pytest.mark.parametrize("name", ["coreml fp32", "coreml fp16", "mlmodel fp32"])
+def test_a_program_that_computes_something_else_is_seen(
+    workshop: Workshop, judge: Judge, name: str, words: tuple[str, ...]
+) -> None:
+    """No weight, type or number of operators differs: its outputs do, and they are computed anywhere."""
+    assert "comparisons fail" in caught(workshop, judge, f"detect {name} evaluator", OUTPUTS, *words)
+
+
+@pytest.mark.parametrize("damage", ["concat", "permuted", "strides", "sub"])
+@pytest.mark.parametrize("name", ["coreml int8", "coreml int8 palettize", "mlmodel int8"])
+def test_in_8_bits_too(workshop: Workshop, judge: Judge, name: str, damage: str) -> None:
+    """Which is judged by what is found in pictures."""
+    assert caught(workshop, judge, f"detect {name} evaluator", ACCURACY, damage)
+
+
+@pytest.mark.parametrize("damage", ["concat", "strides", "sub"])
+def test_behind_it_a_suppression_too(workshop: Workshop, judge: Judge, damage: str) -> None:
+    claim = test_outputs.test_detections_match_reference
+    assert "detections found again" in caught(workshop, judge, "detect coreml fp16 nms evaluator", claim, damage)
+
+
+@pytest.mark.parametrize("name", ["coreml fp32", "coreml fp16", "mlmodel fp32", "mlmodel fp16"])
+@pytest.mark.parametrize("model", ["blobs", "twins", "mixed", "classify", "segment"])
+def test_good_files_compute_what_pytorch_does(workshop: Workshop, judge: Judge, model: str, name: str) -> None:
+    assert judge(OUTPUTS, workshop.bench(f"{model} {name} evaluator")) == (Verdict.PASS, "")
+
+
+@pytest.mark.parametrize("name", ["coreml fp32", "mlmodel fp32"])
+def test_an_operator_that_is_not_known_is_named_and_not_guessed(workshop: Workshop, judge: Judge, name: str) -> None:
+    verdict, because = workshop.judge(f"detect {name} evaluator", OUTPUTS, injury("unknown"))
+    assert verdict is Verdict.NOT_SUPPORTED and "does not compute" in because and "asin" in because, because
+
+
+@pytest.mark.parametrize("format_id", ["coreml", "mlmodel"])
+def test_what_is_computed_with_pytorch_is_not_taken_for_core_ml(
+    workshop: Workshop, judge: Judge, format_id: str
+) -> None:
+    for claim in (test_precision.test_executed_precision_is_the_requested, _latency):
+        verdict, because = judge(claim, workshop.bench(f"classify {format_id} fp16 evaluator"))
+        assert (verdict, because) == (Verdict.NOT_SUPPORTED, COMPUTED)
+
+
+def _latency(bench: Bench) -> None:
+    test_latency.test_p50_within_baseline(bench, None)
+
+
+ACHIEVED = test_precision.test_achieved_precision_is_the_requested
+
+
+@pytest.mark.parametrize(
+    ("asked", "made", "name", "words"),
+    [
+        ("mlmodel", "coreml", "a.mlpackage", "is an ML Program, and mlmodel is a NeuralNetwork: say --format coreml"),
+        ("coreml", "mlmodel", "a.mlmodel", "is a NeuralNetwork, and coreml is an ML Program: say --format mlmodel"),
+        ("coreml", "mlmodel", "a.mlpackage", "is a file, and what is named .mlpackage is a folder"),
+        ("mlmodel", "coreml", "a.mlmodel", "is a folder, and what is named .mlmodel is a file"),
+    ],
+)
+def test_a_file_of_the_other_kind_is_told(
+    workshop: Workshop, judge: Judge, tmp_path: Path, asked: str, made: str, name: str, words: str
+) -> None:
+    good, path = workshop.good(f"classify {made} fp32").path, tmp_path / name
+    shutil.copytree(good, path) if good.is_dir() else shutil.copy2(good, path)
+    for runtime in formats.get(asked).runtimes:
+        case = replace(workshop.case(f"classify {asked} fp32"), runtime=runtime)
+        bench = Bench(workshop.run, case, foreign(path, asked, case.spec.to_dict(), trust=True, is_code=False))
+        for claim in (INPUTS, ACHIEVED):
+            verdict, because = judge(claim, bench)
+            assert verdict is Verdict.ERROR and words in because, (verdict, because)
+        bench.close()
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("com.apple.CoreML/model.mlmodel\0", "names 'com.apple.CoreML/model.mlmodel\\x00', which is no path"),
+        ("\ud800", "names '\\ud800', which is no path"),
+        ("../../other.mlmodel", "which lies outside"),
+    ],
+)
+def test_a_manifest_that_names_no_path_is_told_in_one_line(workshop: Workshop, place: str, words: str) -> None:
+    def damage(path: Path, _: Workshop) -> None:
+        manifest = json.loads((path / "Manifest.json").read_text())
+        manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"] = place
+        (path / "Manifest.json").write_text(json.dumps(manifest))
+
+    verdict, because = workshop.judge("classify coreml fp32", ACHIEVED, damage)
+    assert verdict is Verdict.ERROR and words in because and "\n" not in because, because
+
+
+WEIGHT_FILE = Path("Data") / "com.apple.CoreML" / "weights" / "weight.bin"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda file: file.write_bytes(b""),
+            r"weight\.bin' has 0 bytes, and a weight in it ends at byte \d+: it is empty",
+        ),
+        (lambda file: os.truncate(file, 5000), r"has 5000 bytes, and a weight in it ends at byte \d+: .* cut off"),
+        (lambda file: file.rename(file.with_name("w.bin")), r"weights 'weight\.bin' cannot be read in .*No such file"),
+        (lambda file: file.write_bytes(bytes(file.stat().st_size)), r"weight\.bin' holds no weight at byte 64"),
+    ],
+    ids=["empty", "cut", "renamed", "zeros"],
+)
+def test_weights_that_are_not_there_are_named(workshop: Workshop, change: Callable[[Path], object], words: str) -> None:
+    def damage(path: Path, _: Workshop) -> None:
+        change(path / WEIGHT_FILE)
+
+    for runtime in ("coreml", "evaluator"):
+        verdict, because = workshop.judge(f"classify coreml fp32 {runtime}", ACHIEVED, damage)
+        assert verdict is Verdict.ERROR and re.search(words, because) and "\n" not in because, because
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS runs it")
