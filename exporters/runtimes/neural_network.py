@@ -16,7 +16,8 @@ from torch.nn import functional
 from exporters.coreml.read import AGAIN, File
 from exporters.coreml.weights import shape_in_layer, stored_in_layer
 from exporters.errors import ArtifactError, NotSupported, first_line
-from exporters.runtimes.ml_program import convolve, convolve_transposed, pad, pool, repeated, same_padding, sliced
+from exporters.runtimes.kernels import convolve, convolve_transposed, pad, pool, repeated, same_padding, sliced
+from exporters.runtimes.ml_program import FAILS, check_inputs
 from exporters.session import Array
 
 EXACT = 1  # arrayInputShapeMapping and imageInputShapeMapping: tensors have the axes that they are given with
@@ -323,6 +324,7 @@ class Network:
             ArtifactError: layers that do not fit each other, or take what nothing gives.
             NotSupported: a form of a layer that is not computed here.
         """
+        check_inputs(self.file, self.scaled, feeds)
         values = {name: torch.from_numpy(np.array(value)).float() for name, value in feeds.items()}
         for name, (scale, bias) in self.scaled.items():
             along = bias[:3] if values[name].shape[1] == 3 else bias[3:]
@@ -333,7 +335,7 @@ class Network:
                 made = LAYERS[given.kind](given)
                 every = [made] if isinstance(made, Tensor) else made
                 values.update(zip(layer.output, every, strict=True))
-            except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
+            except FAILS as error:
                 what = f"{layer.WhichOneof('layer')} {layer.name} cannot be computed ({first_line(error)})"
                 raise ArtifactError(f"'{self.file.path}': {what}", AGAIN) from error
         described = self.file.network.description
