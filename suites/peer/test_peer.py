@@ -341,7 +341,9 @@ def test_what_the_peers_core_ml_suppression_is_told_of(bench: Bench, figures: Fi
     _, done = _check(bench, path, folder, "--precision", "fp16", "--nms", "--iou", "0.7")
     figures.notes.append(f"check of the peer's coreml, nms: exit {done.returncode}, " + done.stdout.splitlines()[-1])
     report = json.loads((folder / "report" / "report.json").read_text(encoding="utf-8"))
-    claims = {c["claim"]: c for case in report["cases"] for c in case["claims"]}
+    # What is in the file: suppressed detections, which are computed beside it, tell no number of classes.
+    read = [case for case in report["cases"] if case["runtime"] == "coreml"]
+    claims = {c["claim"]: c for case in read for c in case["claims"]}
     for claim in ("weights_match_the_checkpoint", "input_signature_is_the_requested"):
         assert claims[f"test_{claim}"]["verdict"] == "PASS", claims[f"test_{claim}"]
     assert "its 80 class labels" in claims["test_class_names_survive_the_round_trip"]["because"]
