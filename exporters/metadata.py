@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -27,7 +28,8 @@ MOST_VALUES = 1 << 20  # that it holds: a YAML alias stands for all that it name
 @dataclass(frozen=True)
 class Metadata:
     """What an artifact says of itself. `imgsz` is (height, width) in pixels; `args` the options it was made with;
-    `kpt_shape` of pose how many key points and values of each."""
+    `kpt_shape` of pose how many key points and values of each. `layout` is "NHWC" where tensors of four axes have their
+    channels last, `divisors` maps an output to what each of its channels was divided by, in formats that do so."""
 
     description: str = ""
     author: str = ""
@@ -42,6 +44,8 @@ class Metadata:
     names: Mapping[int, str] = field(default_factory=dict[int, str])
     args: Mapping[str, Any] = field(default_factory=dict[str, Any])
     kpt_shape: tuple[int, ...] = ()
+    layout: str = ""
+    divisors: Mapping[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
 
     @staticmethod
     def of(spec: ExportSpec) -> Metadata:
@@ -90,6 +94,8 @@ class Metadata:
             "names": dict(self.names),
             "args": dict(self.args),
             **({"kpt_shape": list(self.kpt_shape)} if self.kpt_shape else {}),  # of pose alone
+            **({"layout": self.layout} if self.layout else {}),
+            **({"divisors": {name: list(v) for name, v in self.divisors.items()}} if self.divisors else {}),
         }
 
     def as_json(self) -> str:
@@ -181,6 +187,10 @@ def normalize(values: Any, where: str) -> Metadata:
             read["args"] = dict(_literal(values["args"]))
         if values.get("kpt_shape"):
             read["kpt_shape"] = tuple(_whole(v, "kpt_shape") for v in _literal(values["kpt_shape"]))
+        if values.get("layout"):
+            read["layout"] = _layout(values["layout"])
+        if values.get("divisors"):
+            read["divisors"] = {str(k): _divisors(v, str(k)) for k, v in dict(_literal(values["divisors"])).items()}
     except (SyntaxError, MemoryError, *UNREADABLE) as error:
         told = f"{type(error).__name__}: {first_line(error)}"
         raise ArtifactError(f"{where}: the metadata cannot be read ({told})", "export the artifact again") from None
@@ -203,6 +213,22 @@ def _whole(value: Any, key: str) -> int:
     if type(found) is not int:
         raise ValueError(f"{key} is {shown(value)}, expected a whole number")
     return found
+
+
+def _layout(value: Any) -> str:
+    if value not in ("NCHW", "NHWC"):
+        raise ValueError(f"layout is {shown(value)}, expected NCHW or NHWC")
+    return str(value)
+
+
+def _divisors(values: Any, name: str) -> tuple[float, ...]:
+    """Positive, finite numbers."""
+    found = _inside(values)
+    wrong = next((v for v in found if type(v) not in (int, float) or not 0 < v < math.inf), None)
+    if not found or wrong is not None:
+        told = shown(values if wrong is None else wrong)
+        raise ValueError(f"divisors of {name} hold {told}, expected positive numbers")
+    return tuple(float(v) for v in found)
 
 
 def _literal(value: Any) -> Any:

@@ -40,6 +40,7 @@ Shape = tuple[int, int, int]  # batch, height, width
 Profiles = tuple[tuple[Shape, Shape, Shape], ...]
 MOST_DETECTIONS = 3840  # of which TensorRT's TopK chooses at most
 CALIBRATORS = ("max", "entropy", "percentile")
+QUANTIZATIONS = ("dynamic", "integer", "full_integer")
 INSIDE = "inside/"  # see ExportSpec.inside
 INTERNAL = ("batch_axis", "inside")  # fields of ExportSpec that are no options
 OPSETS = (17, 20)  # oldest and newest that were verified with torch 2.13 and ONNX Runtime 1.31
@@ -53,7 +54,9 @@ class ExportSpec:
     calibration set: a data set YAML, a folder of images or classes, or `module:factory`; `keep` the module paths that
     INT8 and FP8 leave in floating point. With `nms` a detector's anchors are suppressed in the graph, from the score
     `conf` on, where they overlap by more than `iou`, and `max_det` detections a picture come out. With `palettize` INT8
-    has weights that are indices of tables of 256 values, where a format has the choice.
+    has weights that are indices of tables of 256 values, where a format has the choice; `quantization` is what TFLite's
+    INT8 is: weights alone, by which activations are quantized as they come (dynamic), all but inputs and outputs
+    (integer), or those too (full_integer).
 
     Two are asked for by our own code alone: `batch_axis`, of the ONNX file that an engine is made from, and `inside`,
     the modules whose outputs an artifact gives as well, in FP32, each as an output of its name behind INSIDE.
@@ -81,6 +84,7 @@ class ExportSpec:
     max_det: int = 300
     agnostic_nms: bool = False
     palettize: bool = False
+    quantization: str = "dynamic"
     batch_axis: bool = False
     inside: tuple[str, ...] = ()
     workspace: float = 4.0
@@ -255,6 +259,14 @@ def parse_calibrator(value: Any) -> str:
     return text
 
 
+def parse_quantization(value: Any) -> str:
+    """What of a TFLite file is in 8 bits."""
+    text = str(value).strip().lower()
+    if text not in QUANTIZATIONS:
+        raise BadRequest(f"quantization '{value}' is not known", "use " + ", ".join(QUANTIZATIONS))
+    return text
+
+
 def parse_keep(value: Any) -> tuple[str, ...]:
     """Module paths that stay in floating point, from "model.0.conv,model.22.cv3" or a list."""
     parts = value.split(",") if isinstance(value, str) else cast("Sequence[Any]", value)
@@ -352,6 +364,7 @@ EIGHT_BITS = (
     "trt_quant_algo",
     "calibration_cache",
     "palettize",
+    "quantization",
 )  # options of those alone
 
 NMS = ("nms", "conf", "iou", "max_det", "agnostic_nms")
@@ -366,6 +379,7 @@ _PARSERS: Mapping[str, Callable[[Any], Any]] = {
     "iou": partial(parse_share, name="iou"),
     "max_det": parse_max_det,
     "calibrator": parse_calibrator,
+    "quantization": parse_quantization,
     "keep": parse_keep,
     **{name: partial(parse_text, name=name) for name in ("data", "split")},
     **{

@@ -54,12 +54,16 @@ TOOLCHAINS: Mapping[str, Toolchain] = {
         Toolchain("ncnn", ("ncnn", "pnnx")),
         Toolchain("executorch", ("executorch", "torchao", "torch")),
         Toolchain("coreml", ("coremltools", "scikit-learn", "numpy", "torch")),
+        Toolchain("litert", ("litert-torch", "ai-edge-litert", "ai-edge-quantizer", "torch")),
+        Toolchain("tensorflow", ("tensorflow-cpu", "onnx2tf", "onnx", "tensorflowjs")),
+        Toolchain("paddle", ("paddlepaddle", "x2paddle", "torch")),
         Toolchain("rtx", ("onnx", "onnxruntime", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs"), "rtx"),
     )
 }
 RTX = ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings", "tensorrt-rtx")
 EITHER: Mapping[str, tuple[str, ...]] = {
     "onnxruntime": ("onnxruntime-gpu",),
+    "tensorflow-cpu": ("tensorflow",),
     "tensorrt": ("tensorrt-cu13-bindings", "tensorrt-cu12-bindings", "tensorrt-bindings", *RTX),
     "tensorrt-rtx-cu13-bindings": RTX[1:],
     "tensorrt-rtx-cu13-libs": ("tensorrt-rtx-cu12-libs", "tensorrt-rtx"),
@@ -204,7 +208,7 @@ def sync(name: str) -> Path:
     root = Path(__file__).parent.parent
     steps = [
         [uv, "venv", "--quiet", "--relocatable", "--python", sys.executable, str(temporary)],
-        [uv, "pip", "install", "--quiet", "--python", str(temporary), "-r", str(toolchain.lock)],
+        [uv, "pip", "install", "--quiet", "--no-deps", "--python", str(temporary), "-r", str(toolchain.lock)],
     ]
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)

@@ -58,6 +58,13 @@ REQUEST: tuple[tuple[str, dict[str, Any]], ...] = (
         "--palettize",
         {"action": "store_true", "default": None, "help": "Core ML INT8: weights as indices of tables of 256 values"},
     ),
+    (
+        "--quantization",
+        {
+            "metavar": "WHAT",
+            "help": "TFLite INT8: dynamic (weights, default), integer, or full_integer (inputs, outputs)",
+        },
+    ),
     ("--workspace", {"metavar": "GIB", "help": "TensorRT: memory for the builder's tactics in GiB (default 4)"}),
     (
         "--profiles",

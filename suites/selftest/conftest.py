@@ -21,7 +21,7 @@ from exporters.artifact import Artifact, commit, list_files
 from exporters.models.catalog import TASKS, detect_outputs, from_checkpoint, from_table
 from exporters.models.spec import ModelSpec, OutputSpec
 from exporters.pool import Pool
-from exporters.spec import ExportSpec, request
+from exporters.spec import QUANTIZATIONS, ExportSpec, request
 from exporters.toolchain import cache_root
 from suites.support.bench import Bench, Run
 from suites.support.cases import Case
@@ -327,7 +327,11 @@ class Workshop:
         options |= {"batch": 2} if "pair" in words else {}
         options |= {name: True for name in ("nms", "palettize") if name in words}
         options |= {"keep": "box"} if "kept" in words and "int8" in words else {}  # a module of blobs
+        options |= (
+            {"quantization": next((q for q in QUANTIZATIONS if q in words), "dynamic")} if "int8" in words else {}
+        )
         calibrated = bool({"int8", "fp8"} & {*words}) and "data" in formats.get(words[0]).options
+        calibrated &= words[0] != "tflite" or options.get("quantization") != "dynamic"  # weights alone need no pictures
         options |= {"data": model.feeds} if calibrated else {}
         if calibrated and model.feeds == "suites.reference.scenes:feeds":
             options |= {"data": "suites.reference.scenes:training", "calibrator": "percentile"}

@@ -130,6 +130,7 @@ def _options(spec: ExportSpec) -> list[str]:
     words += [f"max{spec.max_det}"] if "max_det" in spec.changed() else []
     words += ["agnostic"] if spec.agnostic_nms else []
     words += ["pal"] if spec.palettize else []
+    words += [spec.quantization.replace("_", "")] if "quantization" in spec.changed() else []
     words += [f"ws{spec.workspace:g}"] if "workspace" in spec.changed() else []
     words += ["-".join("x".join(map(str, shape)) for shape in profile) for profile in spec.profiles]
     words += [f"level{spec.builder_level}"] if "builder_level" in spec.changed() else []
