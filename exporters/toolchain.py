@@ -55,8 +55,14 @@ TOOLCHAINS: Mapping[str, Toolchain] = {
         Toolchain("executorch", ("executorch", "torchao", "torch")),
         Toolchain("coreml", ("coremltools", "scikit-learn", "numpy", "torch")),
         Toolchain("litert", ("litert-torch", "ai-edge-litert", "ai-edge-quantizer", "torch")),
-        Toolchain("tensorflow", ("tensorflow-cpu", "onnx2tf", "onnx", "tensorflowjs")),
-        Toolchain("paddle", ("paddlepaddle", "x2paddle", "torch")),
+        Toolchain(
+            "tensorflow",
+            (
+                *("tensorflow-cpu", "onnx2tf", "onnx", "tensorflowjs", "tf-keras", "ai-edge-litert", "psutil"),
+                *("sng4onnx", "onnx-graphsurgeon"),
+            ),
+        ),
+        Toolchain("paddle", ("paddlepaddle", "x2paddle", "six", "requests", "torch")),
         Toolchain("rtx", ("onnx", "onnxruntime", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs"), "rtx"),
     )
 }
