@@ -67,7 +67,7 @@ class Layout:
             return np.ascontiguousarray(array)
         if array.ndim < 2 or array.shape[1] != len(divisors):
             raise ArtifactError(
-                f"output '{name}' has shape {list(array.shape)}, and the metadata has {len(divisors)} divisors of axis 1",
+                f"output '{name}' has shape {list(array.shape)}, and the metadata {len(divisors)} divisors of axis 1",
                 "export it again",
             )
         factors = np.asarray(divisors, array.dtype).reshape(1, -1, *([1] * (array.ndim - 2)))

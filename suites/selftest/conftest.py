@@ -331,7 +331,7 @@ class Workshop:
             {"quantization": next((q for q in QUANTIZATIONS if q in words), "dynamic")} if "int8" in words else {}
         )
         calibrated = bool({"int8", "fp8"} & {*words}) and "data" in formats.get(words[0]).options
-        calibrated &= words[0] != "tflite" or options.get("quantization") != "dynamic"  # weights alone need no pictures
+        calibrated &= words[0] != "tflite" or options.get("quantization") != "dynamic"  # no pictures
         options |= {"data": model.feeds} if calibrated else {}
         if calibrated and model.feeds == "suites.reference.scenes:feeds":
             options |= {"data": "suites.reference.scenes:training", "calibrator": "percentile"}
