@@ -19,6 +19,7 @@ from exporters.artifact import Achieved, Artifact
 from exporters.errors import ExportError, NotSupported, first_line
 from exporters.formats import Format, Job, Made, Runtime, Step, heads, needs_data
 from exporters.models.spec import belongs
+from exporters.runtimes.instruction_set import of_this_cpu
 from exporters.session import Session
 from exporters.spec import ExportSpec, Precision
 
@@ -262,8 +263,9 @@ FORMAT = Format(
             "cpu",
             (Precision.FP32, Precision.FP16, Precision.INT8),
             imports=(MODULE,),
-            # XNNPACK's FP16 kernels sum up in FP32 on x86 (2048 + 2048 x 0.5 is 3072; seen), and in FP16 on Arm.
-            sums_in_fp16=platform.machine().lower() in ("aarch64", "arm64"),
+            # XNNPACK's FP16 kernels sum up in FP16 on Arm and where x86 has instructions for it (2048 + 2048 x 0.5 is
+            # 2048, seen on a Xeon with AVX512-FP16), and in FP32 on other x86 (3072, seen on an EPYC without).
+            sums_in_fp16=platform.machine().lower() in ("aarch64", "arm64") or "avx512fp16" in of_this_cpu(),
         ),
     ),
     steps=steps,
