@@ -1,0 +1,164 @@
+"""Paddle: FP32, converted from TorchScript by X2Paddle. Run by Paddle Inference on a CPU."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import re
+import shutil
+import sys
+import warnings
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from exporters.artifact import Achieved, Artifact
+from exporters.errors import ArtifactError, ExportError
+from exporters.formats import Format, Job, Made, Runtime, Step, fp32_trace
+from exporters.metadata import SIDE_CAR
+from exporters.session import Session
+from exporters.spec import ExportSpec, Precision
+
+if TYPE_CHECKING:
+    from exporters.runtimes.paddle_program import Program
+
+MODULE = "exporters.runtimes.paddle"
+FOLDER = "_paddle_model"
+NAME = "model"  # of both files, whatever the model is called
+CODE = "x2paddle_code"  # the Python module that X2Paddle writes, imports, and leaves
+NOT_CONVERTED = re.compile(r"=+ (\w+::\w+) =+")  # as X2Paddle prints an operator that it does not know
+
+
+def export(job: Job) -> Made:
+    """Converts the TorchScript file, and gives inputs and outputs the model's names.
+
+    Raises:
+        ExportError: X2Paddle or Paddle failed, or left out an input.
+    """
+    from exporters.runtimes.paddle_program import PARAMETERS, PROGRAM, read, read_program, rename
+
+    model, scratch = job.spec.model, job.folder / "x2paddle"
+    _convert(job, scratch)
+    made = scratch / "inference_model"
+    try:
+        program = read_program(made / f"{NAME}{PROGRAM}")
+    except ArtifactError as error:
+        raise ExportError(f"Paddle saved no program of model '{model.name}' ({error.what})", "see its log") from error
+    rename(made / f"{NAME}{PROGRAM}", *_names(job.spec, program))
+    folder = job.folder / f"{job.stem}{FOLDER}"
+    folder.mkdir()
+    for suffix in (PROGRAM, PARAMETERS):
+        (made / f"{NAME}{suffix}").replace(folder / f"{NAME}{suffix}")
+    (folder / SIDE_CAR).write_text(job.metadata.as_yaml(), encoding="utf-8")
+    shutil.rmtree(scratch)
+    read(folder)
+    return Made(folder.name)
+
+
+def _convert(job: Job, scratch: Path) -> None:
+    """Runs X2Paddle, which writes Python code of the network, imports it, and lets Paddle trace that.
+
+    Raises:
+        ExportError: it failed, in its own words.
+    """
+    import torch
+
+    from exporters.models.build import example, one_thread
+    from exporters.runtimes.paddle import said
+
+    convert: Any = importlib.import_module("x2paddle.convert")
+    path, log = list(sys.path), io.StringIO()
+    wrong: BaseException | None = None
+    with one_thread(), torch.no_grad(), warnings.catch_warnings(), redirect_stdout(log):
+        warnings.simplefilter("ignore")  # that TorchScript is deprecated, and need not be traced again
+        graph = cast("Any", torch.jit).load(str(job.parents[0].path))
+        try:
+            convert.pytorch2paddle(
+                graph, str(scratch), jit_type="trace", input_examples=list(example(job.spec)), disable_feedback=True
+            )
+        except (Exception, SystemExit) as error:  # noqa: BLE001 (it runs code that it wrote, and calls exit)
+            wrong = error
+        finally:
+            sys.path[:] = path  # it puts its folder in front
+            sys.modules.pop(CODE, None)
+    print(log.getvalue(), file=sys.stderr)
+    missing = NOT_CONVERTED.findall(log.getvalue())
+    if missing:
+        told = f"it has no {', '.join(sorted(missing))}"
+    elif wrong is not None:
+        told = f"{type(wrong).__name__}: {said(wrong)}"
+    elif not (scratch / "inference_model").is_dir():
+        told = ([line for line in log.getvalue().splitlines() if line.strip()] or ["it made no file"])[-1][:300]
+    else:
+        return
+    raise ExportError(
+        f"X2Paddle cannot convert model '{job.spec.model.name}' ({told})", "replace the operator, or export to onnx"
+    ) from wrong
+
+
+def _names(spec: ExportSpec, program: Program) -> tuple[dict[str, str], dict[str, str]]:
+    """The model's names by those that X2Paddle gave: x0, x1 ... for inputs in the trace's order, and outputs by place.
+
+    Raises:
+        ExportError: there are not as many.
+    """
+    inputs, outputs = ([t.name for t in tensors] for tensors in (spec.model.inputs, spec.model.outputs))
+    found = {name: int(name.removeprefix("x")) for name in program.inputs}
+    lost = [name for n, name in enumerate(inputs) if n not in found.values()]
+    if lost or len(found) != len(inputs):
+        raise ExportError(
+            f"X2Paddle leaves out input {', '.join(lost) or list(found)} of model '{spec.model.name}', which nothing "
+            "is computed from",
+            "take it out of the model, or export to onnx",
+        )
+    outputs += [f"unnamed{n}" for n in range(len(outputs), len(program.outputs))]
+    return {name: inputs[n] for name, n in found.items()}, dict(zip(program.outputs, outputs, strict=False))
+
+
+def load(artifact: Artifact, spec: ExportSpec, runtime: Runtime, device: str) -> Session:
+    """Opens the folder in Paddle Inference."""
+    from exporters.runtimes.paddle import PaddleSession
+
+    return PaddleSession(artifact.path, spec, named=artifact.has_manifest)
+
+
+def inspect(path: Path) -> Achieved:
+    """See exporters.runtimes.paddle_program."""
+    from exporters.runtimes.paddle_program import read_precision
+
+    return read_precision(path)
+
+
+def refusal(spec: ExportSpec) -> str:
+    """Sizes are numbers in the code that X2Paddle writes."""
+    if spec.dynamic:
+        return "dynamic: X2Paddle writes the sizes of the traced example into the program as numbers"
+    return ""
+
+
+def steps(spec: ExportSpec) -> tuple[Step, ...]:
+    """One step: what runs is the trace, and no code of the user's."""
+    return (Step("convert", export, ("torch", MODULE)),)
+
+
+FORMAT = Format(
+    id="paddle",
+    title="Paddle",
+    suffix=FOLDER,
+    precisions=(Precision.FP32,),
+    options=frozenset({"batch", "dynamic", "device"}),
+    toolchain="paddle",
+    runtimes=(Runtime("paddle", "cpu", (Precision.FP32,), imports=(MODULE,)),),
+    steps=steps,
+    load=load,
+    inspect=inspect,
+    parents=fp32_trace,  # of ONNX, X2Paddle 1.6 reads files of old releases alone
+    refusal=refusal,
+    gone={
+        Precision.FP16: "X2Paddle converts FP32, and Paddle Inference has no FP16 kernels for convolutions on a CPU",
+        Precision.INT8: "what quantizes for Paddle (PaddleSlim) trains or calibrates Paddle's own models",
+    },
+    # A program names operators that Paddle was built with, and holds no code; of those that write or read files, or run
+    # what a file holds (save_combine, tensorrt_engine, py_func ...), none is opened: see paddle_program.REFUSED.
+    is_code=False,
+)
