@@ -85,10 +85,10 @@ def _convert(job: Job, scratch: Path) -> None:
     missing = NOT_CONVERTED.findall(log.getvalue())
     if missing:
         told = f"it has no {', '.join(sorted(missing))}"
-    elif wrong is not None:
+    elif wrong is not None and not isinstance(wrong, SystemExit):
         told = f"{type(wrong).__name__}: {said(wrong)}"
-    elif not (scratch / "inference_model").is_dir():
-        told = ([line for line in log.getvalue().splitlines() if line.strip()] or ["it made no file"])[-1][:300]
+    elif wrong is not None or not (scratch / "inference_model").is_dir():
+        told = said(log.getvalue())  # it prints what Paddle raises, and exits
     else:
         return
     raise ExportError(

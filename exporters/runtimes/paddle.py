@@ -30,10 +30,13 @@ PADDLE = (RuntimeError, ValueError, TypeError, LookupError, OSError, ArithmeticE
 MOST_TERMS = 256  # of a sum that is looked at: the bound grows with them
 
 
-def said(error: BaseException) -> str:
+def said(error: BaseException | str) -> str:
     """What went wrong: Paddle may say before where in its source it did, and behind it how to report it."""
     found = re.search(r"(?:\(\w+\) |\w+Error: ).+", str(error))
-    return found[0].strip()[:300] if found else first_line(error)
+    if found:
+        return found[0].strip()[:300]
+    lines = [line.strip() for line in error.splitlines() if line.strip()] if isinstance(error, str) else []
+    return first_line(error) if isinstance(error, BaseException) else (lines or ["it said nothing"])[-1][:300]
 
 
 class PaddleSession(Session):
