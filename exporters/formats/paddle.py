@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import io
+import json
 import re
 import shutil
+import signal
+import subprocess
 import sys
-import warnings
-from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from exporters.artifact import Achieved, Artifact
 from exporters.errors import ArtifactError, ExportError
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 MODULE = "exporters.runtimes.paddle"
 FOLDER = "_paddle_model"
 NAME = "model"  # of both files, whatever the model is called
-CODE = "x2paddle_code"  # the Python module that X2Paddle writes, imports, and leaves
 NOT_CONVERTED = re.compile(r"=+ (\w+::\w+) =+")  # as X2Paddle prints an operator that it does not know
 
 
@@ -61,39 +59,36 @@ def _convert(job: Job, scratch: Path) -> None:
     Raises:
         ExportError: it failed, in its own words.
     """
-    import torch
+    from exporters.runtimes import x2paddle_run
+    from exporters.runtimes.paddle_program import said
 
-    from exporters.models.build import example, one_thread
-    from exporters.runtimes.paddle import said
-
-    convert: Any = importlib.import_module("x2paddle.convert")
-    path, log = list(sys.path), io.StringIO()
-    wrong: BaseException | None = None
-    with one_thread(), torch.no_grad(), warnings.catch_warnings(), redirect_stdout(log):
-        warnings.simplefilter("ignore")  # that TorchScript is deprecated, and need not be traced again
-        graph = cast("Any", torch.jit).load(str(job.parents[0].path))
-        try:
-            convert.pytorch2paddle(
-                graph, str(scratch), jit_type="trace", input_examples=list(example(job.spec)), disable_feedback=True
-            )
-        except (Exception, SystemExit) as error:  # noqa: BLE001 (it runs code that it wrote, and calls exit)
-            wrong = error
-        finally:
-            sys.path[:] = path  # it puts its folder in front
-            sys.modules.pop(CODE, None)
-    print(log.getvalue(), file=sys.stderr)
-    missing = NOT_CONVERTED.findall(log.getvalue())
-    if missing:
+    spec = job.spec
+    inputs = [(spec.model.shape(i, spec.batch, spec.imgsz), i.dtype) for i in spec.model.inputs]
+    done = subprocess.run(
+        # -P: a neighbour of the program is called as Paddle's package is
+        [sys.executable, "-P", x2paddle_run.__file__, str(job.parents[0].path), str(scratch), json.dumps(inputs)],
+        cwd=job.folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    log = done.stdout.decode(errors="replace")
+    print(log, file=sys.stderr)
+    missing, raised = NOT_CONVERTED.findall(log), log.partition(x2paddle_run.WRONG)[2]
+    if done.returncode < 0:
+        told = f"it ended with {signal.Signals(-done.returncode).name}"
+    elif missing:
         told = f"it has no {', '.join(sorted(missing))}"
-    elif wrong is not None and not isinstance(wrong, SystemExit):
-        told = f"{type(wrong).__name__}: {said(wrong)}"
-    elif wrong is not None or not (scratch / "inference_model").is_dir():
-        told = said(log.getvalue())  # it prints what Paddle raises, and exits
+    elif raised:
+        told = said(raised)
+    elif done.returncode or not (scratch / "inference_model").is_dir():
+        told = said(log)  # it prints what Paddle raises, and exits
     else:
         return
     raise ExportError(
-        f"X2Paddle cannot convert model '{job.spec.model.name}' ({told})", "replace the operator, or export to onnx"
-    ) from wrong
+        f"X2Paddle cannot convert model '{spec.model.name}' ({told})", "replace the operator, or export to onnx"
+    )
 
 
 def _names(spec: ExportSpec, program: Program) -> tuple[dict[str, str], dict[str, str]]:
@@ -138,7 +133,7 @@ def refusal(spec: ExportSpec) -> str:
 
 def steps(spec: ExportSpec) -> tuple[Step, ...]:
     """One step: what runs is the trace, and no code of the user's."""
-    return (Step("convert", export, ("torch", MODULE)),)
+    return (Step("convert", export),)
 
 
 FORMAT = Format(

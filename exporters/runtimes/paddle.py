@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from exporters.artifact import TensorInfo, main_precision
-from exporters.errors import ArtifactError, first_line
+from exporters.errors import ArtifactError
 from exporters.metadata import SIDE_CAR, Metadata, read_yaml
-from exporters.runtimes.paddle_program import AGAIN, HEAVY, SHORT, Program, Tensor, files_of, read
+from exporters.runtimes.paddle_program import AGAIN, HEAVY, SHORT, Program, Tensor, files_of, read, said
 from exporters.runtimes.rounding import rounding
 from exporters.session import Array, Execution, Feeds, Session
 from exporters.spec import ExportSpec
@@ -28,15 +27,6 @@ with warnings.catch_warnings():
 
 PADDLE = (RuntimeError, ValueError, TypeError, LookupError, OSError, ArithmeticError, MemoryError)  # what it raises
 MOST_TERMS = 256  # of a sum that is looked at: the bound grows with them
-
-
-def said(error: BaseException | str) -> str:
-    """What went wrong: Paddle may say before where in its source it did, and behind it how to report it."""
-    found = re.search(r"(?:\(\w+\) |\w+Error: ).+", str(error))
-    if found:
-        return found[0].strip()[:300]
-    lines = [line.strip() for line in error.splitlines() if line.strip()] if isinstance(error, str) else []
-    return first_line(error) if isinstance(error, BaseException) else (lines or ["it said nothing"])[-1][:300]
 
 
 class PaddleSession(Session):

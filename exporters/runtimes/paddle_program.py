@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -44,6 +45,10 @@ STORED = {  # VarType.Type of Paddle's framework.proto
     **{20: "uint8", 21: "int8", 22: "bfloat16"},
 }
 WIDTHS = {"bool": 1, "int8": 1, "uint8": 1, "int16": 2, "float16": 2, "bfloat16": 2, "int32": 4, "float32": 4}
+KINDS = (  # of errors, as Paddle writes them
+    *("InvalidArgument", "InvalidType", "NotFound", "OutOfRange", "AlreadyExists", "PreconditionNotMet", "Unavailable"),
+    *("PermissionDenied", "ExecutionTimeout", "ResourceExhausted", "Unimplemented", "Fatal", "External"),
+)
 UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, RecursionError, struct.error, OverflowError)
 
 
@@ -78,6 +83,14 @@ class Program:
     def makers(self) -> dict[int, Op]:
         """The operator that gives each value."""
         return {number: op for op in self.ops for number in op.outputs}
+
+
+def said(told: object) -> str:
+    """What went wrong, of an exception of Paddle's or a log: it may say before where in its source it did, and behind
+    it how to report it."""
+    found = re.search(rf"(?:\((?:{'|'.join(KINDS)})\) |\w+Error: ).+", str(told))
+    lines = [line.strip() for line in str(told).splitlines() if line.strip()]
+    return (found[0].strip() if found else (lines or ["it said nothing"])[0])[:300]
 
 
 def files_of(path: Path) -> tuple[Path, Path]:
