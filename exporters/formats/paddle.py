@@ -150,8 +150,8 @@ FORMAT = Format(
     parents=fp32_trace,  # of ONNX, X2Paddle 1.6 reads files of old releases alone
     refusal=refusal,
     gone={
-        Precision.FP16: "X2Paddle converts FP32, and Paddle Inference has no FP16 kernels for convolutions on a CPU",
-        Precision.INT8: "what quantizes for Paddle (PaddleSlim) trains or calibrates Paddle's own models",
+        Precision.FP16: "X2Paddle converts FP32, and Paddle has no FP16 kernels for convolutions on a CPU",
+        Precision.INT8: "X2Paddle converts FP32, and what quantizes Paddle's models is another package (PaddleSlim)",
     },
     # A program names operators that Paddle was built with, and holds no code; of those that write or read files, or run
     # what a file holds (save_combine, tensorrt_engine, py_func ...), none is opened: see paddle_program.REFUSED.
