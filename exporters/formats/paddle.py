@@ -82,8 +82,8 @@ def _convert(job: Job, scratch: Path) -> None:
         told = f"it has no {', '.join(sorted(missing))}"
     elif raised:
         told = said(raised)
-    elif done.returncode or not (scratch / "inference_model").is_dir():
-        told = said(log)  # it prints what Paddle raises, and exits
+    elif done.returncode or not (scratch / "inference_model" / f"{NAME}.json").is_file():
+        told = said(log)  # it prints what Paddle raises, and exits with 0
     else:
         return
     raise ExportError(
