@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from exporters import calibration
 from exporters.artifact import Achieved, Artifact
 from exporters.errors import BadRequest
 from exporters.formats import Format, Job, Made, Runtime, Step, heads, needs_data
+from exporters.layout import FIRST, LAST, Layout
 from exporters.metadata import Metadata
 from exporters.models.traced import SAMPLES, TRACED
 from exporters.session import Session
@@ -57,7 +57,7 @@ def lower(job: Job) -> Made:
     """
     import torch
 
-    from exporters.litert import convert, program
+    from exporters.litert import convert, program, ranges
     from exporters.models.build import example, one_thread
     from exporters.models.traced import path_of
     from exporters.runtimes.tflite_file import with_metadata
@@ -69,14 +69,17 @@ def lower(job: Job) -> Made:
         spec.check_keep({path_of(n) for n in module.graph.nodes if n.op == "call_function"}, "operator")
         largest = program.largest_coefficients(module, spec, feeds)
         divisors = program.finished(module, spec, largest)
-        data = convert.converted(module, example(spec), spec)
+        inputs, layout = example(spec), Layout(form_of(spec) == NAMES["full_integer"], divisors)
+        if layout.last:
+            program.channels_last(module)
+            inputs = tuple(torch.from_numpy(layout.feed(i.numpy())) for i in inputs)
+        data = convert.converted(module, inputs, spec)
     if spec.precision is Precision.FP16:
         data = convert.in_sixteen_bits(data)
     if spec.precision is Precision.INT8:
         kept = [*left_out(spec), *spec.keep]
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        ranges = convert.ranges_of(data, spec, feeds, threads) if feeds else None
-        data = convert.in_eight_bits(data, kept, ranges, io=spec.quantization == "full_integer")
+        found = ranges.of(data, spec, feeds, layout) if feeds else None
+        data = convert.in_eight_bits(data, kept, found, io=spec.quantization == "full_integer")
         notes = _notes(spec, feeds, kept)
     del feeds
     shutil.rmtree(job.folder / SAMPLES, ignore_errors=True)
@@ -84,20 +87,21 @@ def lower(job: Job) -> Made:
     folder = job.folder / f"{job.stem}{FOLDER}"
     folder.mkdir()
     path = folder / f"{job.stem}_{form_of(spec)}{SUFFIX}"
-    path.write_bytes(with_metadata(data, described(job.metadata, divisors)))
+    path.write_bytes(with_metadata(data, described(job.metadata, layout)))
     return Made(f"{folder.name}/{path.name}", tuple(notes))
 
 
-def described(metadata: Metadata, divisors: dict[str, tuple[float, ...]]) -> Metadata:
-    """The metadata of a file that keeps the model's order of axes."""
-    return replace(metadata, layout="NCHW", divisors=divisors)
+def described(metadata: Metadata, layout: Layout) -> Metadata:
+    """The metadata of a file that says how its tensors differ from the model's."""
+    divisors = {name: tuple(values) for name, values in layout.divisors.items()}
+    return replace(metadata, layout=LAST if layout.last else FIRST, divisors=divisors)
 
 
 def _notes(spec: ExportSpec, feeds: list[Any], kept: list[str]) -> list[str]:
     if spec.quantization == "dynamic":
         told = ["weights in 8 bits, activations quantized as they come; no calibration set is needed"]
         return told + ([f"left in floating point: {', '.join(kept)}"] if kept else [])
-    return calibration.notes(feeds, "AI Edge Quantizer, smallest and largest values", kept)
+    return calibration.notes(feeds, "AI Edge Quantizer, smallest and largest values that matter", kept)
 
 
 def left_out(spec: ExportSpec) -> tuple[str, ...]:

@@ -32,8 +32,9 @@ def divisors_of(
     """What each channel of an output is divided by, so that pixels, radians and coefficients do not take the scale of 8
     bits from the scores beside them; () where none is.
 
-    Places by the image's width and height; an angle, -pi/4 to 3 pi/4, by pi; the coefficients of masks by the power of
-    two above the `largest` of them, by the group's name, where that is known.
+    Places by the image's width and height; an angle, -pi/4 to 3 pi/4, by pi; the coefficients of masks, where the
+    `largest` of them is known by the group's name, by four times the power of two above it: what is below 0 is of no
+    use to the places, whose steps grow with it.
     """
     found = np.ones(channels)
     for group in output.groups:
@@ -45,7 +46,7 @@ def divisors_of(
         elif group.kind == "angle":
             found[numbers] = math.pi
         elif group.kind == "mask" and largest.get(group.name, 0.0) > 0:
-            found[numbers] = 2.0 ** math.ceil(math.log2(largest[group.name]))
+            found[numbers] = 4 * 2.0 ** math.ceil(math.log2(largest[group.name]))
     return () if (found == 1).all() else tuple(float(v) for v in found)
 
 
@@ -87,6 +88,35 @@ def finished(module: Any, spec: ExportSpec, largest: Mapping[str, float]) -> dic
             node.meta["nn_module_stack"] = {"path": ("", f"{path_of(node)}.{node.name}".lstrip("."))}
     module.recompile()
     return divisors
+
+
+def channels_last(module: Any) -> None:
+    """Lets images come and go with their channels last, in place, as the operators take them: a transposition would be
+    the first of them, and the Edge TPU has none."""
+    import torch
+
+    aten, graph = cast("Any", torch.ops.aten), module.graph
+    for node in list(graph.nodes):
+        if str(node.target) == "_guards_fn":  # of the shapes before
+            graph.erase_node(node)
+        if node.op == "placeholder" and len(_shape(node)) == 4:
+            value = node.meta["val"]
+            with graph.inserting_after(node):
+                turned = graph.call_function(aten.permute.default, (node, [0, 3, 1, 2]))
+            turned.meta = {"val": value}
+            node.replace_all_uses_with(turned, lambda user, turned=turned: user is not turned)
+            node.meta["val"] = value.permute(0, 2, 3, 1)
+    output = next(n for n in graph.nodes if n.op == "output")
+    values: list[Any] = []
+    for node in output.args[0]:
+        with graph.inserting_before(output):
+            four = len(_shape(node)) == 4
+            values.append(graph.call_function(aten.permute.default, (node, [0, 2, 3, 1])) if four else node)
+        if four:
+            values[-1].meta = {**node.meta, "val": node.meta["val"].permute(0, 2, 3, 1)}
+    output.args = (tuple(values),)
+    graph.lint()
+    module.recompile()
 
 
 def largest_coefficients(module: Any, spec: ExportSpec, feeds: Sequence[Mapping[str, Array]]) -> dict[str, float]:

@@ -11,21 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from exporters.artifact import TensorInfo, main_precision
+from exporters.artifact import main_precision
 from exporters.errors import ArtifactError, first_line
-from exporters.layout import Layout
+from exporters.litert.signature import as_floats, as_stored, info, layout_of, named
 from exporters.metadata import Metadata
 from exporters.runtimes import tflite_file
 from exporters.runtimes.rounding import rounding
-from exporters.runtimes.tflite_file import AGAIN, Operator, Tensor, TfliteFile
+from exporters.runtimes.tflite_file import AGAIN, Operator, TfliteFile
 from exporters.session import Array, Execution, Feeds, Session
 from exporters.spec import ExportSpec
 
 library: Any = importlib.import_module("ai_edge_litert.interpreter")
 
 MOST_TERMS = 256  # of a sum that is looked at: the bound grows with them
-EIGHT = ("int8", "uint8", "int16")  # types of inputs and outputs that have a scale
-KNOWN = ("float32", "float16", "int8", "uint8", "int16", "int32", "int64", "bool", "uint32", "float64")
 
 
 class LiteRtSession(Session):
@@ -40,19 +38,9 @@ class LiteRtSession(Session):
         self.interpreter = _opened(path, self.threads)
         self.feeds = named(self.file, 0, [i.name for i in spec.model.inputs])
         self.gives = named(self.file, 1, [o.name for o in spec.model.outputs])
-        shapes = [self.file.tensors[n].shape for n in self.feeds.values()]
-        try:
-            told = tflite_file.read_metadata(path)
-        except ArtifactError:  # who asks for metadata is told
-            told = Metadata()
-        self.layout = Layout.of(told, spec.model, shapes, f"'{path}'")
-        self.inputs = tuple(self._info(name, n) for name, n in self.feeds.items())
-        self.outputs = tuple(self._info(name, n) for name, n in self.gives.items())
-
-    def _info(self, name: str, number: int) -> TensorInfo:
-        tensor = self.file.tensors[number]
-        shape = tuple(size if size >= 0 else f"axis{n}" for n, size in enumerate(tensor.shape))
-        return TensorInfo(name, self.layout.shape(shape), "float32" if is_scaled(tensor) else tensor.dtype)
+        self.layout = layout_of(self.file, spec, self.feeds)
+        self.inputs = tuple(info(name, self.file.tensors[n], self.layout) for name, n in self.feeds.items())
+        self.outputs = tuple(info(name, self.file.tensors[n], self.layout) for name, n in self.gives.items())
 
     def _run(self, feeds: Feeds) -> dict[str, Array]:
         self._feed(self.interpreter, feeds)
@@ -152,37 +140,3 @@ def _pointwise(file: TfliteFile) -> Operator | None:
             continue
         found.append((file.name(op) not in eight, weight.shape[3], op))
     return min(found, key=lambda one: one[:2], default=(False, 0, None))[2]
-
-
-def named(file: TfliteFile, side: int, wanted: list[str]) -> dict[str, int]:
-    """The model's names of inputs (side 0) or outputs (1), and the numbers of their tensors, in the model's order.
-
-    By the signature, else by the tensors' own names; where none of those is the model's, by their place.
-    """
-    numbers = (file.inputs, file.outputs)[side]
-    signature, own = file.signature[side], {file.tensors[n].name: n for n in numbers}
-    told = signature if set(signature) & set(wanted) else own
-    if not set(told) & set(wanted):
-        return {(wanted[at] if at < len(wanted) else f"unnamed{at}"): n for at, n in enumerate(numbers)}
-    return {name: told[name] for name in wanted if name in told} | {k: n for k, n in told.items() if k not in wanted}
-
-
-def is_scaled(tensor: Tensor) -> bool:
-    """Whether a tensor's integers stand for numbers of another scale."""
-    return tensor.dtype in EIGHT and len(tensor.scales) == 1
-
-
-def as_stored(array: Array, tensor: Tensor) -> Array:
-    """An input as the file takes it: rounded to its scale, and cut off at its ends."""
-    if not is_scaled(tensor):
-        return array
-    bounds, zero = np.iinfo(tensor.dtype), tensor.zeros[0] if tensor.zeros else 0
-    return np.clip(np.rint(array / np.float32(tensor.scales[0])) + zero, bounds.min, bounds.max).astype(tensor.dtype)
-
-
-def as_floats(array: Array, tensor: Tensor) -> Array:
-    """An output as the numbers that it stands for."""
-    if not is_scaled(tensor):
-        return array
-    zero = tensor.zeros[0] if tensor.zeros else 0
-    return (array.astype(np.float32) - np.float32(zero)) * np.float32(tensor.scales[0])

@@ -93,6 +93,11 @@ def read(path: Path) -> TfliteFile:
         data = path.read_bytes()
     except OSError as error:
         raise ArtifactError(f"'{path}' cannot be read ({error.strerror})", AGAIN) from None
+    return parsed(data, path)
+
+
+def parsed(data: bytes, path: Path) -> TfliteFile:
+    """The parts of a file's bytes; `path` names it in errors."""
     try:
         if data[4:8] != IDENTIFIER:
             raise ValueError("it does not begin with TFL3")
