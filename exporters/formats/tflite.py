@@ -1,4 +1,6 @@
 """TensorFlow Lite: the traced program converted by litert-torch, quantized by AI Edge Quantizer. Run by LiteRT."""
+# pyright: reportUnknownMemberType=false
+# (torch leaves types open)
 
 from __future__ import annotations
 

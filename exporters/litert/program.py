@@ -71,7 +71,7 @@ def finished(module: Any, spec: ExportSpec, largest: Mapping[str, float]) -> dic
     graph = module.graph
     output = next(n for n in graph.nodes if n.op == "output")
     flat = output.args[0]
-    values = list(flat) if isinstance(flat, (list, tuple)) else [flat]
+    values = list(cast("Sequence[Any]", flat)) if isinstance(flat, (list, tuple)) else [flat]
     divisors: dict[str, tuple[float, ...]] = {}
     for number, (told, node) in enumerate(zip(spec.model.outputs, values, strict=False)):
         shape = _shape(node)
@@ -104,7 +104,7 @@ def channels_last(module: Any) -> None:
             with graph.inserting_after(node):
                 turned = graph.call_function(aten.permute.default, (node, [0, 3, 1, 2]))
             turned.meta = {"val": value}
-            node.replace_all_uses_with(turned, lambda user, turned=turned: user is not turned)
+            node.replace_all_uses_with(turned, _not(turned))
             node.meta["val"] = value.permute(0, 2, 3, 1)
     output = next(n for n in graph.nodes if n.op == "output")
     values: list[Any] = []
@@ -119,17 +119,25 @@ def channels_last(module: Any) -> None:
     module.recompile()
 
 
+def _not(node: Any) -> Any:
+    """Of users all but this one."""
+
+    def others(user: Any) -> bool:
+        return user is not node
+
+    return others
+
+
 def largest_coefficients(module: Any, spec: ExportSpec, feeds: Sequence[Mapping[str, Array]]) -> dict[str, float]:
     """The largest magnitude of masks' coefficients on these feeds, by their group's name."""
     import torch
 
+    from exporters.models.build import as_tuple
+
     found: dict[str, float] = {}
     wanted = [(n, g) for n, o in enumerate(spec.model.outputs) for g in o.groups if g.kind == "mask"]
     for batch in feeds if wanted else ():
-        made = module(*(torch.from_numpy(np.array(batch[i.name])) for i in spec.model.inputs))
-        outputs = (
-            list(made.values()) if isinstance(made, Mapping) else made if isinstance(made, (list, tuple)) else [made]
-        )
+        outputs = as_tuple(module(*(torch.from_numpy(np.array(batch[i.name])) for i in spec.model.inputs)))
         for number, group in wanted:
             values = outputs[number][:, group.channels].abs().max()
             found[group.name] = max(found.get(group.name, 0.0), float(values))
@@ -174,6 +182,7 @@ def _held(module: Any, node: Any) -> Any:
 def _fold(module: Any) -> None:
     """Computes what depends on no input: anchors, whose arithmetic would be in 8 bits otherwise."""
     import torch
+    from torch.fx.node import map_arg
 
     known: dict[Any, Any] = {}
     for node in list(module.graph.nodes):
@@ -187,9 +196,9 @@ def _fold(module: Any) -> None:
             continue
         if any(n not in known for n in used) or "rand" in str(node.target):
             continue
-        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+        given = cast("Any", map_arg)((node.args, node.kwargs), known.__getitem__)
         with torch.no_grad():
-            known[node] = node.target(*args, **kwargs)
+            known[node] = node.target(*given[0], **given[1])
         made = _constant(module, known[node].contiguous(), node)
         known[made] = known[node]
         made.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})

@@ -31,8 +31,10 @@ TYPES = {
     **{10: "float64", 15: "uint32", 16: "uint16", 17: "int4", 18: "bfloat16"},
 }
 # BuiltinOperator's numbers: operators whose arithmetic decides an inference's precision, and their weights' place.
-HEAVY = {3: ("CONV_2D", 1), 4: ("DEPTHWISE_CONV_2D", 1), 9: ("FULLY_CONNECTED", 1), 67: ("TRANSPOSE_CONV", 1)}
-HEAVY |= {126: ("BATCH_MATMUL", 1)}
+HEAVY = {
+    **{3: ("CONV_2D", 1), 4: ("DEPTHWISE_CONV_2D", 1), 9: ("FULLY_CONNECTED", 1), 67: ("TRANSPOSE_CONV", 1)},
+    **{126: ("BATCH_MATMUL", 1)},
+}
 DEQUANTIZE, CUSTOM, TRANSPOSED = 6, 32, 67
 CONVOLUTIONS = (3, 4)
 FLOATS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -113,8 +115,8 @@ def parsed(data: bytes, path: Path) -> TfliteFile:
 def _parts(path: Path, data: bytes) -> TfliteFile:
     model = Table(data, struct.unpack_from("<I", data)[0])
     # A code above 127 stands in a field of its own, which older files lack.
-    codes = [(max(c.number(0, "b"), c.number(3, "i")), c.text(1)) for c in model.tables(1)]
-    buffers = [_held(b, len(data)) for b in model.tables(4)]
+    codes: list[tuple[int, str]] = [(max(c.number(0, "b"), c.number(3, "i")), c.text(1)) for c in model.tables(1)]
+    buffers: list[tuple[int, int]] = [_held(b, len(data)) for b in model.tables(4)]
     graph = next(model.tables(2))
     tensors = tuple(_tensor(t, buffers) for t in graph.tables(0))
     count = len(tensors)
@@ -125,9 +127,10 @@ def _parts(path: Path, data: bytes) -> TfliteFile:
             raise ValueError(f"a tensor of {found} is asked for, and there are {count}")
         return found
 
-    operators = tuple(
-        Operator(*codes[o.number(0, "I")], numbers(o, 1), numbers(o, 2), o.table(4)) for o in graph.tables(3)
-    )
+    operators: list[Operator] = []
+    for table in graph.tables(3):
+        kind, custom = codes[table.number(0, "I")]
+        operators.append(Operator(kind, custom, numbers(table, 1), numbers(table, 2), table.table(4)))
     ends = numbers(graph, 1), numbers(graph, 2)
     if any(n < 0 for n in (*ends[0], *ends[1])):
         raise ValueError("an input or output is left out")
@@ -138,7 +141,7 @@ def _parts(path: Path, data: bytes) -> TfliteFile:
             break
     if any(n not in ends[side] for side in (0, 1) for n in maps[side].values()):
         raise ValueError("its signature names what is neither input nor output")
-    return TfliteFile(path, data, tensors, operators, *ends, (maps[0], maps[1]))
+    return TfliteFile(path, data, tensors, tuple(operators), *ends, (maps[0], maps[1]))
 
 
 def _held(buffer: Table, size: int) -> tuple[int, int]:
@@ -154,6 +157,7 @@ def _held(buffer: Table, size: int) -> tuple[int, int]:
 def _tensor(table: Table, buffers: list[tuple[int, int]]) -> Tensor:
     shape = table.array(7, "<i4") if table.vector(7)[1] else table.array(0, "<i4")
     quantization, kind = table.table(4), table.number(1, "b")
+    held: tuple[int, int] = buffers[int(table.number(2, "I"))]
     scales = quantization.array(2, "<f4") if quantization is not None else ()
     zeros = quantization.array(3, "<i8") if quantization is not None else ()
     return Tensor(
@@ -162,7 +166,7 @@ def _tensor(table: Table, buffers: list[tuple[int, int]]) -> Tensor:
         TYPES.get(kind, f"type {kind}"),
         tuple(float(s) for s in scales),
         tuple(int(z) for z in zeros),
-        buffers[table.number(2, "I")],
+        held,
     )
 
 
