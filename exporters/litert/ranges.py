@@ -31,7 +31,12 @@ def of(data: bytes, spec: ExportSpec, feeds: Sequence[Mapping[str, Array]], layo
     file = parsed(data, Path("traced"))
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     bounds = {o.name: bounds_of(o, o.name in layout.divisors) for o in spec.model.outputs}
-    return that_matter(file, measured(file, spec, feeds, threads, layout), bounds)
+    found = measured(file, spec, feeds, threads, layout)
+    expected = {i.name: (i.low, i.high) for i in spec.model.inputs}
+    for n in file.inputs:  # a set without white has inputs without it, too: of bytes / 255 each is a step
+        low, high = expected[file.tensors[n].name]
+        found[n] = min(found[n][0], low), max(found[n][1], high)
+    return that_matter(file, found, bounds)
 
 
 def measured(

@@ -40,7 +40,9 @@ pytest.importorskip("onnx", reason="the toolchain onnx is not installed")
 ENGINE = "twins engine fp16"  # of TensorRT-RTX, which nothing here runs
 CELLS = ("twins onnx fp32", "twins onnx fp16", "twins torchscript fp32", "twins pytorch fp32", ENGINE)
 # Whose toolchains `tox -e formats` has. Not Core ML: without macOS nothing shows that what passes is right.
-FURTHER = tuple(f"twins {name} fp32" for name in ("openvino", "mnn", "ncnn", "executorch", "tflite", "pt2", "aotinductor"))
+FURTHER = tuple(
+    f"twins {name} fp32" for name in ("openvino", "mnn", "ncnn", "executorch", "tflite", "pt2", "aotinductor")
+)
 CLAIMS = (
     export.test_artifact_loads_from_its_files_alone,
     shapes.test_input_signature_is_the_requested,
