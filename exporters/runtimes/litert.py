@@ -72,8 +72,8 @@ class LiteRtSession(Session):
         if shown is not None:
             name, error, bound = shown
             notes.append(f"{name} rounds by {error:.1g} of its terms, FP32's bound is {bound:.1g}")
-            exact = error <= bound
-            if exact == (kinds["int8"] > 0):
+            exact, eight = error <= bound, any(kind == "int8" for of, kind, _ in found if of == name)
+            if exact == eight:  # it does not compute as its file has it
                 kinds = Counter({"fp32" if exact else "less than fp32": kinds.total()})
         notes += [f"{n} of the convolutions and matrix products in {k}" for k, n in kinds.items() if k]
         taken = sum(d["op_name"] == "DELEGATE" for d in self.interpreter._get_ops_details())

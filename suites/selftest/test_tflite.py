@@ -21,6 +21,7 @@ from exporters.litert.program import divisors_of
 from exporters.litert.signature import as_floats, as_stored
 from exporters.models.catalog import detect_outputs
 from exporters.models.spec import ChannelGroup, OutputSpec
+from exporters.placement import place
 from exporters.runtimes import tflite_file
 from exporters.spec import request
 from suites.conformance.test_outputs import test_outputs_match_reference as outputs_match
@@ -190,3 +191,11 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(
         except ArtifactError as error:
             assert str(path) in str(error)
             assert "\n" not in str(error)
+
+
+def test_a_file_is_placed_in_the_folder_that_users_know(workshop: Workshop, tmp_path: Path) -> None:
+    """Twice, since the second replaces what is ours."""
+    good = workshop.good("twins tflite fp32")
+    for _ in range(2):
+        assert place(good, tmp_path) == tmp_path / "twins_saved_model" / "twins_float32.tflite"
+    assert [p.name for p in tmp_path.rglob("*")] == ["twins_saved_model", "twins_float32.tflite"]
