@@ -102,7 +102,7 @@ def _reason(file: TfliteFile, op: Operator) -> str:
     if op.kind in FUSED and op.options is not None and op.options.number(FUSED[op.kind], "b"):
         return "with a fused activation"
     made = file.tensors[op.outputs[0]] if op.outputs else None
-    if made is not None and op.kind == 25 and (_rows(made) > 1 or made.shape[-1] > LONGEST_SOFTMAX):
+    if made is not None and made.shape and op.kind == 25 and (_rows(made) > 1 or made.shape[-1] > LONGEST_SOFTMAX):
         return "of more than one row"
     if made is not None and op.kind == 9 and _rows(made) > 1:
         return "of more than one row"

@@ -117,7 +117,9 @@ def _parts(path: Path, data: bytes) -> TfliteFile:
     # A code above 127 stands in a field of its own, which older files lack.
     codes: list[tuple[int, str]] = [(max(c.number(0, "b"), c.number(3, "i")), c.text(1)) for c in model.tables(1)]
     buffers: list[tuple[int, int]] = [_held(b, len(data)) for b in model.tables(4)]
-    graph = next(model.tables(2))
+    graph = next(model.tables(2), None)
+    if graph is None:
+        raise ValueError("it holds no graph")
     tensors = tuple(_tensor(t, buffers) for t in graph.tables(0))
     count = len(tensors)
 
@@ -129,7 +131,7 @@ def _parts(path: Path, data: bytes) -> TfliteFile:
 
     operators: list[Operator] = []
     for table in graph.tables(3):
-        kind, custom = codes[table.number(0, "I")]
+        kind, custom = codes[int(table.number(0, "I"))]
         operators.append(Operator(kind, custom, numbers(table, 1), numbers(table, 2), table.table(4)))
     ends = numbers(graph, 1), numbers(graph, 2)
     if any(n < 0 for n in (*ends[0], *ends[1])):
@@ -194,7 +196,7 @@ def precisions(file: TfliteFile) -> list[tuple[str, str, str]]:
         place = HEAVY[op.kind][1]
         given = file.tensors[op.inputs[2 if op.kind == TRANSPOSED and len(op.inputs) > 2 else 0]]
         weight, maker = file.tensors[op.inputs[place]], makers.get(op.inputs[place])
-        if maker is not None and maker.kind == DEQUANTIZE:
+        if maker is not None and maker.kind == DEQUANTIZE and maker.inputs:
             weight = file.tensors[maker.inputs[0]]
         eight = {"int8", "uint8"}
         if given.dtype in eight and weight.dtype in eight:
