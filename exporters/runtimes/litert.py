@@ -93,18 +93,19 @@ class LiteRtSession(Session):
 
         LiteRT does not tell in which precision it computes, but shows what goes in and what comes out.
         """
-        chosen = _pointwise(self.file)
-        if chosen is None:
+        candidates = _pointwise(self.file)
+        shapes = {i.name: self.spec.model.shape(i, self.spec.batch, self.spec.imgsz) for i in self.spec.model.inputs}
+        if not candidates or any(i.name not in shapes for i in self.inputs):
             return None
         interpreter, random = _opened(self.path, self.threads, seen=True), np.random.default_rng(0)
-        shapes = {i.name: self.spec.model.shape(i, self.spec.batch, self.spec.imgsz) for i in self.spec.model.inputs}
-        if any(i.name not in shapes for i in self.inputs):
-            return None
         self._feed(interpreter, {i.name: random.random(shapes[i.name]).astype(i.dtype) for i in self.inputs})
         interpreter.invoke()
-        given, made = (np.moveaxis(interpreter.get_tensor(n), -1, 1) for n in (chosen.inputs[0], chosen.outputs[0]))
-        found = rounding(given, made)
-        return found and (self.file.name(chosen), *found)
+        for op in candidates:
+            given, made = (np.moveaxis(interpreter.get_tensor(n), -1, 1) for n in (op.inputs[0], op.outputs[0]))
+            found = rounding(given, made)
+            if found is not None:
+                return self.file.name(op), *found
+        return None
 
     def metadata(self) -> Metadata:
         return tflite_file.read_metadata(self.path)
@@ -123,9 +124,9 @@ def _opened(path: Path, threads: int, seen: bool = False) -> Any:
     return made
 
 
-def _pointwise(file: TfliteFile) -> Operator | None:
-    """The convolution over one point, of floating point in and out, whose sums have the fewest terms: one in 8 bits
-    where there is one, without an activation."""
+def _pointwise(file: TfliteFile) -> list[Operator]:
+    """Convolutions over one point, of floating point in and out, without an activation: those in 8 bits first, then
+    the largest, since XNNPACK computes very small ones (of 4 channels, seen) in FP32."""
     eight = {name for name, kind, _ in tflite_file.precisions(file) if kind == "int8"}
     found: list[tuple[bool, int, Operator]] = []
     for op in file.operators:
@@ -138,5 +139,5 @@ def _pointwise(file: TfliteFile) -> Operator | None:
             continue
         if op.options.number(3, "b") or weight.shape[3] > MOST_TERMS:  # a fused activation
             continue
-        found.append((file.name(op) not in eight, weight.shape[3], op))
-    return min(found, key=lambda one: one[:2], default=(False, 0, None))[2]
+        found.append((file.name(op) not in eight, -weight.shape[0] * weight.shape[3], op))
+    return [op for _, _, op in sorted(found, key=lambda one: one[:2])]

@@ -149,12 +149,12 @@ def test_names_of_tensors_are_those_in_the_file(workshop: Workshop) -> None:
 
 
 def test_arithmetic_of_8_bits_is_seen_where_activations_are_quantized_as_they_come(workshop: Workshop) -> None:
-    cell = "blobs tflite int8 dynamic"
+    cell = "classify tflite int8 dynamic"
     verdict, because = workshop.judge(cell, executed_precision)
     assert verdict is Verdict.PASS, because
 
     def damage(path: Path, workshop: Workshop) -> None:
-        path.write_bytes(workshop.good("blobs tflite fp32").path.read_bytes())
+        path.write_bytes(workshop.good("classify tflite fp32").path.read_bytes())
 
     assert workshop.judge(cell, executed_precision, damage)[0] is Verdict.FAIL
 
