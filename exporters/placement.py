@@ -21,16 +21,16 @@ def place(artifact: Artifact, folder: Path, overwrite: bool = False) -> Path:
     Raises:
         BadRequest: the folder cannot be written, or a file of that name is there that exportgate did not make.
     """
-    target = folder / artifact.path.name
+    target = folder / artifact.primary  # a .tflite file lies in a folder of its checkpoint's name
     unique = uuid.uuid4().hex[:8]
-    temporary, aside = folder / f".{target.name}.{unique}", folder / f".{target.name}.{unique}.old"
+    temporary, aside = target.with_name(f".{target.name}.{unique}"), target.with_name(f".{target.name}.{unique}.old")
     try:
         if target.exists() and not overwrite and not _is_ours(target):
             raise BadRequest(
                 f"'{target}' exists and was not made by exportgate",
                 "add --overwrite, or name another folder with --output",
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         if artifact.path.is_dir():
             shutil.copytree(artifact.path, temporary)
             if (

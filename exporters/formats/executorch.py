@@ -19,6 +19,7 @@ from exporters.artifact import Achieved, Artifact
 from exporters.errors import ExportError, NotSupported, first_line
 from exporters.formats import Format, Job, Made, Runtime, Step, heads, needs_data
 from exporters.models.spec import belongs
+from exporters.models.traced import SAMPLES, TRACED, path_of
 from exporters.runtimes.instruction_set import of_this_cpu
 from exporters.session import Session
 from exporters.spec import ExportSpec, Precision
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 MODULE = "exporters.runtimes.executorch"
-TRACED, SAMPLES = "traced.pt2", "samples"  # the program and the calibration set, until they are used
 LARGER, MOST = 2, 4  # times the size and batch, and images at least, that a dynamic program's memory is planned for
 
 
@@ -57,8 +57,9 @@ def trace(job: Job) -> Made:
 
 def _exported(module: Any, inputs: tuple[Any, ...], spec: ExportSpec) -> ExportedProgram:
     """What torch.export makes of a module, for one shape or for a range of them."""
-    import torch
     from torch.export import Dim
+
+    from exporters.models.traced import exported
 
     model = spec.model
     shapes: tuple[dict[int, Any], ...] | None = None
@@ -73,15 +74,7 @@ def _exported(module: Any, inputs: tuple[Any, ...], spec: ExportSpec) -> Exporte
                 f"dynamic: axis '{other}' varies, and memory is planned for batch, height and width alone"
             )
         shapes = tuple({n: varies[d] for n, d in enumerate(i.shape) if isinstance(d, str)} for i in model.inputs)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise ExportError(
-            f"torch.export cannot export model '{model.name}' ({first_line(error)})",
-            "branches on values and shapes that vary have to be written as torch.export takes them",
-        ) from error
+    return exported(module, inputs, model, shapes)
 
 
 def _most(spec: ExportSpec) -> int:
@@ -191,11 +184,11 @@ def _quantized(program: ExportedProgram, job: Job) -> tuple[ExportedProgram, lis
     pt2e: Any = importlib.import_module("torchao.quantization.pt2e.quantize_pt2e")
     xnnpack: Any = importlib.import_module("executorch.backends.xnnpack.quantizer.xnnpack_quantizer")
     spec, module = job.spec, cast("Any", program.module())
-    paths = {_path(node) for node in module.graph.nodes}
+    paths = {path_of(node) for node in module.graph.nodes}
     spec.check_keep(paths, "operator")
     kept = [*heads(spec), *(path for path, _ in spec.model.fp32), *spec.keep]
     for node in module.graph.nodes:
-        if belongs(_path(node), kept):  # as annotated already: the quantizer's own filter is not asked about joins
+        if belongs(path_of(node), kept):  # as annotated already: the quantizer's own filter is not asked about joins
             node.meta["quantization_annotation"] = torchao.QuantizationAnnotation(_annotated=True)
     quantizer = xnnpack.XNNPACKQuantizer()
     quantizer.set_global(xnnpack.get_symmetric_quantization_config(is_per_channel=True))
@@ -213,13 +206,6 @@ def _quantized(program: ExportedProgram, job: Job) -> tuple[ExportedProgram, lis
     return _exported(pt2e.convert_pt2e(prepared), example(spec), spec), notes
 
 
-def _path(node: Any) -> str:
-    """The module that a node of a graph comes from: "model.22.cv2.0.0.conv", or "" of the model itself."""
-    stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
-    path = str(list(stack.values())[-1][0]) if stack else ""
-    return path.removeprefix("L['self']").strip(".").removeprefix("inner.")
-
-
 def _modules(graph: Any) -> dict[str, str]:
     """The module of each convolution and product that XNNPACK runs, by the number that the node has in the file."""
     lowered: Any = importlib.import_module("executorch.exir.lowered_backend_module")
@@ -227,7 +213,7 @@ def _modules(graph: Any) -> dict[str, str]:
     for part in lowered.get_lowered_backend_modules(graph):
         for node in part.original_module.graph.nodes:
             if "debug_handle" in node.meta and any(word in str(node.target) for word in ("conv", "linear", "mm")):
-                found[str(node.meta["debug_handle"])] = _path(node) or str(node)
+                found[str(node.meta["debug_handle"])] = path_of(node) or str(node)
     return found
 
 

@@ -40,7 +40,7 @@ pytest.importorskip("onnx", reason="the toolchain onnx is not installed")
 ENGINE = "twins engine fp16"  # of TensorRT-RTX, which nothing here runs
 CELLS = ("twins onnx fp32", "twins onnx fp16", "twins torchscript fp32", "twins pytorch fp32", ENGINE)
 # Whose toolchains `tox -e formats` has. Not Core ML: without macOS nothing shows that what passes is right.
-MADE = ("openvino", "mnn", "ncnn", "executorch", "pt2", "aotinductor", "paddle")
+MADE = ("openvino", "mnn", "ncnn", "executorch", "pt2", "aotinductor", "tflite", "paddle")
 FURTHER = tuple(f"twins {name} fp32" for name in MADE)
 CLAIMS = (
     export.test_artifact_loads_from_its_files_alone,

@@ -45,7 +45,12 @@ CELLS = [f"{MODEL} {f.id} {p}" for f in FURTHER for p in f.precisions]
 @pytest.fixture(autouse=True)
 def toolchain(request: pytest.FixtureRequest) -> None:
     """The formats whose toolchain is not here are skipped."""
-    missing = what_is_missing(formats.get(request.getfixturevalue("cell").split()[1]), "cpu")
+    entry = formats.get(request.getfixturevalue("cell").split()[1])
+    missing = what_is_missing(entry, "cpu")
+    if entry.id == "edgetpu" and not missing:
+        from exporters.formats import edgetpu
+
+        missing = "" if edgetpu.compiler() else edgetpu.MISSING
     if missing:
         pytest.skip(missing)
 
