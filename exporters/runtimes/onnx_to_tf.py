@@ -21,6 +21,7 @@ from exporters.spec import ExportSpec
 onnx: Any = importlib.import_module("onnx")
 onnx2tf: Any = importlib.import_module("onnx2tf")  # which says by a variable that TensorFlow's Keras is Keras 2
 tensorflow: Any = importlib.import_module("tensorflow")
+keras: Any = importlib.import_module("tf_keras")
 
 # onnx2tf takes pictures to try its operators on from a file of this name in its working folder, and where there is
 # none from the network. What is in them decides nothing of FP32 but where it transposes, which any noise shows.
@@ -63,7 +64,7 @@ def convert(source: Path, scratch: Path, spec: ExportSpec) -> Any:
 
 
 def save(model: Any, folder: Path, spec: ExportSpec, shapes: Mapping[str, tuple[int | str, ...]]) -> None:
-    """Writes a SavedModel whose one signature has the request's names.
+    """Writes a SavedModel whose one signature has the request's names, as one of Keras's where that was asked for.
 
     Raises:
         ExportError: the model has other inputs or outputs, or TensorFlow cannot write it.
@@ -76,17 +77,23 @@ def save(model: Any, folder: Path, spec: ExportSpec, shapes: Mapping[str, tuple[
             FIX,
         )
 
-    def infer(*feeds: Any) -> dict[str, Any]:
-        made: Any = model(list(feeds))
-        made = made if len(results) > 1 else [made]
-        return {name: _arranged(tensor, name, shapes[name]) for name, tensor in zip(results, made, strict=True)}
-
-    wanted = [tensorflow.TensorSpec(t.shape, t.dtype, n) for t, n in zip(model.inputs, names, strict=True)]
     holder = tensorflow.Module()
-    holder.weights = model.variables
+    wanted = [tensorflow.TensorSpec(t.shape, t.dtype, n) for t, n in zip(model.inputs, names, strict=True)]
+    made = [_arranged(t, name, shapes[name]) for name, t in zip(results, model.outputs, strict=True)]
     try:
+        whole = keras.Model(model.inputs, made)
+
+        def infer(*feeds: Any) -> dict[str, Any]:
+            found: Any = whole(list(feeds))
+            return dict(zip(results, found if len(results) > 1 else [found], strict=True))
+
         function = tensorflow.function(infer, input_signature=wanted, autograph=False).get_concrete_function()
-        tensorflow.saved_model.save(holder, str(folder), signatures={SIGNATURE: function})
+        signatures = {SIGNATURE: function}
+        if spec.keras:
+            keras.models.save_model(whole, str(folder), save_format="tf", signatures=signatures, save_traces=False)
+        else:
+            holder.weights = whole.variables
+            tensorflow.saved_model.save(holder, str(folder), signatures=signatures)
     except (tensorflow.errors.OpError, ValueError, TypeError, AssertionError, KeyError) as error:
         what = f"what onnx2tf made of model '{spec.model.name}' does not run"
         raise ExportError(f"{what} ({_told(error)})", FIX) from error

@@ -172,3 +172,16 @@ def test_the_metadata_name_the_layout(workshop: Workshop) -> None:
     assert workshop.judge("twins saved_model fp32", describes_request)[0] is Verdict.PASS
     text = (workshop.good("twins saved_model fp32").path / "metadata.yaml").read_text(encoding="utf-8")
     assert "layout: NHWC" in text
+
+
+def test_keras_gives_the_values_of_pytorch(workshop: Workshop) -> None:
+    """What is judged is the model that Keras loads; without its part of the folder there is none."""
+    cell = "mixed saved_model fp32 keras"
+    for claim in (signature, shapes_match, outputs_match):
+        verdict, because = workshop.judge(cell, claim)
+        assert verdict is Verdict.PASS, f"{claim.__name__}: {because}"
+    metadata = "keras_metadata.pb"
+    verdict, because = workshop.judge(cell, loads, lambda path, _: (path / metadata).unlink())
+    assert verdict is Verdict.FAIL and f"it has no {metadata}" in because, because
+    verdict, because = workshop.judge(cell, loads, lambda path, _: (path / metadata).write_bytes(b"nothing"))
+    assert verdict is Verdict.FAIL and "cannot be loaded by Keras" in because, because
