@@ -145,8 +145,9 @@ class GraphSession(Session):
 
     def _fed(self) -> Iterator[tuple[str, Sequence[Any], str]]:
         """The file's inputs for a request: name, shape, type."""
-        for info, entry in zip(self.inputs, self.spec.model.inputs, strict=True):
-            shape = self.spec.model.shape(entry, self.spec.batch, self.spec.imgsz)
+        sizes = {"batch": self.spec.batch, "height": self.spec.imgsz[0], "width": self.spec.imgsz[1]}
+        for info in self.inputs:
+            shape = [d if isinstance(d, int) else sizes.get(d, 1) for d in info.shape]
             yield self.feeds[info.name], self.layout.feed(np.zeros(shape, bool)).shape, info.dtype
 
     def metadata(self) -> Metadata:
