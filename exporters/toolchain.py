@@ -28,8 +28,8 @@ LOCKS = Path(__file__).parent / "locks"
 class Toolchain:
     """An extra: its name, the distributions that it must have, and the tox environment that brings it.
 
-    `pytorch` is what exportgate itself needs. `npm` is the folder in locks/ of what npm installs beside them, for formats
-    that JavaScript runs.
+    `pytorch` is what exportgate itself needs. `npm` is the folder in locks/ of what npm installs beside them, for
+    formats that JavaScript runs.
     """
 
     name: str
