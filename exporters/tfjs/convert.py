@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from exporters.errors import ExportError, NotSupported
+from exporters.errors import ExportError, NotSupported, ToolchainMissing
 from exporters.layout import LAST
 from exporters.metadata import SIDE_CAR, Metadata
 from exporters.spec import ExportSpec, Precision
@@ -29,16 +29,18 @@ KEYS = "structuredOutputKeys"
 
 def library(name: str) -> Any:
     """A module of tensorflowjs, whose packages import much more than it when they are imported themselves."""
-    for other in UNNEEDED:
-        sys.modules.setdefault(other, ModuleType(other))
-    for package in ("tensorflowjs", "tensorflowjs.converters"):
-        if package not in sys.modules:
-            parent = sys.modules.get(package.rpartition(".")[0])
-            found = importlib.util.find_spec("tensorflowjs")
-            folders = list(found.submodule_search_locations or ()) if found and parent is None else []
+    if "tensorflowjs" not in sys.modules:
+        for other in UNNEEDED:
+            sys.modules.setdefault(other, ModuleType(other))
+        found = importlib.util.find_spec("tensorflowjs")
+        if found is None or not found.submodule_search_locations:
+            raise ToolchainMissing("tensorflowjs is not installed", "run 'exportgate toolchain sync tensorflow'")
+        folder = Path(found.submodule_search_locations[0])
+        for package, place in (("tensorflowjs", folder), ("tensorflowjs.converters", folder / "converters")):
             bare = ModuleType(package)
-            bare.__path__ = folders or [f"{folder}/converters" for folder in getattr(parent, "__path__", ())]
+            bare.__path__ = [str(place)]
             sys.modules[package] = bare
+        sys.modules["tensorflowjs"].__dict__["__version__"] = importlib.import_module("tensorflowjs.version").version
     return importlib.import_module(f"tensorflowjs.{name}")
 
 
@@ -50,7 +52,6 @@ def convert(source: Path, folder: Path, spec: ExportSpec, metadata: Metadata) ->
         NotSupported: FP16 cannot hold a weight.
     """
     converter, metadata = library("converters.tf_saved_model_conversion_v2"), replace(metadata, layout=LAST)
-    sys.modules["tensorflowjs"].__dict__.setdefault("__version__", library("version").version)
     try:
         converter.convert_tf_saved_model(str(source), str(folder), use_structured_outputs_names=True)
     except Exception as error:
