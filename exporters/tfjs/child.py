@@ -85,9 +85,12 @@ class Place:
         try:
             for name in VARIABLES.values():
                 (self.folder / name).mkdir(exist_ok=True)
-            variables = {**os.environ, **{k: str(self.folder / v) for k, v in VARIABLES.items()}}
+            # A path from its folder for what is temporary: sockets lie there, whose paths have 107 letters at most.
+            variables = {**{k: str(self.folder / v) for k, v in VARIABLES.items()}, "TMPDIR": VARIABLES["TMPDIR"]}
             with (self.folder / "log").open("wb") as log:
-                self.process = subprocess.Popen(words, stderr=log, env=variables, cwd=self.folder, **options)
+                self.process = subprocess.Popen(
+                    words, stderr=log, env={**os.environ, **variables}, cwd=self.folder, **options
+                )
         except OSError as error:
             before()
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -107,11 +110,11 @@ class Place:
         return cause + self.last_words()
 
     def last_words(self) -> str:
-        """The last line of its log, in brackets; Chromium complains of each desktop service that a server lacks."""
+        """The last line of its log, in brackets; Chromium complains of each thing that a desktop has, and a server not."""
         lines: list[str] = []
         with suppress(OSError):
             lines = (self.folder / "log").read_text(errors="replace").splitlines()
-        lines = [x.strip() for x in lines if x.strip() and "dbus" not in x]
+        lines = [x.strip() for x in lines if x.strip() and "dbus" not in x and "crashpad" not in x]
         # Node.js writes its version below a traceback, whose line with the error is what is to be told.
         told = next((x for x in reversed(lines) if "Error" in x), lines[-1] if lines else "")
         return f" ({told[:300]})" if told else ""
@@ -131,7 +134,11 @@ class Place:
             with suppress(OSError, ValueError):
                 if pipe:
                     pipe.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for _ in range(20):  # processes of a process that was killed may write until they notice
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if not self.folder.exists():
+                break
+            time.sleep(0.1)
 
 
 def new_folder() -> Path:

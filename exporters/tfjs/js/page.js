@@ -5,9 +5,9 @@ const alive = new EventSource("alive"); // open as long as this page is, which t
 const state = document.getElementById("state");
 
 async function main() {
-  const inference = new Inference(tf, tf.wasm, () => tf.loadGraphModel("model/model.json"), { show });
-  let answer;
-  try {
+  let answer, inference;
+  try { // also of a library that did not load
+    inference = new Inference(tf, tf.wasm, () => tf.loadGraphModel("model/model.json"), { show });
     answer = await inference.start("wasm/", `${navigator.userAgent.match(/Chrom\w*\/[\d.]+/)}`);
     state.textContent = "Waiting for a model …";
   } catch (error) {
