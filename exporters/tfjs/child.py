@@ -110,7 +110,7 @@ class Place:
         return cause + self.last_words()
 
     def last_words(self) -> str:
-        """The last line of its log, in brackets; Chromium complains of each thing that a desktop has, and a server not."""
+        """The last line of its log, in brackets; Chromium complains of what a server lacks."""
         lines: list[str] = []
         with suppress(OSError):
             lines = (self.folder / "log").read_text(errors="replace").splitlines()
