@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from exporters.errors import ExportError, first_line
-from exporters.runtimes.tf_graph import SIGNATURE
+from exporters.runtimes.tf_graph import SIGNATURE, of_saved_model
 from exporters.spec import ExportSpec
 
 onnx: Any = importlib.import_module("onnx")
@@ -79,10 +79,7 @@ def save(model: Any, folder: Path, spec: ExportSpec, shapes: Mapping[str, tuple[
     def infer(*feeds: Any) -> dict[str, Any]:
         made: Any = model(list(feeds))
         made = made if len(results) > 1 else [made]
-        return {
-            name: tensorflow.identity(_arranged(tensor, name, shapes[name]), name)
-            for name, tensor in zip(results, made, strict=True)
-        }
+        return {name: _arranged(tensor, name, shapes[name]) for name, tensor in zip(results, made, strict=True)}
 
     wanted = [tensorflow.TensorSpec(t.shape, t.dtype, n) for t, n in zip(model.inputs, names, strict=True)]
     holder = tensorflow.Module()
@@ -93,6 +90,10 @@ def save(model: Any, folder: Path, spec: ExportSpec, shapes: Mapping[str, tuple[
     except (tensorflow.errors.OpError, ValueError, TypeError, AssertionError, KeyError) as error:
         what = f"what onnx2tf made of model '{spec.model.name}' does not run"
         raise ExportError(f"{what} ({_told(error)})", FIX) from error
+    known = of_saved_model(folder).meta.signature_def[SIGNATURE].inputs
+    lost = next((name for name in names if name not in known), None)
+    if lost is not None:
+        raise ExportError(f"TensorFlow gives input '{lost}' another name", "rename it: letters, digits and _")
     # Nothing reads it, and none is written by TensorFlow before 2.12.
     (folder / "fingerprint.pb").unlink(missing_ok=True)
 

@@ -17,7 +17,7 @@ from exporters.errors import ArtifactError, first_line
 from exporters.layout import Layout
 from exporters.metadata import SIDE_CAR, Metadata, read_yaml
 from exporters.runtimes.rounding import rounding
-from exporters.runtimes.tf_graph import AGAIN, HEAVY, SIGNATURE, TYPES, Graph, of_saved_model, refuse_outside
+from exporters.runtimes.tf_graph import AGAIN, HEAVY, SIGNATURE, TYPES, Graph, natural, of_saved_model, refuse_outside
 from exporters.session import Array, Execution, Feeds, Session
 from exporters.spec import ExportSpec
 
@@ -179,12 +179,7 @@ def _known(own: list[str], names: list[str], *, named: bool) -> dict[str, str]:
     """The file's names by the model's; where they are others' and all are strange, their order tells."""
     if named or set(own) == set(names) or len(own) != len(names):
         return {name: name for name in (*[n for n in names if n in own], *[n for n in own if n not in names])}
-    return dict(zip(names, sorted(own, key=_natural), strict=True))
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """A name with its numbers as such: output_10 comes after output_9."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return dict(zip(names, sorted(own, key=natural), strict=True))
 
 
 def _rounds() -> tuple[float, float]:

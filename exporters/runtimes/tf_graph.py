@@ -4,6 +4,7 @@ and operators that reach outside of a model."""
 from __future__ import annotations
 
 import importlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ HEAVY = {
     *("MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "_FusedConv2D", "_FusedMatMul"),
 }
 INT32 = 3  # of sizes, which a convolution's gradient takes as well
+NO_OUTPUT = ("Const", "NoOp", "Placeholder", "Assert", "PlaceholderWithDefault")
 LONGEST = 1000  # nodes that pass a constant on
 TYPES = {1: "fp32", 2: "fp64", 19: "fp16", 14: "bf16", 4: "int8", 6: "int8", 11: "int8", 12: "int8"}  # of DataType
 # Operators that read or write files, call Python, or other machines: no part of what a network computes.
@@ -158,6 +160,27 @@ def of_saved_model(path: Path) -> Graph:
         raise ArtifactError(f"'{file}' has no signature '{SIGNATURE}' with outputs", AGAIN)
     outputs = tuple(str(o.name) for o in meta.signature_def[SIGNATURE].outputs.values())
     return Graph(file, meta.graph_def, outputs, meta)
+
+
+def of_frozen(path: Path) -> Graph:
+    """A GraphDef; a node that no other one takes anything from is an output, in the order of their numbers.
+
+    Raises:
+        ArtifactError: it has no such node.
+    """
+    definition = parsed(path, "tensorflow.core.framework.graph_pb2.GraphDef", "GraphDef")
+    taken = {_node(i) for n in definition.node for i in n.input if not i.startswith("^")}
+    ends = [str(n.name) for n in definition.node if n.name not in taken and n.op not in NO_OUTPUT]
+    if not ends:
+        raise ArtifactError(
+            f"'{path}' is no frozen graph: none of its {len(definition.node)} nodes is an output", AGAIN
+        )
+    return Graph(path, definition, tuple(sorted(ends, key=natural)))
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A name with its numbers as such: output_10 comes after output_9."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def refuse_outside(graph: Graph) -> None:
