@@ -127,8 +127,10 @@ def until_settled(once: Callable[[int], float], plan: MeasurementPlan) -> tuple[
 
 
 def peak_rss() -> int:
-    """Peak resident memory in bytes of this process, on Linux with those that it started, which a session may compute in
-    (what they share counts in each); 0 where the system does not tell."""
+    """Peak resident memory of this process in bytes (0 where the system does not tell).
+
+    On Linux with those that it started, which a session may compute in; what they share counts in each.
+    """
     # Linux's ru_maxrss begins with what the process had that started this one; VmHWM is of this program alone.
     total, left = 0, ["self"]
     while left:
