@@ -28,7 +28,7 @@ FLAGS = (
     "--disable-background-timer-throttling",
     "--disable-renderer-backgrounding",
     "--disable-backgrounding-occluded-windows",
-    # It calls nobody: no name has an address but that of this machine, and nothing tries.
+    # It calls nobody: no name has an address but that of this machine, and little tries.
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
     "--no-proxy-server",
     "--disable-background-networking",
