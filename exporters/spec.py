@@ -56,7 +56,7 @@ class ExportSpec:
     `conf` on, where they overlap by more than `iou`, and `max_det` detections a picture come out. With `palettize` INT8
     has weights that are indices of tables of 256 values, where a format has the choice; `quantization` is what TFLite's
     INT8 is: weights alone, by which activations are quantized as they come (dynamic), all but inputs and outputs
-    (integer), or those too (full_integer).
+    (integer), or those too (full_integer). With `keras` a SavedModel is one that Keras 2 loads as a model, too.
 
     Two are asked for by our own code alone: `batch_axis`, of the ONNX file that an engine is made from, and `inside`,
     the modules whose outputs an artifact gives as well, in FP32, each as an output of its name behind INSIDE.
@@ -85,6 +85,7 @@ class ExportSpec:
     agnostic_nms: bool = False
     palettize: bool = False
     quantization: str = "dynamic"
+    keras: bool = False
     batch_axis: bool = False
     inside: tuple[str, ...] = ()
     workspace: float = 4.0
@@ -386,7 +387,7 @@ _PARSERS: Mapping[str, Callable[[Any], Any]] = {
         name: partial(parse_switch, name=name)
         for name in (
             *("dynamic", "simplify", "optimize", "verbose", "version_compatible", "refit"),
-            *("nms", "agnostic_nms", "palettize"),
+            *("nms", "agnostic_nms", "palettize", "keras"),
         )
     },
     "workspace": engine.parse_workspace,

@@ -65,6 +65,7 @@ REQUEST: tuple[tuple[str, dict[str, Any]], ...] = (
             "help": "TFLite INT8: dynamic (weights, default), integer, or full_integer (inputs, outputs)",
         },
     ),
+    ("--keras", {"action": "store_true", "default": None, "help": "SavedModel: one that Keras 2 loads as a model"}),
     ("--workspace", {"metavar": "GIB", "help": "TensorRT: memory for the builder's tactics in GiB (default 4)"}),
     (
         "--profiles",

@@ -37,9 +37,11 @@ def export(job: Job) -> Made:
 
 
 def load(artifact: Artifact, spec: ExportSpec, runtime: Runtime, device: str) -> Session:
-    """Opens the folder's signature in TensorFlow."""
-    from exporters.runtimes.tensorflow import SavedModelSession
+    """Opens the folder's signature in TensorFlow, or what Keras loads of it where that was asked for."""
+    from exporters.runtimes.tensorflow import KerasSession, SavedModelSession
 
+    if spec.keras:
+        return KerasSession(artifact.path, spec, named=artifact.has_manifest)
     return SavedModelSession(artifact.path, spec, named=artifact.has_manifest)
 
 
@@ -60,7 +62,7 @@ FORMAT = Format(
     title="TensorFlow SavedModel",
     suffix=FOLDER,
     precisions=(Precision.FP32,),
-    options=frozenset({"batch", "device"}),
+    options=frozenset({"batch", "device", "keras"}),
     toolchain="tensorflow",
     runtimes=(Runtime("tf", "cpu", (Precision.FP32,), BECAUSE, imports=(MODULE,)),),
     steps=steps,

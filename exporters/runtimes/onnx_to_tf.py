@@ -21,6 +21,8 @@ from exporters.spec import ExportSpec
 onnx: Any = importlib.import_module("onnx")
 onnx2tf: Any = importlib.import_module("onnx2tf")  # which says by a variable that TensorFlow's Keras is Keras 2
 tensorflow: Any = importlib.import_module("tensorflow")
+keras: Any = importlib.import_module("tf_keras")
+protobuf: Any = importlib.import_module("google.protobuf.message")
 
 # onnx2tf takes pictures to try its operators on from a file of this name in its working folder, and where there is
 # none from the network. What is in them decides nothing of FP32 but where it transposes, which any noise shows.
@@ -50,6 +52,8 @@ def convert(source: Path, scratch: Path, spec: ExportSpec) -> Any:
                 disable_model_save=True,  # it would make .tflite files as well
                 verbosity="error",
             )
+    except (MemoryError, OSError):
+        raise
     except (Exception, SystemExit) as error:
         # It raises whatever its operators do, and ends the process over what it does not know.
         told = re.sub(r"\x1b\[\d+m", "", said.getvalue())
@@ -63,7 +67,7 @@ def convert(source: Path, scratch: Path, spec: ExportSpec) -> Any:
 
 
 def save(model: Any, folder: Path, spec: ExportSpec, shapes: Mapping[str, tuple[int | str, ...]]) -> None:
-    """Writes a SavedModel whose one signature has the request's names.
+    """Writes a SavedModel whose one signature has the request's names, as one of Keras's where that was asked for.
 
     Raises:
         ExportError: the model has other inputs or outputs, or TensorFlow cannot write it.
@@ -76,19 +80,25 @@ def save(model: Any, folder: Path, spec: ExportSpec, shapes: Mapping[str, tuple[
             FIX,
         )
 
-    def infer(*feeds: Any) -> dict[str, Any]:
-        made: Any = model(list(feeds))
-        made = made if len(results) > 1 else [made]
-        return {name: _arranged(tensor, name, shapes[name]) for name, tensor in zip(results, made, strict=True)}
-
-    wanted = [tensorflow.TensorSpec(t.shape, t.dtype, n) for t, n in zip(model.inputs, names, strict=True)]
     holder = tensorflow.Module()
-    holder.weights = model.variables
+    wanted = [tensorflow.TensorSpec(t.shape, t.dtype, n) for t, n in zip(model.inputs, names, strict=True)]
+    made = [_arranged(t, name, shapes[name]) for name, t in zip(results, model.outputs, strict=True)]
     try:
+        whole = keras.Model(model.inputs, made)
+
+        def infer(*feeds: Any) -> dict[str, Any]:
+            found: Any = whole(list(feeds))
+            return dict(zip(results, found if len(results) > 1 else [found], strict=True))
+
         function = tensorflow.function(infer, input_signature=wanted, autograph=False).get_concrete_function()
-        tensorflow.saved_model.save(holder, str(folder), signatures={SIGNATURE: function})
-    except (tensorflow.errors.OpError, ValueError, TypeError, AssertionError, KeyError) as error:
-        what = f"what onnx2tf made of model '{spec.model.name}' does not run"
+        signatures = {SIGNATURE: function}
+        if spec.keras:
+            keras.models.save_model(whole, str(folder), save_format="tf", signatures=signatures, save_traces=False)
+        else:
+            holder.weights = whole.variables
+            tensorflow.saved_model.save(holder, str(folder), signatures=signatures)
+    except (tensorflow.errors.OpError, protobuf.EncodeError, ValueError, TypeError, AssertionError, KeyError) as error:
+        what = f"what onnx2tf made of model '{spec.model.name}' cannot be saved"
         raise ExportError(f"{what} ({_told(error)})", FIX) from error
     known = of_saved_model(folder).meta.signature_def[SIGNATURE].inputs
     lost = next((name for name in names if name not in known), None)
@@ -113,13 +123,12 @@ def _arranged(tensor: Any, name: str, shape: tuple[int | str, ...]) -> Any:
     Raises:
         ExportError: neither order gives the shape that the output has in the ONNX file.
     """
-    rank = len(shape)
-    last = (0, *range(2, rank), 1) if rank > 2 else tuple(range(rank))
-    want = tuple(shape[n] for n in last) if rank == 4 else shape
-    got = tuple(tensor.shape)
-    for order in (tuple(range(rank)), last, tuple(int(n) for n in np.argsort(last))):
+    rank, got = len(shape), tuple(tensor.shape)
+    as_is, last = tuple(range(rank)), (0, *range(2, rank), 1)
+    want, other = (tuple(shape[n] for n in last), last) if rank == 4 else (shape, tuple(np.argsort(last).tolist()))
+    for order in (as_is, other)[: 2 if rank > 2 else 1]:
         if len(got) == rank and _fits(tuple(got[n] for n in order), want):
-            return tensor if order == tuple(range(rank)) else tensorflow.transpose(tensor, order)
+            return tensor if order == as_is else tensorflow.transpose(tensor, order)
     raise ExportError(f"onnx2tf gives output '{name}' the shape {list(got)}, and ONNX has {list(shape)}", FIX)
 
 

@@ -1,4 +1,4 @@
-"""TensorFlow on a CPU: a SavedModel's signature, called as a concrete function."""
+"""TensorFlow on a CPU: a SavedModel's signature, or what Keras loads of it, called as a concrete function."""
 
 from __future__ import annotations
 
@@ -17,7 +17,17 @@ from exporters.errors import ArtifactError, first_line
 from exporters.layout import Layout
 from exporters.metadata import SIDE_CAR, Metadata, read_yaml
 from exporters.runtimes.rounding import rounding
-from exporters.runtimes.tf_graph import AGAIN, HEAVY, SIGNATURE, TYPES, Graph, natural, of_saved_model, refuse_outside
+from exporters.runtimes.tf_graph import (
+    AGAIN,
+    HEAVY,
+    KERAS,
+    SIGNATURE,
+    TYPES,
+    Graph,
+    natural,
+    of_saved_model,
+    refuse_outside,
+)
 from exporters.session import Array, Execution, Feeds, Session
 from exporters.spec import ExportSpec
 
@@ -85,7 +95,7 @@ class GraphSession(Session):
             sizes = self.layout.shape(_sizes(tensors[own]))
             known = axes.get(name, {})
             shape = tuple(d if isinstance(d, int) else str(known.get(n, f"axis{n}")) for n, d in enumerate(sizes))
-            yield TensorInfo(name, shape, str(tensors[own].dtype.as_numpy_dtype.__name__))
+            yield TensorInfo(name, shape, str(library.as_dtype(tensors[own].dtype).name))
 
     def _run(self, feeds: Feeds) -> dict[str, Array]:
         made = self._made({own: self.layout.feed(feeds[name]) for name, own in self.feeds.items()})
@@ -135,8 +145,9 @@ class GraphSession(Session):
 
     def _fed(self) -> Iterator[tuple[str, Sequence[Any], str]]:
         """The file's inputs for a request: name, shape, type."""
-        for info, entry in zip(self.inputs, self.spec.model.inputs, strict=True):
-            shape = self.spec.model.shape(entry, self.spec.batch, self.spec.imgsz)
+        sizes = {"batch": self.spec.batch, "height": self.spec.imgsz[0], "width": self.spec.imgsz[1]}
+        for info in self.inputs:
+            shape = [d if isinstance(d, int) else sizes.get(d, 1) for d in info.shape]
             yield self.feeds[info.name], self.layout.feed(np.zeros(shape, bool)).shape, info.dtype
 
     def metadata(self) -> Metadata:
@@ -163,6 +174,35 @@ class SavedModelSession(GraphSession):
     def close(self) -> None:
         super().close()
         del self.model
+
+
+class KerasSession(GraphSession):
+    """What Keras 2 loads of a SavedModel's folder; its tensors have an order, and names of layers."""
+
+    def __init__(self, path: Path, spec: ExportSpec, *, named: bool) -> None:
+        graph = of_saved_model(path)
+        refuse_outside(graph)
+        if not (path / KERAS).is_file():  # TensorFlow alone would load it all the same
+            raise ArtifactError(f"'{path}' is no model of Keras: it has no {KERAS}", "export it again with --keras")
+        keras: Any = importlib.import_module("tf_keras")
+        try:
+            model = keras.models.load_model(str(path), compile=False)
+            given = {i.name: t for i, t in zip(spec.model.inputs, model.inputs, strict=True)}
+            made = {o.name: t for o, t in zip(spec.model.outputs, model.outputs, strict=True)}
+            wanted = [library.TensorSpec(t.shape, t.dtype, name) for name, t in given.items()]
+
+            def infer(*feeds: Any) -> dict[str, Any]:
+                found: Any = model(list(feeds))
+                return dict(zip(made, found if len(made) > 1 else [found], strict=True))
+
+            function = library.function(infer, input_signature=wanted, autograph=False).get_concrete_function()
+        except WRONG as error:
+            raise ArtifactError(f"'{path}' cannot be loaded by Keras ({told(error)})", AGAIN) from None
+
+        def call(**arrays: Any) -> Mapping[str, Any]:
+            return function(*(arrays[name] for name in given))
+
+        super().__init__(graph, call, (given, made), path / SIDE_CAR, spec, named=named)
 
 
 def told(error: BaseException) -> str:

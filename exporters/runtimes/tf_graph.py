@@ -15,6 +15,7 @@ from exporters.artifact import Achieved, main_precision
 from exporters.errors import ArtifactError, first_line
 
 SIGNATURE, TAG, MODEL = "serving_default", "serve", "saved_model.pb"
+KERAS = "keras_metadata.pb"  # in the folder of one that Keras 2 loads
 AGAIN = "export it again"
 LARGEST = (1 << 31) - 1  # bytes of a protobuf message
 HEAVY = {

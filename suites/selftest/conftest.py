@@ -325,7 +325,7 @@ class Workshop:
         options: dict[str, Any] = {"imgsz": 320} if model.name == self.models["obstacles"].name else {}
         options |= {"dynamic": True} if "dynamic" in words else {}
         options |= {"batch": 2} if "pair" in words else {}
-        options |= {name: True for name in ("nms", "palettize") if name in words}
+        options |= {name: True for name in ("nms", "palettize", "keras") if name in words}
         options |= {"keep": "box"} if "kept" in words and "int8" in words else {}  # a module of blobs
         options |= (
             {"quantization": next((q for q in QUANTIZATIONS if q in words), "dynamic")} if "int8" in words else {}

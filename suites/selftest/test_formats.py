@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from exporters import formats
 from exporters.artifact import Artifact, foreign
+from exporters.metadata import SIDE_CAR
 from exporters.models.spec import ModelSpec
 from exporters.spec import CALIBRATED, ExportSpec, Precision, request
 from suites.accuracy import test_accuracy as accuracy
@@ -178,6 +179,8 @@ def test_what_an_exporter_made_instead_is_caught(workshop: Workshop, tmp_path: P
     def damage(path: Path, workshop: Workshop) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         shutil.copytree(other.path, path) if other.path.is_dir() else shutil.copy2(other.path, path)
+        if (beside := other.path.with_name(SIDE_CAR)).is_file():
+            shutil.copy2(beside, path.with_name(SIDE_CAR))
 
     whole = name != "its manifest's file is another"
     for claim in claims:

@@ -131,6 +131,7 @@ def _options(spec: ExportSpec) -> list[str]:
     words += ["agnostic"] if spec.agnostic_nms else []
     words += ["pal"] if spec.palettize else []
     words += [spec.quantization.replace("_", "")] if "quantization" in spec.changed() else []
+    words += ["keras"] if spec.keras else []
     words += [f"ws{spec.workspace:g}"] if "workspace" in spec.changed() else []
     words += ["-".join("x".join(map(str, shape)) for shape in profile) for profile in spec.profiles]
     words += [f"level{spec.builder_level}"] if "builder_level" in spec.changed() else []
