@@ -127,12 +127,21 @@ def until_settled(once: Callable[[int], float], plan: MeasurementPlan) -> tuple[
 
 
 def peak_rss() -> int:
-    """Peak resident memory of this process in bytes (0 where the system does not tell)."""
+    """Peak resident memory of this process in bytes (0 where the system does not tell).
+
+    On Linux with those that it started, which a session may compute in; what they share counts in each.
+    """
     # Linux's ru_maxrss begins with what the process had that started this one; VmHWM is of this program alone.
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    total, left = 0, ["self"]
+    while left:
+        place = Path("/proc") / left.pop()
+        with suppress(OSError):
+            lines = (place / "status").read_text(encoding="utf-8", errors="replace").splitlines()
+            total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+            for thread in (place / "task").iterdir():
+                left += (thread / "children").read_text(encoding="ascii").split()
+    if total:
+        return total
     try:
         import resource
     except ImportError:  # Windows

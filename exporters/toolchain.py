@@ -28,12 +28,14 @@ LOCKS = Path(__file__).parent / "locks"
 class Toolchain:
     """An extra: its name, the distributions that it must have, and the tox environment that brings it.
 
-    `pytorch` is what exportgate itself needs.
+    `pytorch` is what exportgate itself needs. `npm` is the folder in locks/ of what npm installs beside them, for
+    formats that JavaScript runs.
     """
 
     name: str
     packages: tuple[str, ...]
     tox: str = "formats"
+    npm: str = ""
 
     @property
     def lock(self) -> Path:
@@ -61,6 +63,7 @@ TOOLCHAINS: Mapping[str, Toolchain] = {
                 *("tensorflow-cpu", "onnx2tf", "onnx", "tensorflowjs", "tf-keras", "ai-edge-litert", "psutil"),
                 *("sng4onnx", "onnx-graphsurgeon"),
             ),
+            npm="tfjs",
         ),
         Toolchain("paddle", ("paddlepaddle", "x2paddle", "six", "requests", "torch")),
         Toolchain("rtx", ("onnx", "onnxruntime", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs"), "rtx"),
@@ -198,11 +201,16 @@ def _versions_of(python: Path, packages: list[str]) -> dict[str, str]:
         return {}  # an environment that does not run has no packages
 
 
-def sync(name: str) -> Path:
-    """Makes (or repairs) a toolchain's environment with uv from its lock; returns its interpreter. Needs a network.
+def sync(name: str, tell: Callable[[str], None] = lambda line: None) -> Path:
+    """Makes (or repairs) a toolchain's environment from its lock, with uv and, for JavaScript, npm. Needs a network.
+
+    Where npm is not on the PATH it tells so, and the Python part stands.
+
+    Returns:
+        The environment's interpreter.
 
     Raises:
-        ExportgateError: uv is missing or failed (the message has its last line), or the cache is full.
+        ExportgateError: uv is missing, or it or npm failed (the message has its last line), or the cache is full.
     """
     toolchain = known(name)
     uv = shutil.which("uv") or _uv_beside_python()
@@ -226,6 +234,8 @@ def sync(name: str) -> Path:
                     f"toolchain {name} for Python {version}: uv failed: {line}",
                     f"what it installs is in {toolchain.lock}",
                 )
+        if toolchain.npm:
+            _install_packages(LOCKS / toolchain.npm, temporary, tell)
         if folder.exists():
             folder.replace(aside)
         temporary.replace(folder)
@@ -242,6 +252,24 @@ def sync(name: str) -> Path:
         shutil.rmtree(aside, ignore_errors=True)
     resolve.cache_clear()
     return environment_python(name)
+
+
+def _install_packages(lock: Path, folder: Path, tell: Callable[[str], None]) -> None:
+    """Installs what a package-lock.json says into `folder`/node_modules; no script of a package is run."""
+    npm = shutil.which("npm")
+    if npm is None:
+        tell(
+            f"npm is not on the PATH, so what runs {lock.name} is left out: apt-get install nodejs npm, and sync again"
+        )
+        return
+    for name in ("package.json", "package-lock.json"):
+        shutil.copy(lock / name, folder / name)
+    words = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=folder)
+    if done.returncode:
+        lines = [x for x in map(str.strip, done.stderr.splitlines()) if x] or ["no output"]
+        told = next((x for x in lines if x.startswith(("npm error", "npm ERR!"))), lines[-1])
+        raise ExportgateError(f"npm failed: {told}", f"what it installs is in {lock / 'package-lock.json'}")
 
 
 def _uv_beside_python() -> str | None:

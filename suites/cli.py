@@ -371,7 +371,7 @@ def _toolchain(options: argparse.Namespace, further: list[str]) -> int:
     if options.action == "sync":
         toolchain.known(options.name)
         print(f"making toolchain {options.name} with uv ...", file=sys.stderr, flush=True)
-        print(toolchain.sync(options.name))
+        print(toolchain.sync(options.name, lambda line: print(line, file=sys.stderr, flush=True)))
         return 0
     width = shutil.get_terminal_size((120, 20)).columns
     for name in toolchain.TOOLCHAINS:

@@ -20,6 +20,10 @@ from exporters.spec import ExportSpec, Precision, near
 from exporters.weights import Weight
 
 
+def nothing_needed() -> None:
+    """A format or runtime that needs nothing but the packages of its toolchain."""
+
+
 @dataclass(frozen=True)
 class Runtime:
     """What executes a format: id ("ort"), device ("cpu" or "cuda"), and the modules that its worker imports first.
@@ -30,7 +34,8 @@ class Runtime:
     on another machine (`runs_elsewhere`), SKIPPED: that machine's run can stand in for it. One that `builds` an engine
     when it opens a file takes minutes over it the first time. Where it `sums_in_fp16`, FP16 kernels may also round what
     they have summed up so far. `untold` is why it may not tell what it executes of some models, `untimed`
-    why its latency is not that of what executes the format where it is deployed, so that it is not measured.
+    why its latency is not that of what executes the format where it is deployed, so that it is not measured. `needs`
+    raises ToolchainMissing where something is not here that it alone needs, beside its toolchain's packages.
     """
 
     id: str
@@ -44,11 +49,13 @@ class Runtime:
     sums_in_fp16: bool = False
     untold: str = ""
     untimed: str = ""
+    needs: Callable[[], object] = nothing_needed
 
     def check_runs(self) -> None:
         """Raises NotSupported or ToolchainMissing where nothing here runs the format's files."""
         if not self.runs:
             raise ToolchainMissing(self.because) if self.runs_elsewhere else NotSupported(self.because)
+        self.needs()
 
 
 @dataclass(frozen=True)
@@ -110,10 +117,6 @@ def fp32_trace(spec: ExportSpec) -> tuple[ExportSpec, ...]:
 def nothing_further(spec: ExportSpec) -> Mapping[str, str]:
     """A format whose artifact depends on nothing but what every format's depends on."""
     return {}
-
-
-def nothing_needed() -> None:
-    """A format that needs nothing but the packages of its toolchain."""
 
 
 def nothing_left_out(spec: ExportSpec) -> tuple[str, ...]:

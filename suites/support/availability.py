@@ -31,7 +31,7 @@ def cells() -> list[Cell]:
     for entry in formats.registry().values():
         for precision in known:
             for runtime in entry.runtimes:
-                missing = what_is_missing(entry, runtime.device)
+                missing = what_is_missing(entry, runtime.device, runtime)
                 if precision not in entry.precisions:
                     state, because = "not supported", entry.gone.get(precision, f"{entry.title} has no such form")
                 elif missing:

@@ -318,11 +318,14 @@ def missing_gpu(device: str) -> str:
     return f"there is no NVIDIA GPU {number} here, or no driver for it (nvidia-smi shows what there is)"
 
 
-def what_is_missing(entry: formats.Format, device: str) -> str:
-    """What a format's toolchain lacks here, or ""."""
+def what_is_missing(entry: formats.Format, device: str, runtime: Runtime | None = None) -> str:
+    """What a format's toolchain lacks here, or the runtime (default: its first on this device), or ""."""
     try:
         toolchain.resolve(entry.chain(device))
         entry.needs()
+        runtime = runtime or next((r for r in entry.runtimes if r.device == device.partition(":")[0]), None)
+        if runtime is not None:
+            runtime.needs()
     except ToolchainMissing as error:
         return str(error)
     return ""

@@ -1,0 +1,1 @@
+"""TensorFlow.js: its converter, its files, and the processes that run them."""
