@@ -182,5 +182,9 @@ def test_keras_gives_the_values_of_pytorch(workshop: Workshop) -> None:
     metadata = "keras_metadata.pb"
     verdict, because = workshop.judge(cell, loads, lambda path, _: (path / metadata).unlink())
     assert verdict is Verdict.FAIL and f"it has no {metadata}" in because, because
-    verdict, because = workshop.judge(cell, loads, lambda path, _: (path / metadata).write_bytes(b"nothing"))
+
+    def emptied(path: Path, _: Workshop) -> None:
+        (path / metadata).write_bytes(b"nothing")
+
+    verdict, because = workshop.judge(cell, loads, emptied)
     assert verdict is Verdict.FAIL and "cannot be loaded by Keras" in because, because
