@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,32 +14,49 @@ from exporters import toolchain
 from exporters.artifact import Artifact, digest
 from exporters.cache import writing
 from exporters.errors import BadRequest
+from exporters.metadata import SIDE_CAR
+
+NOTHING = hashlib.sha256(b"").hexdigest()  # content of a folder that holds no file but guests
 
 
 def place(artifact: Artifact, folder: Path, overwrite: bool = False) -> Path:
-    """Copies the primary file or folder into `folder`, atomically; returns where it lies.
+    """Copies the primary file or folder into `folder`, atomically, with the side-car of a file that holds no metadata;
+    returns where it lies. What exportgate put into a folder by itself, as a .tflite file into a SavedModel's, stays.
 
     Raises:
         BadRequest: the folder cannot be written, or a file of that name is there that exportgate did not make.
     """
     target = folder / artifact.primary  # a .tflite file lies in a folder of its checkpoint's name
+    beside = artifact.path.with_name(SIDE_CAR)
+    both = {artifact.path: target} | ({beside: target.with_name(SIDE_CAR)} if beside.is_file() else {})
+    for path in () if overwrite else both.values():
+        if path.exists() and not _is_ours(path):
+            raise BadRequest(
+                f"'{path}' exists and was not made by exportgate",
+                "add --overwrite, or name another folder with --output",
+            )
+    for source, path in both.items():
+        _copy(source, path)
+    return target
+
+
+def _copy(source: Path, target: Path) -> None:
     unique = uuid.uuid4().hex[:8]
     temporary, aside = target.with_name(f".{target.name}.{unique}"), target.with_name(f".{target.name}.{unique}.old")
     try:
-        if target.exists() and not overwrite and not _is_ours(target):
-            raise BadRequest(
-                f"'{target}' exists and was not made by exportgate",
-                "add --overwrite, or name another folder with --output",
-            )
         target.parent.mkdir(parents=True, exist_ok=True)
-        if artifact.path.is_dir():
-            shutil.copytree(artifact.path, temporary)
-            if (
-                target.exists()
-            ):  # a folder cannot be replaced by a rename, so that the old one moves out of the way whole
-                target.replace(aside)
+        if source.is_dir():
+            shutil.copytree(source, temporary)
+            content = _content(temporary)
+            for guest in _guests(target):
+                if not (kept := temporary / guest.relative_to(target)).exists():
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(guest, kept)
+            if target.exists():
+                target.replace(aside)  # a folder cannot be replaced by a rename: the old one moves out of the way whole
         else:
-            shutil.copyfile(artifact.path, temporary)
+            shutil.copyfile(source, temporary)
+            content = _content(temporary)
         temporary.replace(target)
     except OSError as error:
         raise BadRequest(
@@ -51,9 +69,7 @@ def place(artifact: Artifact, folder: Path, overwrite: bool = False) -> Path:
                 aside.replace(target)
         _remove(temporary)
         _remove(aside)
-    told = next((f.sha256 for f in artifact.files if f.path == artifact.primary), "")  # of a file; none of a folder
-    _remember(target, told or _content(target))
-    return target
+    _remember(target, content)
 
 
 def _remove(path: Path) -> None:
@@ -73,9 +89,13 @@ def _remember(target: Path, content: str) -> None:
 
 
 def _is_ours(target: Path) -> bool:
-    """Whether the file is, unchanged, what exportgate put there before."""
+    """Whether the file or folder is, unchanged, what exportgate put there before, file by file or whole."""
+    guests = _guests(target)
     try:
-        return json.loads(_mark(target).read_text(encoding="utf-8"))["content"] == _content(target)
+        content = _content(target, guests)
+        if guests and content == NOTHING:
+            return True
+        return json.loads(_mark(target).read_text(encoding="utf-8"))["content"] == content
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -85,9 +105,15 @@ def _mark(target: Path) -> Path:
     return toolchain.cache_root() / "placed" / hashlib.sha256(str(target.resolve()).encode()).hexdigest()[:32]
 
 
-def _content(target: Path) -> str:
-    """Digest of a file, or of a folder's files."""
+def _guests(folder: Path) -> list[Path]:
+    """Files in a folder that exportgate put there by themselves."""
+    return [p for p in folder.rglob("*") if p.is_file() and _is_ours(p)] if folder.is_dir() else []
+
+
+def _content(target: Path, guests: Sequence[Path] = ()) -> str:
+    """Digest of a file, or of a folder's files but for the guests."""
     if target.is_file():
         return digest(target)
-    lines = [f"{p.relative_to(target).as_posix()} {digest(p)}" for p in sorted(target.rglob("*")) if p.is_file()]
+    files = [p for p in sorted(target.rglob("*")) if p.is_file() and p not in guests]
+    lines = [f"{p.relative_to(target).as_posix()} {digest(p)}" for p in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

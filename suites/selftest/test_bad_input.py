@@ -9,15 +9,18 @@ import shlex
 import subprocess
 import sys
 import zipfile
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from exporters.artifact import Artifact
 from exporters.cuda.nvml import gpu_facts
 from exporters.errors import BadRequest
 from exporters.models.checkpoint import read_checkpoint
+from exporters.placement import place
 from reports.events import Measurement
 from suites.selftest import sabotage_runs
 from suites.selftest.conftest import ROOT, command_line
@@ -477,3 +480,46 @@ def test_the_matrix_of_gpu_runners_is_never_green_without_a_gpu(tmp_path: Path) 
     assert re.search(r"skipped \d+ claims: there is no NVIDIA GPU", done.stdout), done.stdout[-800:]
     if not find_spec("pycuda"):
         assert re.search(r"no NVIDIA GPU.*; .*pycuda", done.stdout), done.stdout[-800:]
+
+
+# ---- where artifacts are placed --------------------------------------------------------------------------------------
+
+
+def _made(root: Path, files: Mapping[str, str], primary: str) -> Artifact:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return Artifact(root, "", "", primary, {})
+
+
+def test_files_that_share_a_folder_keep_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A SavedModel and TensorFlow Lite files of one checkpoint, in whatever order they come, and again."""
+    monkeypatch.setenv("EXPORTGATE_CACHE", str(tmp_path / "cache"))
+    folder = _made(tmp_path / "1", {"a_saved_model/saved_model.pb": "graph"}, "a_saved_model")
+    lite = _made(tmp_path / "2", {"a_saved_model/a_float32.tflite": "lite"}, "a_saved_model/a_float32.tflite")
+    for number, order in enumerate([(folder, lite), (lite, folder), (folder, lite, folder), (lite, lite, folder)]):
+        for artifact in order:
+            place(artifact, tmp_path / f"out{number}")
+        found = {p.name for p in (tmp_path / f"out{number}" / "a_saved_model").iterdir()}
+        assert found == {"saved_model.pb", "a_float32.tflite"}, order
+
+
+def test_a_file_of_somebody_else_in_the_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXPORTGATE_CACHE", str(tmp_path / "cache"))
+    folder = _made(tmp_path / "1", {"a_saved_model/saved_model.pb": "graph"}, "a_saved_model")
+    for name in ("a_saved_model/theirs.txt", "a_saved_model/saved_model.pb"):
+        place(folder, tmp_path / "out", overwrite=True)
+        (tmp_path / "out" / name).write_text("theirs")
+        with pytest.raises(BadRequest, match="not made by exportgate"):
+            place(folder, tmp_path / "out")
+        assert (tmp_path / "out" / name).read_text() == "theirs"
+
+
+def test_the_side_car_of_a_file_is_placed_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXPORTGATE_CACHE", str(tmp_path / "cache"))
+    graph = _made(tmp_path / "1", {"a.pb": "graph", "metadata.yaml": "names: []"}, "a.pb")
+    place(graph, tmp_path / "out")
+    assert (tmp_path / "out" / "metadata.yaml").read_text() == "names: []"
+    (tmp_path / "out" / "metadata.yaml").write_text("theirs")
+    with pytest.raises(BadRequest, match=r"metadata\.yaml' exists and was not made by exportgate"):
+        place(graph, tmp_path / "out")
