@@ -6,8 +6,8 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from exporters import toolchain
@@ -30,7 +30,9 @@ def place(artifact: Artifact, folder: Path, overwrite: bool = False) -> Path:
     beside = artifact.path.with_name(SIDE_CAR)
     both = {artifact.path: target} | ({beside: target.with_name(SIDE_CAR)} if beside.is_file() else {})
     for path in () if overwrite else both.values():
-        if path.exists() and not _is_ours(path):
+        with _writing(path):
+            theirs = path.exists() and not _is_ours(path)
+        if theirs:
             raise BadRequest(
                 f"'{path}' exists and was not made by exportgate",
                 "add --overwrite, or name another folder with --output",
@@ -40,29 +42,37 @@ def place(artifact: Artifact, folder: Path, overwrite: bool = False) -> Path:
     return target
 
 
-def _copy(source: Path, target: Path) -> None:
-    unique = uuid.uuid4().hex[:8]
-    temporary, aside = target.with_name(f".{target.name}.{unique}"), target.with_name(f".{target.name}.{unique}.old")
+@contextmanager
+def _writing(target: Path) -> Generator[None]:
+    """Raises BadRequest with the target instead of the system's error."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, temporary)
-            content = _content(temporary)
-            for guest in _guests(target):
-                if not (kept := temporary / guest.relative_to(target)).exists():
-                    kept.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copy2(guest, kept)
-            if target.exists():
-                target.replace(aside)  # a folder cannot be replaced by a rename: the old one moves out of the way whole
-        else:
-            shutil.copyfile(source, temporary)
-            content = _content(temporary)
-        temporary.replace(target)
+        yield
     except OSError as error:
         raise BadRequest(
             f"'{target}' cannot be written ({error.strerror or error})",
             "name another folder with --output, or make room",
         ) from None
+
+
+def _copy(source: Path, target: Path) -> None:
+    unique = uuid.uuid4().hex[:8]
+    temporary, aside = target.with_name(f".{target.name}.{unique}"), target.with_name(f".{target.name}.{unique}.old")
+    try:
+        with _writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.is_dir():
+                shutil.copytree(source, temporary)
+                content = _content(temporary)
+                for guest in _guests(target):
+                    if not (kept := temporary / guest.relative_to(target)).exists():
+                        kept.parent.mkdir(parents=True, exist_ok=True)
+                        shutil.copy2(guest, kept)
+                if target.exists():
+                    target.replace(aside)  # a folder cannot be replaced by a rename: the old one moves away whole
+            else:
+                shutil.copyfile(source, temporary)
+                content = _content(temporary)
+            temporary.replace(target)
     finally:
         with suppress(OSError):
             if aside.exists() and not target.exists():

@@ -31,7 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         packages = next((place / name).glob("lib/python*/site-packages"))
         (packages / "those_of_the_tests.pth").write_text(here, encoding="utf-8")
         if name == "slower":
-            (packages / "sitecustomize.py").write_text(RUNTIME.format(body=SLOWER), encoding="utf-8")
+            # Not as sitecustomize: Debian's Python has one of its own, which comes first.
+            (packages / "slower_runtime.py").write_text(RUNTIME.format(body=SLOWER), encoding="utf-8")
+            (packages / "slower_runtime.pth").write_text("import slower_runtime", encoding="utf-8")
     (place / "link").symlink_to("old")
     return place
 
