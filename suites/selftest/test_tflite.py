@@ -24,6 +24,7 @@ from exporters.models.spec import ChannelGroup, OutputSpec
 from exporters.placement import place
 from exporters.runtimes import tflite_file
 from exporters.spec import request
+from suites.accuracy.test_calibration import test_calibration_fits_the_pictures as calibration_fits
 from suites.conformance.test_outputs import test_outputs_match_reference as outputs_match
 from suites.conformance.test_precision import test_executed_precision_is_the_requested as executed_precision
 from suites.conformance.test_shapes import test_input_signature_is_the_requested as input_signature
@@ -86,6 +87,11 @@ def _with_metadata(change: Callable[[dict[str, object]], object]) -> Callable[[P
         _appended(path, path.with_name("other"), metadata_json=json.dumps(values)).replace(path)
 
     return damage
+
+
+def test_weights_alone_have_no_ranges_to_fit(workshop: Workshop) -> None:
+    verdict, because = workshop.judge("classify tflite int8", calibration_fits)
+    assert verdict is Verdict.NOT_SUPPORTED and "no ranges of activations" in because, because
 
 
 def test_what_places_were_divided_by_is_in_the_metadata(workshop: Workshop) -> None:
