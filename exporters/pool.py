@@ -146,9 +146,9 @@ class RemoteSession:
         """Outputs of the reference with known damage (sessions of the pytorch format only)."""
         return self._arrays("damaged", feeds, damage=dict(damage))
 
-    def run_rounded(self, feeds: Feeds, bits: int, seed: int, sums: bool) -> dict[str, Array]:
+    def run_rounded(self, feeds: Feeds, bits: int, seed: int, terms: int) -> dict[str, Array]:
         """Outputs of the reference in rounded arithmetic (sessions of the pytorch format only)."""
-        return self._arrays("rounded", feeds, bits=bits, seed=seed, sums=sums)
+        return self._arrays("rounded", feeds, bits=bits, seed=seed, terms=terms)
 
     def modules(self) -> dict[str, str]:
         """Modules of the network whose outputs can be seen inside, in their order, with the node that makes each."""

@@ -219,7 +219,7 @@ class Server:
 
         session = self.sessions[call["session"]]
         assert isinstance(session, Reference)
-        made = session.run_rounded(load(call["feeds"]), call["bits"], call["seed"], call["sums"])
+        made = session.run_rounded(load(call["feeds"]), call["bits"], call["seed"], call["terms"])
         return save(made, Path(call["folder"]))
 
     def inside(self, call: Json) -> Json:

@@ -19,6 +19,8 @@ from exporters.session import Session
 from exporters.spec import ExportSpec, Precision, near
 from exporters.weights import Weight
 
+TENSOR_CORE_TERMS = 16  # products that a tensor core's instruction sums up before it rounds (m16n8k16, since Ampere)
+
 
 def nothing_needed() -> None:
     """A format or runtime that needs nothing but the packages of its toolchain."""
@@ -32,10 +34,11 @@ class Runtime:
     claim about executed precision is NOT_SUPPORTED, with `because`. Where it `runs` nothing at all, artifacts are made
     for elsewhere, and every claim that needs a session is NOT_SUPPORTED with `because`, or, where exportgate runs them
     on another machine (`runs_elsewhere`), SKIPPED: that machine's run can stand in for it. One that `builds` an engine
-    when it opens a file takes minutes over it the first time. Where it `sums_in_fp16`, FP16 kernels may also round what
-    they have summed up so far. `untold` is why it may not tell what it executes of some models, `untimed`
-    why its latency is not that of what executes the format where it is deployed, so that it is not measured. `needs`
-    raises ToolchainMissing where something is not here that it alone needs, beside its toolchain's packages.
+    when it opens a file takes minutes over it the first time. Its FP16 kernels may round what they have summed up so
+    far after every `fp16_terms` products; 0 where they sum up in FP32. `untold` is why it may not tell what it executes
+    of some models, `untimed` why its latency is not that of what executes the format where it is deployed, so that it
+    is not measured. `needs` raises ToolchainMissing where something is not here that it alone needs, beside its
+    toolchain's packages.
     """
 
     id: str
@@ -46,7 +49,7 @@ class Runtime:
     runs: bool = True
     runs_elsewhere: bool = False
     builds: bool = False
-    sums_in_fp16: bool = False
+    fp16_terms: int = 0
     untold: str = ""
     untimed: str = ""
     needs: Callable[[], object] = nothing_needed

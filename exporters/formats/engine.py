@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from exporters.artifact import Achieved, Artifact
 from exporters.errors import BadRequest
-from exporters.formats import Format, Job, Made, Runtime, Step, no_nms
+from exporters.formats import TENSOR_CORE_TERMS, Format, Job, Made, Runtime, Step, no_nms
 from exporters.session import Session
 from exporters.spec import NMS, ExportSpec, Precision
 from exporters.tensorrt.header import read_engine, read_metadata, write_engine
@@ -316,7 +316,7 @@ FORMAT = Format(
     runtimes=(
         # Its kernels have an accumulator of their own type (`xmma_..._f16f16_f16f16_f16` or `..._f16f16_f16f32_f32`;
         # github.com/NVIDIA/TensorRT/issues/1237 and 2942), and the faster one is taken.
-        Runtime("trt", "cuda", tuple(Precision), sums_in_fp16=True),
+        Runtime("trt", "cuda", tuple(Precision), fp16_terms=TENSOR_CORE_TERMS),
         Runtime(
             "rtx",
             "cpu",

@@ -250,8 +250,9 @@ FORMAT = Format(
             (Precision.FP32, Precision.FP16, Precision.INT8),
             imports=(MODULE,),
             # XNNPACK's FP16 kernels sum up in FP16 on Arm and where x86 has instructions for it (2048 + 2048 x 0.5 is
-            # 2048, seen on a Xeon with AVX512-FP16), and in FP32 on other x86 (3072, seen on an EPYC without).
-            sums_in_fp16=platform.machine().lower() in ("aarch64", "arm64") or "avx512fp16" in of_this_cpu(),
+            # 2048, seen on a Xeon with AVX512-FP16), and in FP32 on other x86 (3072, seen on an EPYC without). Either
+            # way by fused multiply-adds (FMLA, VFMADD231PH), whose definition is to round after each product.
+            fp16_terms=int(platform.machine().lower() in ("aarch64", "arm64") or "avx512fp16" in of_this_cpu()),
         ),
     ),
     steps=steps,

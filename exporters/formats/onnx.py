@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from exporters.artifact import Achieved, Artifact
 from exporters.errors import BadRequest, ExportError, first_line
-from exporters.formats import Format, Job, Made, Runtime, Step, no_nms
+from exporters.formats import TENSOR_CORE_TERMS, Format, Job, Made, Runtime, Step, no_nms
 from exporters.session import Session
 from exporters.spec import NMS, ExportSpec, Precision
 
@@ -215,7 +215,7 @@ FORMAT = Format(
             "ONNX Runtime tells which provider runs a subgraph, not in which precision TensorRT runs it",
             imports=("torch", "onnxruntime"),
             builds=True,
-            sums_in_fp16=True,
+            fp16_terms=TENSOR_CORE_TERMS,
         ),
     ),
     steps=steps,

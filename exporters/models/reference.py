@@ -191,7 +191,7 @@ class Reference(Session):
             with torch.no_grad():
                 weight.copy_(kept)
 
-    def run_rounded(self, feeds: Feeds, bits: int, seed: int, sums: bool) -> dict[str, Array]:
+    def run_rounded(self, feeds: Feeds, bits: int, seed: int, terms: int) -> dict[str, Array]:
         """Outputs of Monte Carlo arithmetic: weights and every operator's result rounded at random.
 
         The module is folded as exporters fold it, and what the request keeps in FP32 is not rounded. Rounding up or
@@ -200,9 +200,10 @@ class Reference(Session):
 
         Args:
             bits: of the stored fraction: 10 for FP16 and TF32, 7 for BF16.
-            sums: whether convolutions and matrix products also round what they have summed up so far.
+            terms: after every so many products convolutions and matrix products also round what they have summed up
+                so far; 0: only the whole sum.
         """
-        rounding = _Rounding(bits, seed, self.device, sums)
+        rounding = _Rounding(bits, seed, self.device, terms)
         module = for_export(copy.deepcopy(self.module), dynamic=False)
         kept = tuple(path for path, _ in self.spec.model.fp32)
         for path in kept:
@@ -272,7 +273,6 @@ SUMS = (
     torch.ops.aten.bmm.default,
     torch.ops.aten.baddbmm.default,
 )
-TERMS = 16  # that a tensor core's instruction sums up before it rounds (m16n8k16, since Ampere)
 # E[unit^2 f (1 - f)] / x^2, unit of the last bit of x over 2^-bits: 0.541 with log-uniform fractions, and 1/6.
 ROUNDED = 0.541 / 6
 
@@ -297,16 +297,16 @@ class _Counting(TorchDispatchMode):
 class _Rounding(TorchDispatchMode):
     """Rounds the FP32 result of every operator at random; what is representable already (views, copies) stays.
 
-    With `sums` a convolution and a matrix product get the error of rounding what they have summed after every TERMS
-    terms, too: of n partial sums S of terms t in random order the k-th has the mean square (k/n)^2 S^2 +
+    With `terms` a convolution and a matrix product get the error of rounding what they have summed after every so many
+    products, too: of n partial sums S of terms t in random order the k-th has the mean square (k/n)^2 S^2 +
     (k/n)(1 - k/n) sum(t^2), so that all have n (S^2/3 + sum(t^2)/6) together, and rounding one at random adds ROUNDED
     of its square in units of the last bit.
     """
 
-    def __init__(self, bits: int, seed: int, device: str, sums: bool) -> None:
+    def __init__(self, bits: int, seed: int, device: str, terms: int) -> None:
         super().__init__()
         self.dropped = 23 - bits  # of the 23 bits of FP32's fraction
-        self.unit = 2.0**-bits if sums else 0.0
+        self.unit, self.terms = 2.0**-bits, terms
         self.generator = torch.Generator(device).manual_seed(seed)
         self.paused = 0
 
@@ -334,7 +334,7 @@ class _Rounding(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if self.paused or not isinstance(result, Tensor) or result.dtype != torch.float32 or func.is_view:
             return result
-        if self.unit and func in SUMS:
+        if self.terms and func in SUMS:
             result = result + self._of_sums(func, args, result)
         return self.rounded(result)
 
@@ -349,7 +349,7 @@ class _Rounding(TorchDispatchMode):
             terms = b[0].numel() if not args[6] else b.shape[0] // args[8] * b[0, 0].numel() // math.prod(args[3])
         else:
             total, squares, terms = a @ b, (a * a) @ (b * b), a.shape[-1]
-        partial = -(-terms // TERMS) - 1
+        partial = -(-terms // self.terms) - 1
         mean_square = partial * (total * total / 3 + squares / 6)
         noise = torch.empty_like(result).normal_(generator=self.generator)
         return noise * (ROUNDED * mean_square).sqrt() * self.unit

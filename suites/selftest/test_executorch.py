@@ -103,7 +103,7 @@ def test_every_kind_of_product_is_told_by_file_and_runtime(workshop: Workshop, t
         verdict, because = workshop.judge(f"mixed executorch {kind}", claim)
         # A sum of 4,096 products that is taken in FP16, one after the other, stands still where what is added is less
         # than half a step: such a file is wrong where the CPU has instructions for it, and right elsewhere.
-        sums = kind == "fp16" and workshop.case(f"mixed executorch {kind}").runtime.sums_in_fp16
+        sums = kind == "fp16" and workshop.case(f"mixed executorch {kind}").runtime.fp16_terms
         if sums and claim is outputs.test_outputs_match_reference:
             assert verdict is Verdict.FAIL, f"{claim.__name__}: {verdict} {because}"
             continue

@@ -132,7 +132,7 @@ def test_monte_carlo_arithmetic_rounds_as_the_precision_does(trained: Path, pool
     bits = 23 if precision is Precision.FP32 else 10
     session = pool.open(pool.export(spec), spec, "eager", "cpu")
     plain = np.array(session.run(feeds)["output0"])
-    first, again, other = (np.array(session.run_rounded(feeds, bits, seed, False)["output0"]) for seed in (0, 0, 1))
+    first, again, other = (np.array(session.run_rounded(feeds, bits, seed, 0)["output0"]) for seed in (0, 0, 1))
     after = np.array(session.run(feeds)["output0"])
     np.testing.assert_array_equal(plain, after)
     np.testing.assert_array_equal(first, again)
@@ -145,9 +145,10 @@ def test_monte_carlo_arithmetic_rounds_as_the_precision_does(trained: Path, pool
         assert 2**-11 < np.median(scores) < 0.2
 
 
+@pytest.mark.parametrize("count", [16, 1])  # of a tensor core, of fused multiply-adds
 @pytest.mark.parametrize("kind", ["convolution", "transposed", "product"])
-def test_sums_in_fp16_scatter_as_sums_that_are_rounded_on_the_way(kind: str) -> None:
-    """Against the thing itself: terms in random order, the sum rounded at random to FP16 after every 16 of them."""
+def test_sums_in_fp16_scatter_as_sums_that_are_rounded_on_the_way(kind: str, count: int) -> None:
+    """Against the thing itself: terms in random order, the sum rounded at random to FP16 after each `count`."""
     import torch
 
     from exporters.models.reference import Reference
@@ -171,7 +172,7 @@ def test_sums_in_fp16_scatter_as_sums_that_are_rounded_on_the_way(kind: str) -> 
     for _ in range(draws):
         order = torch.randperm(terms.shape[2], generator=generator)
         total = torch.zeros_like(exact)
-        for block in order.split(16):
+        for block in order.split(count):
             total += terms[:, :, block].sum(2)
             unit = 2.0 ** (total.abs().clamp_min(2.0**-14).log2().floor() - 10)
             total = (total / unit + torch.rand(total.shape, generator=generator, dtype=total.dtype)).floor() * unit
@@ -181,8 +182,8 @@ def test_sums_in_fp16_scatter_as_sums_that_are_rounded_on_the_way(kind: str) -> 
     spec = ModelSpec("sums", "none:none", inputs=(InputSpec(name, tuple(x.shape)),), outputs=(OutputSpec("y"),))
     reference = Reference(layer, ExportSpec(spec, "pytorch"), "cpu")
     plain = reference.run({name: x.numpy()})["y"].astype(np.float64)
-    drawn = [reference.run_rounded({name: x.numpy()}, 10, seed, True)["y"].astype(np.float64) for seed in range(draws)]
-    once = [reference.run_rounded({name: x.numpy()}, 10, seed, False)["y"].astype(np.float64) for seed in range(draws)]
+    drawn = [reference.run_rounded({name: x.numpy()}, 10, seed, count)["y"].astype(np.float64) for seed in range(draws)]
+    once = [reference.run_rounded({name: x.numpy()}, 10, seed, 0)["y"].astype(np.float64) for seed in range(draws)]
     ours, results = (np.mean([(d - plain) ** 2 for d in of]) for of in (drawn, once))
     assert ours == pytest.approx(squares / draws, rel=0.2)  # of the variance
     assert ours > 2 * results  # rounding results alone tells far less

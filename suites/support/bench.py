@@ -105,10 +105,10 @@ class Run:
             lambda: self.reference(model).run_damaged(feeds.arrays, damage),
         )
 
-    def rounding(self, model: ModelSpec, feeds: FeedSet, precision: Precision, sums: bool) -> Rounding | None:
+    def rounding(self, model: ModelSpec, feeds: FeedSet, precision: Precision, terms: int) -> Rounding | None:
         """Standard deviation of each element of the reference in Monte Carlo arithmetic; None for precisions without.
 
-        Kept once per model, row, width of the fraction, whether sums are rounded on the way, and number of draws;
+        Kept once per model, row, width of the fraction, number of terms after which sums are rounded, and of draws;
         computed when it is called. A row of a batch has that of its image alone: each element is rounded by itself.
         """
         bits = FRACTION_BITS.get(precision)
@@ -121,12 +121,12 @@ class Run:
             if before:  # go on from there
                 squares = {k: v.astype(np.float64) ** 2 * before for k, v in made(some, before).items()}
             for seed in range(before, draws):
-                for name, drawn in self.reference(model).run_rounded(some.arrays, bits, seed, sums).items():
+                for name, drawn in self.reference(model).run_rounded(some.arrays, bits, seed, terms).items():
                     squares[name] += (drawn.astype(np.float64) - expected[name]) ** 2
             return {k: np.sqrt(v / draws).astype(np.float32) for k, v in squares.items()}
 
         def made(some: FeedSet, draws: int) -> Outputs:
-            return self.kept(("rounding", repr(model), _key(some), bits, sums, draws), lambda: spread(some, draws))
+            return self.kept(("rounding", repr(model), _key(some), bits, terms, draws), lambda: spread(some, draws))
 
         def rounding(draws: int, rows: Array | None) -> Outputs:
             if rows is None:
@@ -313,8 +313,8 @@ class Bench:
 
     def rounding(self, feeds: FeedSet, precision: Precision, own: bool = True) -> Rounding | None:
         """See Run.rounding; `own` of the case's runtime, else of one that the artifact was made from ran in."""
-        sums = own and precision is Precision.FP16 and self.case.runtime.sums_in_fp16
-        made = self.run.rounding(self.model, feeds, precision, sums)
+        terms = self.case.runtime.fp16_terms if own and precision is Precision.FP16 else 0
+        made = self.run.rounding(self.model, feeds, precision, terms)
         return made and (lambda draws, rows: self.guard(lambda: made(draws, rows)))
 
     def outputs(self, feeds: FeedSet) -> Outputs:

@@ -93,9 +93,9 @@ class Comparison:
 # eighth of that many elements is compared in a run. How far they reach depends on the element: a box whose distribution
 # over distances is broad (its edge is an expectation, whose derivative by a logit is p_i (i - E)) moves tens of times
 # farther than a sharp one under the same rounding, so that no constant fits both. TensorRT's FP16 kernels may also
-# round their sums every 16 terms, and a convolution of 64 channels, 3 x 3, has 36 times that: there the draws round so,
-# too. (YOLOv8n's boxes then move 1.7 times as far on average, its scores 1.9 times; an H100's engine against the same
-# file in ONNX Runtime, whose sums are FP32: 1.8 and 2.3.)
+# round their sums every 16 terms, XNNPACK's after each where the CPU adds in FP16, and a convolution of 64 channels,
+# 3 x 3, has 576: there the draws round so, too. (Every 16 terms YOLOv8n's boxes move 1.7 times as far on average, its
+# scores 1.9 times; an H100's engine against the same file in ONNX Runtime, whose sums are FP32: 1.8 and 2.3.)
 SIGMAS = 6.0
 # Draws of Monte Carlo arithmetic. A standard deviation of 8 draws is itself uncertain by 25 % (of a score; a box pools
 # four coordinates): the error over it follows Student's t, which lies beyond 6 in 3e-4 of cases with 8 degrees of
