@@ -273,8 +273,10 @@ SUMS = (
     torch.ops.aten.bmm.default,
     torch.ops.aten.baddbmm.default,
 )
-# E[unit^2 f (1 - f)] / x^2, unit of the last bit of x over 2^-bits: 0.541 with log-uniform fractions, and 1/6.
+# E[unit^2 f (1 - f)] / x^2, unit of the last bit of x over 2^-bits: 0.541 with log-uniform fractions, and 1/6. How
+# tensor cores round is not told; a fused multiply-add rounds to nearest (IEEE 754), which has 1/12.
 ROUNDED = 0.541 / 6
+NEAREST = 0.541 / 12
 
 
 class _Counting(TorchDispatchMode):
@@ -299,8 +301,8 @@ class _Rounding(TorchDispatchMode):
 
     With `terms` a convolution and a matrix product get the error of rounding what they have summed after every so many
     products, too: of n partial sums S of terms t in random order the k-th has the mean square (k/n)^2 S^2 +
-    (k/n)(1 - k/n) sum(t^2), so that all have n (S^2/3 + sum(t^2)/6) together, and rounding one at random adds ROUNDED
-    of its square in units of the last bit.
+    (k/n)(1 - k/n) sum(t^2), so that all have n (S^2/3 + sum(t^2)/6) together, and rounding one adds ROUNDED of its
+    square in units of the last bit, or NEAREST after each product.
     """
 
     def __init__(self, bits: int, seed: int, device: str, terms: int) -> None:
@@ -352,7 +354,7 @@ class _Rounding(TorchDispatchMode):
         partial = -(-terms // self.terms) - 1
         mean_square = partial * (total * total / 3 + squares / 6)
         noise = torch.empty_like(result).normal_(generator=self.generator)
-        return noise * (ROUNDED * mean_square).sqrt() * self.unit
+        return noise * ((NEAREST if self.terms == 1 else ROUNDED) * mean_square).sqrt() * self.unit
 
 
 def exact_fp32(device: str) -> None:

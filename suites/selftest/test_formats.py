@@ -40,7 +40,13 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.formats
 MODEL = "classify"
 FURTHER = [f for f in formats.registry().values() if f.id not in MAIN]
-CELLS = [f"{MODEL} {f.id} {p}" for f in FURTHER for p in f.precisions]
+# Where FP16 sums round after each product (ExecuTorch on CPUs that add in FP16), 5 % of noise in one layer of the
+# classifier is not beyond what its probabilities move by that: INSENSITIVE. The detector's outputs are surer.
+CELLS = [
+    f"{'detect' if p is Precision.FP16 and f.runtimes[0].fp16_terms == 1 else MODEL} {f.id} {p}"
+    for f in FURTHER
+    for p in f.precisions
+]
 
 
 @pytest.fixture(autouse=True)
