@@ -19,6 +19,12 @@ from exporters.session import Session
 from exporters.spec import ExportSpec, Precision, near
 from exporters.weights import Weight
 
+# Why a format lacks what an engine has, where its file does not say otherwise.
+ENGINES_ALONE: Mapping[Precision, str] = {
+    Precision.TF32: "TF32 is how an NVIDIA GPU multiplies FP32 values, which only an engine's builder is asked for",
+    Precision.BF16: "exportgate makes BF16 for engines alone, whose GPUs compute in it",
+    Precision.FP8: "exportgate makes FP8 for engines alone, whose GPUs compute in it",
+}
 TENSOR_CORE_TERMS = 16  # products that a tensor core's instruction sums up before it rounds (m16n8k16, since Ampere)
 
 
@@ -202,7 +208,7 @@ class Format:
         is_code: loading it runs code that is in it.
         keeps_metadata: whether the file holds metadata.
         keeps_signature: whether the file holds names and shapes of its inputs, so that its runtime refuses others.
-        gone: precision -> why the format does not have it.
+        gone: precision -> why the format does not have it, where ENGINES_ALONE does not say it.
         depends: what else its artifact depends on, by name, for the cache.
         needs: raises ToolchainMissing where something beside its toolchain's packages is not here.
         smaller_batches: whether `batch` is the largest batch, and smaller ones run, too.
@@ -256,11 +262,15 @@ class Format:
     def because(self, spec: ExportSpec) -> str:
         """Why the format cannot do this precision or combination, by its nature; "" where it can."""
         if spec.precision not in self.precisions:
-            why = self.gone.get(spec.precision, f"{self.title} has no such form")
-            return f"format {self.id} has no precision {spec.precision.value}: {why}; it has " + ", ".join(
-                self.precisions
+            return (
+                f"format {self.id} has no precision {spec.precision.value}: {self.lacks(spec.precision)}; it has "
+                + ", ".join(self.precisions)
             )
         return self.refusal(spec)
+
+    def lacks(self, precision: Precision) -> str:
+        """Why it has no such precision."""
+        return self.gone.get(precision) or ENGINES_ALONE[precision]
 
     def runtime(self, runtime_id: str, device: str) -> Runtime:
         """The declared runtime with this id on this kind of device."""

@@ -158,4 +158,5 @@ FORMAT = Format(
     signature=signature,
     parents=parents,
     refusal=refusal,
+    gone={p: "the Edge TPU computes in 8 bits alone" for p in Precision if p is not Precision.INT8},
 )

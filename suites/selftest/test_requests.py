@@ -183,6 +183,7 @@ def test_every_option_of_every_format_is_one_of_the_request() -> None:
     for entry in formats.registry().values():
         assert entry.options <= known, entry.id
         assert set(entry.gone).isdisjoint(entry.precisions), entry.id
+        assert all(entry.lacks(p) for p in Precision if p not in entry.precisions), entry.id
 
 
 def test_the_declared_toolchains_are_the_extras_of_the_project() -> None:

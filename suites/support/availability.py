@@ -33,7 +33,7 @@ def cells() -> list[Cell]:
             for runtime in entry.runtimes:
                 missing = what_is_missing(entry, runtime.device, runtime)
                 if precision not in entry.precisions:
-                    state, because = "not supported", entry.gone.get(precision, f"{entry.title} has no such form")
+                    state, because = "not supported", entry.lacks(precision)
                 elif missing:
                     state, because = "missing", missing
                 elif missing_gpu(runtime.device):
