@@ -117,6 +117,22 @@ class Metadata:
 UNREADABLE = (ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
 
 
+def read_up_to(largest: int, path: Path, again: str) -> bytes:
+    """A file of at most so many bytes.
+
+    Raises:
+        ArtifactError: it cannot be read, or is larger; `again` says what to do then.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(largest + 1)
+    except OSError as error:
+        raise ArtifactError(f"'{path}' cannot be read ({error.strerror})", again) from None
+    if len(text) > largest:
+        raise ArtifactError(f"'{path}' is larger than {largest >> 20} MiB", again)
+    return text
+
+
 def read_yaml(path: Path) -> Metadata:
     """Metadata from a side-car.
 
@@ -126,13 +142,7 @@ def read_yaml(path: Path) -> Metadata:
     import yaml
 
     again = "export the artifact again"
-    try:
-        with path.open("rb") as file:
-            text = file.read(LARGEST + 1)
-    except OSError as error:
-        raise ArtifactError(f"'{path}' cannot be read ({error.strerror})", again) from None
-    if len(text) > LARGEST:
-        raise ArtifactError(f"'{path}' is larger than {LARGEST >> 20} MiB", again)
+    text = read_up_to(LARGEST, path, again)
     try:
         values = yaml.safe_load(text)
     except (yaml.YAMLError, *UNREADABLE) as error:

@@ -15,6 +15,7 @@ import numpy as np
 from exporters.arrays import Array
 from exporters.artifact import UNQUANTIZED, Achieved, TensorInfo, main_precision
 from exporters.errors import ArtifactError, first_line, shown
+from exporters.metadata import read_up_to
 
 MODEL = "model.json"
 LARGEST = 256 << 20  # bytes of a model.json, which holds no weights
@@ -112,13 +113,7 @@ def read(path: Path) -> TfjsFile:
         ArtifactError: a file is missing, cut off or another's, or they do not fit each other.
     """
     path = path / MODEL if path.is_dir() or not path.exists() else path
-    try:
-        with path.open("rb") as file:
-            text = file.read(LARGEST + 1)
-    except OSError as error:
-        raise ArtifactError(f"'{path}' cannot be read ({error.strerror})", AGAIN) from None
-    if len(text) > LARGEST:
-        raise ArtifactError(f"'{path}' is larger than {LARGEST >> 20} MiB", AGAIN)
+    text = read_up_to(LARGEST, path, AGAIN)
     try:
         model = _table(json.loads(text), "it")
     except (ValueError, TypeError, RecursionError) as error:
