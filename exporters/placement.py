@@ -35,10 +35,16 @@ def place(artifact: Artifact, folder: Path, overwrite: bool = False) -> Path:
         if theirs:
             raise BadRequest(
                 f"'{path}' exists and was not made by exportgate",
-                "add --overwrite, or name another folder with --output",
+                "name another folder with --output, or add --overwrite, which replaces all of it",
             )
+    owner = "" if overwrite or beside not in both else _owner(both[beside])
+    if owner not in ("", target.name) and target.with_name(owner).exists():
+        raise BadRequest(
+            f"'{both[beside]}' is of '{owner}', which has no other metadata",
+            "name another folder with --output, or add --overwrite",
+        )
     for source, path in both.items():
-        _copy(source, path)
+        _copy(source, path, target.name)
     return target
 
 
@@ -54,7 +60,7 @@ def _writing(target: Path) -> Generator[None]:
         ) from None
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy(source: Path, target: Path, owner: str) -> None:
     unique = uuid.uuid4().hex[:8]
     temporary, aside = target.with_name(f".{target.name}.{unique}"), target.with_name(f".{target.name}.{unique}.old")
     try:
@@ -79,7 +85,7 @@ def _copy(source: Path, target: Path) -> None:
                 aside.replace(target)
         _remove(temporary)
         _remove(aside)
-    _remember(target, content)
+    _remember(target, content, owner)
 
 
 def _remove(path: Path) -> None:
@@ -90,12 +96,12 @@ def _remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _remember(target: Path, content: str) -> None:
-    """Notes in the cache what exportgate put there, so that it may replace it the next time."""
+def _remember(target: Path, content: str, owner: str) -> None:
+    """Notes in the cache what exportgate put there, so that it may replace it the next time, and for which artifact."""
     mark = _mark(target)
     with writing():
         mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.write_text(json.dumps({"path": str(target.resolve()), "content": content}), encoding="utf-8")
+        mark.write_text(json.dumps({"path": str(target.resolve()), "content": content, "of": owner}), encoding="utf-8")
 
 
 def _is_ours(target: Path) -> bool:
@@ -105,9 +111,21 @@ def _is_ours(target: Path) -> bool:
         content = _content(target, guests)
         if guests and content == NOTHING:
             return True
-        return json.loads(_mark(target).read_text(encoding="utf-8"))["content"] == content
+        return _noted(target)["content"] == content
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def _owner(side_car: Path) -> str:
+    """Name of the artifact that a side-car was put beside; "" where there is none, or it is not known."""
+    try:
+        return str(_noted(side_car).get("of", "")) if side_car.exists() else ""
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
+def _noted(target: Path) -> dict[str, str]:
+    return json.loads(_mark(target).read_text(encoding="utf-8"))
 
 
 def _mark(target: Path) -> Path:

@@ -213,6 +213,7 @@ class Format:
         needs: raises ToolchainMissing where something beside its toolchain's packages is not here.
         smaller_batches: whether `batch` is the largest batch, and smaller ones run, too.
         shows_inside: whether it takes ExportSpec.inside.
+        says_layout: whether its metadata say in which order the axes of its tensors are.
     """
 
     id: str
@@ -241,6 +242,7 @@ class Format:
     needs: Callable[[], object] = nothing_needed
     smaller_batches: bool = False
     shows_inside: bool = False
+    says_layout: bool = False
     toolchains: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def chain(self, device: str) -> str:

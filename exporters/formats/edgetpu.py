@@ -55,7 +55,7 @@ def compiled(job: Job) -> Made:
     metadata = tflite_file.read_metadata(source)
     if not edgetpu.is_compiled(tflite_file.read(path)):
         raise ExportError(
-            f"{COMPILER} made a file without {edgetpu.COMPILED}: nothing of it runs on the Edge TPU ({said})",
+            f"{COMPILER} made a file without {edgetpu.COMPILED}, or an empty one: nothing of it runs there ({said})",
             "see its log for the reason of each operator",
         )
     path.write_bytes(tflite_file.with_metadata(path.read_bytes(), metadata))

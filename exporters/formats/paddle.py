@@ -98,7 +98,7 @@ def _names(spec: ExportSpec, program: Program) -> tuple[dict[str, str], dict[str
         ExportError: there are not as many.
     """
     inputs, outputs = ([t.name for t in tensors] for tensors in (spec.model.inputs, spec.model.outputs))
-    found = {name: int(name.removeprefix("x")) for name in program.inputs}
+    found = {name: int(number) for name in program.inputs if (number := name.removeprefix("x")).isdecimal()}
     lost = [name for n, name in enumerate(inputs) if n not in found.values()]
     if lost or len(found) != len(inputs):
         raise ExportError(

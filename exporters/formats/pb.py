@@ -66,4 +66,5 @@ FORMAT = Format(
     parents=parents,
     is_code=True,  # operators of a graph read and write files, and call Python
     gone={Precision.FP16: TFLITE, Precision.INT8: TFLITE},
+    says_layout=True,
 )

@@ -16,7 +16,7 @@ from exporters.spec import ExportSpec, Precision
 MODULE, CONVERTER = "exporters.runtimes.tensorflow", "exporters.runtimes.onnx_to_tf"
 FOLDER = "_saved_model"
 SCRATCH = "scratch"  # onnx2tf's working folder
-TFLITE = "the .tflite files of a SavedModel's folder are the tflite format: ask for that"
+TFLITE = "that is the tflite format, whose files users find in a SavedModel's folder"
 BECAUSE = "TensorFlow's CPU kernels compute in the type of a graph's tensors, FP32"
 
 
@@ -71,4 +71,5 @@ FORMAT = Format(
     parents=fp32_onnx,
     is_code=True,  # operators of a graph read and write files, and call Python
     gone={Precision.FP16: TFLITE, Precision.INT8: TFLITE},
+    says_layout=True,
 )

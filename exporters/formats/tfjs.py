@@ -81,4 +81,5 @@ FORMAT = Format(
     inspect=inspect,
     parents=parents,
     refusal=refusal,
+    says_layout=True,
 )

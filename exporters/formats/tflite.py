@@ -128,6 +128,15 @@ def inspect(path: Path) -> Achieved:
     return read_precision(path)
 
 
+def contradiction(path: Path, spec: ExportSpec) -> str:
+    """In 8 bits: another form than the one that is asked for."""
+    from exporters.runtimes.tflite_file import quantization, read
+
+    form = quantization(read(path)) if spec.precision is Precision.INT8 else ""
+    wrong = form not in ("", spec.quantization)
+    return f"the file's quantization is {form}, expected {spec.quantization}" if wrong else ""
+
+
 def refusal(spec: ExportSpec) -> str:
     """Data where it is used, and only there; nothing is left out of a file that is all in 8 bits; no 64-bit inputs."""
     if spec.precision is Precision.INT8 and spec.quantization == "dynamic" and spec.data:
@@ -171,5 +180,7 @@ FORMAT = Format(
     load=load,
     inspect=inspect,
     refusal=refusal,
+    contradiction=contradiction,
     keeps=left_out,
+    says_layout=True,
 )

@@ -15,7 +15,6 @@ from exporters.models.spec import belongs
 from exporters.session import Array
 from exporters.spec import ExportSpec
 
-SIGNATURE = "serving_default"
 INTERNAL = (RuntimeError, ValueError, TypeError, AssertionError, KeyError, IndexError, NotImplementedError)
 FULLY_CONNECTED, INT8 = 9, 9  # of BuiltinOperator, and of TensorType
 FLOAT_CASTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "CONV_2D_TRANSPOSE", "FULLY_CONNECTED")
@@ -171,6 +170,10 @@ def _exact(data: bytes, quantized: bytes) -> bytes:
     """
     before, after = _opened(data), _opened(quantized)
     sides = [[op for op in m.subgraphs[0].operators if _kind(m, op) == FULLY_CONNECTED] for m in (before, after)]
+    if len(sides[0]) != len(sides[1]):
+        raise ExportError(
+            f"AI Edge Quantizer made {len(sides[1])} matrix products of {len(sides[0])}", "ask for fp32 or fp16"
+        )
     for old, new in zip(*sides, strict=True):
         tensor, made = before.subgraphs[0].tensors[old.inputs[1]], after.subgraphs[0].tensors[new.inputs[1]]
         held = before.buffers[tensor.buffer].data

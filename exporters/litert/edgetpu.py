@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exporters.artifact import UNQUANTIZED, Achieved
-from exporters.runtimes.tflite_file import CUSTOM, HEAVY, Operator, Tensor, TfliteFile, precisions, read
+from exporters.runtimes.tflite_file import CUSTOM, EIGHT, HEAVY, Operator, Tensor, TfliteFile, precisions, read
 
 COMPILED = "edgetpu-custom-op"  # the operator that the compiler puts in the place of what the Edge TPU runs
 SRAM = 8 << 20  # bytes on the chip, of which the executable takes its part; parameters beyond come from the host
 LONGEST_SOFTMAX = 16_000
-EIGHT = ("int8", "uint8")
 # BuiltinOperator's numbers of the operations that Coral lists.
 SUPPORTED = {
     **{0: "ADD", 1: "AVERAGE_POOL_2D", 2: "CONCATENATION", 3: "CONV_2D", 4: "DEPTHWISE_CONV_2D", 9: "FULLY_CONNECTED"},
@@ -122,8 +121,12 @@ def _rows(tensor: Tensor) -> int:
 
 
 def is_compiled(file: TfliteFile) -> bool:
-    """Whether the compiler's operator is in a file."""
-    return any(op.kind == CUSTOM and op.custom == COMPILED for op in file.operators)
+    """Whether the compiler's operator is in a file, and holds something to run."""
+    return any(_runs(op) for op in file.operators)
+
+
+def _runs(op: Operator) -> bool:
+    return op.kind == CUSTOM and op.custom == COMPILED and op.custom_bytes > 0
 
 
 def read_precision(path: Path) -> Achieved:
@@ -133,7 +136,7 @@ def read_precision(path: Path) -> Achieved:
     counts = Counter(kind for _, kind, _ in left if kind)
     evidence = {f"operators {k} on the CPU": n for k, n in counts.items()}
     if not is_compiled(file):
-        return Achieved(f"not compiled for the Edge TPU: it has no {COMPILED}", evidence)
-    number = sum(op.kind == CUSTOM and op.custom == COMPILED for op in file.operators)
+        return Achieved(f"not compiled for the Edge TPU: it has no {COMPILED} that holds something", evidence)
+    number = sum(_runs(op) for op in file.operators)
     evidence |= {COMPILED: number, UNQUANTIZED: sum(not kind for _, kind, _ in left)}
     return Achieved("int8", evidence, tuple(sorted(n for n, k, _ in left if k not in ("int8", ""))))

@@ -43,17 +43,13 @@ class LiteRtSession(Session):
         self.outputs = tuple(info(name, self.file.tensors[n], self.layout) for name, n in self.gives.items())
 
     def _run(self, feeds: Feeds) -> dict[str, Array]:
-        self._feed(self.interpreter, feeds)
-        try:
-            self.interpreter.invoke()
-        except RuntimeError as error:
-            raise ArtifactError(f"'{self.path}' does not run ({first_line(error)})", AGAIN) from None
+        self._invoke(self.interpreter, feeds)
         return {
             name: self.layout.output(name, as_floats(self.interpreter.get_tensor(n), self.file.tensors[n]))
             for name, n in self.gives.items()
         }
 
-    def _feed(self, interpreter: Any, feeds: Feeds) -> None:
+    def _invoke(self, interpreter: Any, feeds: Feeds) -> None:
         try:
             for name, number in self.feeds.items():
                 array = as_stored(self.layout.feed(feeds[name]), self.file.tensors[number])
@@ -63,6 +59,10 @@ class LiteRtSession(Session):
                 interpreter.set_tensor(number, array)
         except (RuntimeError, ValueError) as error:
             raise ArtifactError(f"'{self.path}' does not take these feeds ({first_line(error)})", AGAIN) from None
+        try:
+            interpreter.invoke()
+        except RuntimeError as error:
+            raise ArtifactError(f"'{self.path}' does not run ({first_line(error)})", AGAIN) from None
 
     def execution(self) -> Execution:
         found, shown = tflite_file.precisions(self.file), self._rounding()
@@ -98,8 +98,7 @@ class LiteRtSession(Session):
         if not candidates or any(i.name not in shapes for i in self.inputs):
             return None
         interpreter, random = _opened(self.path, self.threads, seen=True), np.random.default_rng(0)
-        self._feed(interpreter, {i.name: random.random(shapes[i.name]).astype(i.dtype) for i in self.inputs})
-        interpreter.invoke()
+        self._invoke(interpreter, {i.name: random.random(shapes[i.name]).astype(i.dtype) for i in self.inputs})
         for op in candidates:
             given, made = (np.moveaxis(interpreter.get_tensor(n), -1, 1) for n in (op.inputs[0], op.outputs[0]))
             found = rounding(given, made)

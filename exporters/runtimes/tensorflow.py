@@ -217,7 +217,7 @@ def _sizes(tensor: Any) -> list[int | str]:
 
 def _known(own: list[str], names: list[str], *, named: bool) -> dict[str, str]:
     """The file's names by the model's; where they are others' and all are strange, their order tells."""
-    if named or set(own) == set(names) or len(own) != len(names):
+    if named or set(own) & set(names) or len(own) != len(names):
         return {name: name for name in (*[n for n in names if n in own], *[n for n in own if n not in names])}
     return dict(zip(names, sorted(own, key=natural), strict=True))
 

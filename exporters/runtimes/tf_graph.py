@@ -169,6 +169,8 @@ def of_frozen(path: Path) -> Graph:
     Raises:
         ArtifactError: it has no such node.
     """
+    if path.name == MODEL and path.with_name("variables").is_dir():
+        raise ArtifactError(f"'{path}' is part of a SavedModel", "name its folder, which is saved_model")
     definition = parsed(path, "tensorflow.core.framework.graph_pb2.GraphDef", "GraphDef")
     taken = {_node(i) for n in definition.node for i in n.input if not i.startswith("^")}
     ends = [str(n.name) for n in definition.node if n.name not in taken and n.op not in NO_OUTPUT]
@@ -200,17 +202,17 @@ def read_precision(graph: Graph) -> Achieved:
 
     `exceptions` names those that differ.
     """
-    heavy, names = dict[str, str](), Counter[str]()
+    heavy, names = list[tuple[str, str]](), Counter[str]()  # two functions may have operators of one name
     for scope, node in graph.computed():
         if node.op in HEAVY:
             names[str(node.op)] += 1
             stored = [s for i in node.input if (s := scope.stored(i)) is not None]
             kinds = {_type(node, "T"), *(_type(s, "dtype") for s in stored if s.attr["dtype"].type != INT32)}
-            heavy[str(node.name)] = next((k for k in sorted(kinds) if k != "fp32"), "fp32")
-    counts = Counter(heavy.values())
+            heavy.append((str(node.name), next((k for k in sorted(kinds) if k != "fp32"), "fp32")))
+    counts = Counter(kind for _, kind in heavy)
     main = main_precision(counts)
     evidence = {f"operators {k}": n for k, n in counts.items()} | {f"of {k}": n for k, n in names.items()}
-    return Achieved(main, evidence, tuple(sorted(n for n, k in heavy.items() if k != main)))
+    return Achieved(main, evidence, tuple(sorted(n for n, k in heavy if k != main)))
 
 
 def _type(node: Any, attribute: str) -> str:

@@ -38,6 +38,8 @@ HEAVY = {
 DEQUANTIZE, CUSTOM, TRANSPOSED = 6, 32, 67
 CONVOLUTIONS = (3, 4)
 FLOATS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+EIGHT = ("int8", "uint8")
+FIXED = "with activations of fixed scales"
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,15 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator: BuiltinOperator's number, the name of a custom one, its tensors (-1 where one is left out), and its
-    options' table."""
+    """One operator: BuiltinOperator's number, the name of a custom one, its tensors (-1 where one is left out), its
+    options' table, and how many bytes of options a custom one has."""
 
     kind: int
     custom: str
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     options: Table | None
+    custom_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,8 @@ def _parts(path: Path, data: bytes) -> TfliteFile:
     operators: list[Operator] = []
     for table in graph.tables(3):
         kind, custom = codes[int(table.number(0, "I"))]
-        operators.append(Operator(kind, custom, numbers(table, 1), numbers(table, 2), table.table(4)))
+        ends = numbers(table, 1), numbers(table, 2)
+        operators.append(Operator(kind, custom, *ends, table.table(4), table.vector(5)[1]))
     ends = numbers(graph, 1), numbers(graph, 2)
     if any(n < 0 for n in (*ends[0], *ends[1])):
         raise ValueError("an input or output is left out")
@@ -198,17 +202,26 @@ def precisions(file: TfliteFile) -> list[tuple[str, str, str]]:
         weight, maker = file.tensors[op.inputs[place]], makers.get(op.inputs[place])
         if maker is not None and maker.kind == DEQUANTIZE and maker.inputs:
             weight = file.tensors[maker.inputs[0]]
-        eight = {"int8", "uint8"}
-        if given.dtype in eight and weight.dtype in eight:
-            found.append((file.name(op), "int8", "with activations of fixed scales"))
+        if given.dtype in EIGHT and weight.dtype in EIGHT:
+            found.append((file.name(op), "int8", FIXED))
         elif not weight.is_constant:
             found.append((file.name(op), "" if weight.dtype in FLOATS else weight.dtype, ""))
-        elif weight.dtype in eight and given.dtype == "float32":
+        elif weight.dtype in EIGHT and given.dtype == "float32":
             form = "as weights alone" if maker is not None else "with activations quantized as they come"
             found.append((file.name(op), "int8", form))
         else:
             found.append((file.name(op), FLOATS.get(weight.dtype, weight.dtype), ""))
     return found
+
+
+def quantization(file: TfliteFile) -> str:
+    """The form of a file in 8 bits, as ExportSpec.quantization names it; "" of a file in floating point."""
+    forms = {form for _, kind, form in precisions(file) if kind == "int8"}
+    if not forms:
+        return ""
+    if all(file.tensors[n].dtype in EIGHT for n in (*file.inputs, *file.outputs)):
+        return "full_integer"
+    return "integer" if FIXED in forms else "dynamic"
 
 
 def read_metadata(path: Path) -> Metadata:

@@ -37,7 +37,9 @@ def test_metadata_describes_the_request(case: Bench) -> None:
     for key, value in want.items():
         got = getattr(found, key)
         assert got == value, f"metadata {key} is {shown(got)}, expected {value!r}"
-    wrong = formats.get(case.spec.format).contradiction(case.artifact().path, case.spec)
+    entry = formats.get(case.spec.format)
+    assert found.layout or not entry.says_layout or case.brought is not None, "metadata layout is missing"
+    wrong = entry.contradiction(case.artifact().path, case.spec)
     assert not wrong, wrong
     # Artifacts of older exporters lack args, and those of others have some of them only.
     asked = Metadata.of(case.spec).args

@@ -523,3 +523,21 @@ def test_the_side_car_of_a_file_is_placed_beside_it(tmp_path: Path, monkeypatch:
     (tmp_path / "out" / "metadata.yaml").write_text("theirs")
     with pytest.raises(BadRequest, match=r"metadata\.yaml' exists and was not made by exportgate"):
         place(graph, tmp_path / "out")
+
+
+def test_a_side_car_is_not_taken_from_the_artifact_that_it_describes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXPORTGATE_CACHE", str(tmp_path / "cache"))
+    first = _made(tmp_path / "1", {"a.pb": "graph", "metadata.yaml": "names: [a]"}, "a.pb")
+    second = _made(tmp_path / "2", {"b.pb": "graph", "metadata.yaml": "names: [b]"}, "b.pb")
+    for _ in range(2):
+        place(first, tmp_path / "out")
+    with pytest.raises(BadRequest, match=r"metadata\.yaml' is of 'a\.pb', which has no other metadata"):
+        place(second, tmp_path / "out")
+    assert (tmp_path / "out" / "metadata.yaml").read_text() == "names: [a]"
+    assert not (tmp_path / "out" / "b.pb").exists()
+    (tmp_path / "out" / "a.pb").unlink()
+    place(second, tmp_path / "out")
+    place(first, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "metadata.yaml").read_text() == "names: [a]"

@@ -91,6 +91,13 @@ def test_a_file_that_was_not_compiled_fails(workshop: Workshop, spec: ExportSpec
     assert verdict is Verdict.FAIL and "not compiled for the Edge TPU" in because, because
 
 
+def test_the_compilers_operator_holds_something(workshop: Workshop) -> None:
+    file = tflite_file.read(workshop.good(FULL).path)
+    for held in (0, 4096):
+        shell = tflite_file.Operator(tflite_file.CUSTOM, edgetpu.COMPILED, file.inputs, file.outputs, None, held)
+        assert edgetpu.is_compiled(replace(file, operators=(shell,))) == (held > 0)
+
+
 def test_what_the_compiler_would_refuse_is_told(workshop: Workshop) -> None:
     full = edgetpu.demands(tflite_file.read(workshop.good(FULL).path))
     assert full.violations == ()

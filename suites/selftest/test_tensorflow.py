@@ -99,6 +99,18 @@ def test_a_layout_that_is_not_the_files_is_noticed(workshop: Workshop, format_id
 
 
 @pytest.mark.parametrize("format_id", FORMATS)
+def test_a_layout_that_was_lost_is_noticed(workshop: Workshop, format_id: str) -> None:
+    """Values cannot tell: where the metadata do not say it, the shapes of the inputs do."""
+
+    def damage(path: Path, workshop: Workshop) -> None:
+        side_car = (path if path.is_dir() else path.parent) / "metadata.yaml"
+        side_car.write_text(side_car.read_text(encoding="utf-8").replace("layout: NHWC\n", ""), encoding="utf-8")
+
+    verdict, because = workshop.judge(f"twins {format_id} fp32", describes_request, damage)
+    assert (verdict, because) == (Verdict.FAIL, "metadata layout is missing")
+
+
+@pytest.mark.parametrize("format_id", FORMATS)
 def test_a_changed_weight_is_noticed(workshop: Workshop, format_id: str) -> None:
     cell = f"classify {format_id} fp32"
     assert workshop.judge(cell, outputs_match)[0] is Verdict.PASS

@@ -25,6 +25,7 @@ from exporters.placement import place
 from exporters.runtimes import tflite_file
 from exporters.spec import request
 from suites.accuracy.test_calibration import test_calibration_fits_the_pictures as calibration_fits
+from suites.conformance.test_metadata import test_metadata_describes_the_request as describes_request
 from suites.conformance.test_outputs import test_outputs_match_reference as outputs_match
 from suites.conformance.test_precision import test_executed_precision_is_the_requested as executed_precision
 from suites.conformance.test_shapes import test_input_signature_is_the_requested as input_signature
@@ -131,6 +132,19 @@ def test_all_in_8_bits_is_fed_and_gives_floating_point(workshop: Workshop) -> No
     assert np.abs(told[1:4] - values[1:4]).max() <= ends[0].scales[0] / 2
     assert told.min() >= -ends[0].scales[0]
     assert told.max() <= 1 + ends[0].scales[0]
+
+
+@pytest.mark.parametrize("asked", ["dynamic", "integer", "full_integer"])
+def test_another_form_of_8_bits_is_noticed(workshop: Workshop, asked: str) -> None:
+    cells = {form: f"blobs tflite int8 {form}" for form in ("dynamic", "integer", "full_integer")}
+    assert workshop.judge(cells[asked], describes_request) == (Verdict.PASS, "")
+    for other in sorted({*cells} - {asked}):
+
+        def damage(path: Path, workshop: Workshop, other: str = other) -> None:
+            path.write_bytes(workshop.good(cells[other]).path.read_bytes())
+
+        verdict, because = workshop.judge(cells[asked], describes_request, damage)
+        assert (verdict, because) == (Verdict.FAIL, f"the file's quantization is {other}, expected {asked}")
 
 
 def test_names_of_tensors_are_those_in_the_file(workshop: Workshop) -> None:
