@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,12 @@ from exporters.artifact import TensorInfo
 from exporters.errors import FeedError
 from exporters.metadata import Metadata
 
-__all__ = ["Array", "Execution", "Feeds", "Layer", "OnDevice", "Session", "check_feeds"]
+__all__ = ["Array", "Execution", "Feeds", "Layer", "OnDevice", "Session", "check_feeds", "cpus"]
+
+
+def cpus() -> int:
+    """How many CPUs this process may use: threads of a session."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

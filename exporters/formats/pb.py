@@ -7,7 +7,7 @@ from pathlib import Path
 
 from exporters.artifact import Achieved, Artifact
 from exporters.formats import Format, Job, Made, Runtime, Step
-from exporters.formats.saved_model import BECAUSE, MODULE, TFLITE
+from exporters.formats.saved_model import BECAUSE, MODULE, TFLITE, parents_of_others
 from exporters.layout import LAST
 from exporters.metadata import SIDE_CAR
 from exporters.session import Session
@@ -26,11 +26,6 @@ def export(job: Job) -> Made:
     freeze(job.parents[0].path, target, job.spec)
     target.with_name(SIDE_CAR).write_text(replace(job.metadata, layout=LAST).as_yaml(), encoding="utf-8")
     return Made(target.name)
-
-
-def parents(spec: ExportSpec) -> tuple[ExportSpec, ...]:
-    """The SavedModel of the same request."""
-    return (ExportSpec(spec.model, "saved_model", Precision.FP32, spec.imgsz, spec.batch),)
 
 
 def load(artifact: Artifact, spec: ExportSpec, runtime: Runtime, device: str) -> Session:
@@ -63,7 +58,7 @@ FORMAT = Format(
     steps=steps,
     load=load,
     inspect=inspect,
-    parents=parents,
+    parents=parents_of_others,
     is_code=True,  # operators of a graph read and write files, and call Python
     gone={Precision.FP16: TFLITE, Precision.INT8: TFLITE},
     says_layout=True,

@@ -36,6 +36,11 @@ def export(job: Job) -> Made:
     return Made(folder.name)
 
 
+def parents_of_others(spec: ExportSpec) -> tuple[ExportSpec, ...]:
+    """The SavedModel of the same request, of which frozen graphs and TensorFlow.js' models are made."""
+    return (ExportSpec(spec.model, "saved_model", Precision.FP32, spec.imgsz, spec.batch),)
+
+
 def load(artifact: Artifact, spec: ExportSpec, runtime: Runtime, device: str) -> Session:
     """Opens the folder's signature in TensorFlow, or what Keras loads of it where that was asked for."""
     from exporters.runtimes.tensorflow import KerasSession, SavedModelSession

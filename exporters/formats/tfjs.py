@@ -6,6 +6,7 @@ from pathlib import Path
 
 from exporters.artifact import Achieved, Artifact
 from exporters.formats import Format, Job, Made, Runtime, Step
+from exporters.formats.saved_model import parents_of_others
 from exporters.session import Session
 from exporters.spec import ExportSpec, Precision
 from exporters.tfjs.places import needs_chromium, needs_node
@@ -15,11 +16,6 @@ FOLDER = "_web_model"
 BECAUSE = (
     "TensorFlow.js makes FP32 of weights of 16 and 8 bits when it loads them, and its wasm backend computes in FP32"
 )
-
-
-def parents(spec: ExportSpec) -> tuple[ExportSpec, ...]:
-    """Made from the SavedModel, whose tensors have the model's names."""
-    return (ExportSpec(spec.model, "saved_model", Precision.FP32, spec.imgsz, spec.batch),)
 
 
 def export(job: Job) -> Made:
@@ -79,7 +75,7 @@ FORMAT = Format(
     steps=steps,
     load=load,
     inspect=inspect,
-    parents=parents,
+    parents=parents_of_others,
     refusal=refusal,
     says_layout=True,
 )

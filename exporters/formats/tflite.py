@@ -13,6 +13,7 @@ from exporters import calibration
 from exporters.artifact import Achieved, Artifact
 from exporters.errors import BadRequest
 from exporters.formats import Format, Job, Made, Runtime, Step, heads, needs_data
+from exporters.formats.saved_model import FOLDER
 from exporters.layout import FIRST, LAST, Layout
 from exporters.metadata import Metadata
 from exporters.models.traced import SAMPLES, TRACED
@@ -20,7 +21,6 @@ from exporters.session import Session
 from exporters.spec import ExportSpec, Precision
 
 MODULE = "exporters.runtimes.litert"
-FOLDER = "_saved_model"
 SUFFIX = ".tflite"
 # What users call each form: INT8 by what of it is in 8 bits.
 NAMES = {"dynamic": "int8", "integer": "integer_quant", "full_integer": "full_integer_quant"}

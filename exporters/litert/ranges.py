@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 from exporters.layout import Layout
 from exporters.models.spec import OutputSpec
 from exporters.runtimes.tflite_file import Operator, TfliteFile, parsed
-from exporters.session import Array
+from exporters.session import Array, cpus
 from exporters.spec import ExportSpec
 
 Range = tuple[float, float]
@@ -29,7 +28,7 @@ MOVES = (CONCATENATION, RESHAPE, TRANSPOSE, SLICE)  # which compute nothing
 def of(data: bytes, spec: ExportSpec, feeds: Sequence[Mapping[str, Array]], layout: Layout) -> dict[str, Range]:
     """The ranges of a file in FP32, by its tensors' names; `layout` is what it has otherwise than the model."""
     file = parsed(data, Path("traced"))
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    threads = cpus()
     bounds = {o.name: bounds_of(o, o.name in layout.divisors) for o in spec.model.outputs}
     found = measured(file, spec, feeds, threads, layout)
     expected = {i.name: (i.low, i.high) for i in spec.model.inputs}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections import Counter
 from importlib import metadata as distributions
 from pathlib import Path
@@ -18,7 +17,7 @@ from exporters.metadata import Metadata
 from exporters.runtimes import tflite_file
 from exporters.runtimes.rounding import rounding
 from exporters.runtimes.tflite_file import AGAIN, Operator, TfliteFile
-from exporters.session import Array, Execution, Feeds, Session
+from exporters.session import Array, Execution, Feeds, Session, cpus
 from exporters.spec import ExportSpec
 
 library: Any = importlib.import_module("ai_edge_litert.interpreter")
@@ -34,7 +33,7 @@ class LiteRtSession(Session):
     def __init__(self, path: Path, spec: ExportSpec) -> None:
         self.path, self.spec, self.stride = path, spec, spec.model.stride
         self.file = tflite_file.read(path)
-        self.threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.threads = cpus()
         self.interpreter = _opened(path, self.threads)
         self.feeds = named(self.file, 0, [i.name for i in spec.model.inputs])
         self.gives = named(self.file, 1, [o.name for o in spec.model.outputs])

@@ -20,7 +20,7 @@ from exporters.errors import ArtifactError, ExportError, first_line
 from exporters.metadata import Metadata, read_json
 from exporters.runtimes import mnn_file
 from exporters.runtimes.rounding import rounding
-from exporters.session import Array, Execution, Feeds, Session
+from exporters.session import Array, Execution, Feeds, Session, cpus
 from exporters.spec import ExportSpec
 
 # This package installs another one by pip when it is imported, which reports each conversion to MNN's makers.
@@ -75,7 +75,7 @@ class MnnSession(Session):
         # Larger tiles of Winograd's algorithm multiply and divide by up to 36 on the way: a hundred times FP32's
         # rounding, where those of 2 x 2 have factors of 1 and 1/2.
         self.net.setSessionHint(WINOGRAD, SMALL_TILES)
-        self.session = self.net.createSession({"backend": "CPU", "numThread": _cpus(), "precision": "high"})
+        self.session = self.net.createSession({"backend": "CPU", "numThread": cpus(), "precision": "high"})
         axes = {i.name: i.shape for i in spec.model.inputs}
         self.inputs = tuple(
             TensorInfo(name, tuple(_axis(n, at, axes.get(name, ())) for at, n in enumerate(sizes)), dtype)
@@ -161,11 +161,6 @@ class MnnSession(Session):
 
     def close(self) -> None:
         del self.session, self.net
-
-
-def _cpus() -> int:
-    """The CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _axis(size: int, number: int, names: tuple[int | str, ...]) -> int | str:

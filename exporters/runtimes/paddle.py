@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +16,7 @@ from exporters.errors import ArtifactError
 from exporters.metadata import SIDE_CAR, Metadata, read_yaml
 from exporters.runtimes.paddle_program import AGAIN, HEAVY, SHORT, Program, Tensor, files_of, read, said
 from exporters.runtimes.rounding import rounding
-from exporters.session import Array, Execution, Feeds, Session
+from exporters.session import Array, Execution, Feeds, Session, cpus
 from exporters.spec import ExportSpec
 
 with warnings.catch_warnings():
@@ -66,7 +65,7 @@ class PaddleSession(Session):
         config.disable_gpu()
         config.disable_mkldnn()
         config.disable_glog_info()
-        config.set_cpu_math_library_num_threads(_cpus())
+        config.set_cpu_math_library_num_threads(cpus())
         self.threads = int(config.cpu_math_library_num_threads())
         try:
             return inference.create_predictor(config)
@@ -158,11 +157,6 @@ def _is_heavy(op: str) -> bool:
     """Of "pd_op.conv2d:0", or of what an optimizer joined ("fused_conv2d_add_act")."""
     kind = op.partition(":")[0].rpartition(".")[2].rstrip("_")
     return kind in HEAVY or (kind.startswith("fused_") and any(word in kind for word in ("conv", "fc", "matmul")))
-
-
-def _cpus() -> int:
-    """The CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _called(own: Iterable[str], asked: list[str], *, named: bool) -> dict[str, str]:

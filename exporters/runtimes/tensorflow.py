@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from exporters.runtimes.tf_graph import (
     of_saved_model,
     refuse_outside,
 )
-from exporters.session import Array, Execution, Feeds, Session
+from exporters.session import Array, Execution, Feeds, Session, cpus
 from exporters.spec import ExportSpec
 
 library: Any = importlib.import_module("tensorflow")
@@ -40,14 +39,9 @@ WRONG: tuple[type[Exception], ...] = (
 )
 
 
-def _cpus() -> int:
-    """The CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 # Before anything runs; both are as many as TensorFlow takes by itself, which does not say how many.
-library.config.threading.set_intra_op_parallelism_threads(_cpus())
-library.config.threading.set_inter_op_parallelism_threads(_cpus())
+library.config.threading.set_intra_op_parallelism_threads(cpus())
+library.config.threading.set_inter_op_parallelism_threads(cpus())
 
 
 class GraphSession(Session):

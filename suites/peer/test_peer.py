@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import pytest
 from exporters.artifact import foreign
 from exporters.models.catalog import from_checkpoint
 from exporters.pool import Pool
+from exporters.session import cpus
 from exporters.spec import ExportSpec, request
 from suites.peer.bench import Bench, Side
 from suites.peer.figures import Difference, Figure, Figures, alternate, difference, interval
@@ -190,7 +190,7 @@ def test_onnx_cpu_latency(bench: Bench, files: Files, feeds: list[FeedSet], figu
     """
     image = bench.folder("latency") / "image.npy"
     np.save(image, feeds[0].arrays["images"])
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = cpus()
     ratios: list[float] = []
     milliseconds: tuple[list[float], list[float]] = ([], [])
     begin = time.monotonic()

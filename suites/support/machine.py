@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import re
 import shutil
@@ -16,6 +15,7 @@ from typing import Any
 import psutil
 
 from exporters.cuda.nvml import gpu_facts
+from exporters.session import cpus
 
 
 class DiskPeak:
@@ -43,7 +43,7 @@ class DiskPeak:
 def fingerprint() -> dict[str, Any]:
     """What this machine is. `id` names the folder of its CPU's baselines: processor, cores and instruction sets."""
     name, flags = _processor()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = cpus()
     gpu = gpu_facts()
     facts: dict[str, Any] = {
         "cpu": name,
